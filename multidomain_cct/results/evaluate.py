@@ -1,0 +1,108 @@
+"""Scores of a trained run on any labelled split, from the run's folder and its shards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from multidomain_cct.data.domain import did_you_mean
+from multidomain_cct.data.shards import Shards
+from multidomain_cct.model.inference import InferenceSettings
+from multidomain_cct.training.checkpoint import LoadedRun
+from multidomain_cct.training.scoring import Score, arithmetic_and_harmonic, score
+
+
+def require_head(run: LoadedRun, domain: str) -> str:
+    """The domain's name. Raises ValueError when the run has no head for it."""
+    if domain not in run.domains:
+        raise ValueError(f'{run.folder} has no head for the domain "{domain}". It has: {", ".join(run.domains)}.{did_you_mean(domain, run.domains)}')
+    return domain
+
+
+def evaluate(
+    run: LoadedRun,
+    names: Sequence[str],
+    split: str | None,
+    settings: InferenceSettings | None = None,
+    *,
+    shards: Path | None = None,
+    device: torch.device | None = None,
+    workers: int = 1,
+    seen: Callable[[str], None] = lambda key: None,
+) -> list[Score]:
+    """One score per domain.
+
+    `split` None scores each domain's val split of the recipe; `settings` None predicts as in training; `shards` replaces the recipe's folder of shards. `seen` is told each key.
+    Raises ValueError for a domain without a head and FileNotFoundError for a split without shards.
+    """
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    root = shards or Path(run.recipe.data.shards)
+    wanted = [require_head(run, name) for name in names or run.domains]
+    opened = {name: Shards.open(root / name, split or run.recipe.domains[name].val_split) for name in wanted}
+    model = run.model.to(device)
+    return [
+        score(
+            model,
+            opened[name],
+            run.domains[name],
+            split or run.recipe.domains[name].val_split,
+            settings or run.recipe.evaluation,
+            device=device,
+            workers=workers,
+            seen=seen,
+        )
+        for name in wanted
+    ]
+
+
+def override(settings: InferenceSettings, *, window: list[int] | None, scales: list[float] | None, flip: bool) -> InferenceSettings:
+    """The recipe's way of predicting with what the command line asks for."""
+    return replace(settings, window=window or settings.window, scales=scales or settings.scales, flip=flip or settings.flip)
+
+
+def print_scores(console: Console, run: LoadedRun, scores: Sequence[Score]) -> None:
+    """A table per domain: IoU per class, mIoU, pixel accuracy, and how the numbers were made."""
+    for result in scores:
+        table = Table(title=f"{result.domain.name}: {result.domain.title or result.split}", title_justify="left")
+        table.add_column("class")
+        table.add_column("IoU", justify="right")
+        table.add_column("share of pixels", justify="right")
+        truth = result.confusion.sum(axis=1) / max(1, result.confusion.sum())
+        for share, (label, iou) in zip(truth, result.iou.items(), strict=True):
+            table.add_row(label, "absent" if iou is None else f"{100 * iou:.1f}", f"{100 * share:.1f} %")
+        table.add_section()
+        table.add_row("mIoU", f"{100 * result.miou:.1f}", style="bold")
+        table.add_row("pixel accuracy", f"{100 * result.pixel_accuracy:.1f}")
+        console.print(table)
+        console.print(f"{result.protocol}, {run.checkpoint.name} of {run.folder}", markup=False, highlight=False, soft_wrap=True)
+    if len(scores) > 1:
+        arithmetic, harmonic = arithmetic_and_harmonic([result.miou for result in scores])
+        console.print(f"mean of {len(scores)} domains: mIoU {100 * arithmetic:.1f} (harmonic {100 * harmonic:.1f})", highlight=False)
+
+
+def scores_as_json(run: LoadedRun, scores: Sequence[Score]) -> dict[str, Any]:
+    """The same as plain values."""
+    arithmetic, harmonic = arithmetic_and_harmonic([result.miou for result in scores])
+    domains = {result.domain.name: result.as_json() for result in scores}
+    return {
+        "run": str(run.folder),
+        "checkpoint": run.checkpoint.name,
+        "step": run.state.step,
+        "mean_miou": arithmetic,
+        "harmonic_miou": harmonic,
+        "domains": domains,
+    }
+
+
+def write_scores(run: LoadedRun, scores: Sequence[Score]) -> Path:
+    """Keep the scores in the run's folder, one file per split and checkpoint; returns the file."""
+    path = run.folder / f"evaluation-{scores[0].split}-{run.checkpoint.name}.json"
+    path.write_text(json.dumps(scores_as_json(run, scores), indent=1), encoding="utf-8")
+    return path

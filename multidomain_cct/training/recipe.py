@@ -1,0 +1,234 @@
+"""Recipe: everything a run is decided by, read from one YAML file and `key=value` overrides, checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from multidomain_cct.data.domain import StrictLoader, did_you_mean, read_yaml
+from multidomain_cct.data.loader import DataSettings, DomainSettings
+from multidomain_cct.model.decoders import DECODERS
+from multidomain_cct.model.encoder import EncoderSettings
+from multidomain_cct.model.inference import InferenceSettings
+from multidomain_cct.model.perturbations import Perturbations
+from multidomain_cct.training.schedules import ConsistencySettings, OptimiserSettings
+
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """Length, precision and bookkeeping of the run."""
+
+    steps: int = 40000
+    """Optimiser steps."""
+    precision: str = "no"
+    """Mixed precision: `no`, `bf16` or `fp16`."""
+    accumulation: int = 1
+    """Micro-batches per step and process. The batch sizes in `data` are those of a whole step, however it is cut."""
+    clip: float = 0.0
+    """Largest norm of the gradient; 0 does not clip."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl."""
+    evaluate_every: int = 1000
+    """Steps between evaluations on the val splits; the last step is always evaluated."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step and each new best are always saved."""
+    keep: int = 2
+    """Newest checkpoints that are kept, beside the best."""
+    max_skipped: int = 10
+    """Steps in a row that may be skipped for a loss or gradient that is not finite; one more ends the run."""
+    trackers: list[str] = field(default_factory=list)
+    """Trackers of Accelerate that also receive the metrics, for example tensorboard."""
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"training.precision is {self.precision!r}; it is one of {', '.join(PRECISIONS)}.")
+        for name in ("steps", "accumulation", "log_every", "evaluate_every", "save_every", "keep", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; it is at least 1.")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A run, complete."""
+
+    name: str = ""
+    """Name of the run's folder; left out: the recipe's file name."""
+    runs: str = "runs"
+    """Folder of the runs."""
+    seed: int = 0
+    """Decides initial weights, order, augmentation and perturbations."""
+    resume: str = "never"
+    """`never`: refuse a run folder that exists; `auto`: go on from its newest checkpoint, or start when there is none."""
+    init_from: str | None = None
+    """Run folder whose weights a new run starts from: the encoder, and the heads whose names and classes match."""
+    domains: dict[str, DomainSettings] = field(default_factory=dict)
+    """The domains, by name, each with its settings."""
+    data: DataSettings = field(default_factory=DataSettings)
+    """Shards, batches, views."""
+    encoder: EncoderSettings = field(default_factory=EncoderSettings)
+    """The shared encoder."""
+    decoder: str = "pixelshuffle"
+    """`pixelshuffle` (the paper) or `bilinear`."""
+    perturbations: Perturbations = field(default_factory=Perturbations)
+    """The auxiliary decoders of every domain."""
+    consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
+    """The unsupervised loss."""
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    """Optimiser and learning rate."""
+    training: TrainingSettings = field(default_factory=TrainingSettings)
+    """Length and bookkeeping."""
+    evaluation: InferenceSettings = field(default_factory=InferenceSettings)
+    """How val images are predicted."""
+
+    def __post_init__(self) -> None:
+        if not self.domains:
+            raise ValueError("domains is empty; name at least one, for example `domains: {camvid: {labelled: 50}}`.")
+        if self.resume not in ("never", "auto"):
+            raise ValueError(f"resume is {self.resume!r}; it is `never` or `auto`.")
+        if self.decoder not in DECODERS:
+            raise ValueError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
+        crops = {"data.crop": self.data.crop} | {f"domains.{name}.crop": d.crop for name, d in self.domains.items() if d.crop is not None}
+        for where, crop in crops.items():
+            if len(crop) != 2 or min(crop) < 1:
+                raise ValueError(f"{where} is {crop}; it is [width, height] in pixels.")
+            if any(side % self.encoder.stride for side in crop):
+                nearest = [max(1, round(side / self.encoder.stride)) * self.encoder.stride for side in crop]
+                raise ValueError(f"{where} is {crop}, which encoder.stride {self.encoder.stride} does not divide. Use for example {nearest}.")
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.runs) / self.name
+
+    def uses_consistency(self, domain: str) -> bool:
+        """Whether the domain's unlabelled images enter the loss."""
+        return self.consistency_weight(domain) > 0 and bool(self.perturbations.each())
+
+    def consistency_weight(self, domain: str) -> float:
+        """The domain's weight after the ramp. consistency.weight=0 turns every domain's consistency off."""
+        own = self.domains[domain].consistency_weight
+        return self.consistency.weight if own is None or self.consistency.weight == 0 else own
+
+    def to_yaml(self) -> str:
+        """Every setting, with defaults filled in; reading it back gives an equal Recipe."""
+        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True, width=160)
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file, with dotted `key=value` overrides applied.
+
+    Raises FileNotFoundError when there is no such file and ValueError, with one line that names the file or override and the key, for anything that cannot be used.
+    """
+    path = _found(path)
+    plain = read_yaml(path)
+    sources = str(path)
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{override!r} is not an override; write key=value, for example optimiser.lr=0.02.")
+        try:
+            value = yaml.load(text, Loader=StrictLoader)
+        except (yaml.YAMLError, ValueError):
+            raise ValueError(f"{override!r}: the value is not valid YAML.") from None
+        _set(plain, key.split("."), value, override)
+        sources += f" {override}"
+    recipe = recipe_from(plain, sources)
+    return recipe if recipe.name else replace(recipe, name=path.stem)
+
+
+def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
+    """A Recipe of plain values, checked key by key. `where` begins every error."""
+    domains = plain.get("domains") or {}
+    if not isinstance(domains, dict):
+        raise ValueError(f"{where}: domains is {domains!r}; it is a mapping, for example `domains: {{camvid: {{labelled: 50}}}}`.")
+    plain = {**plain, "domains": {name: value or {} for name, value in domains.items()}}
+    _check_keys(plain, Recipe, where, ())
+    try:
+        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(plain)))
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or error.key)
+        reason = str(error.msg or error).splitlines()[0].rstrip(".")
+        reason = "a list is expected" if "ListConfig" in reason else reason
+        raise ValueError(f"{where}: {key} is {_at(plain, key)!r}: {reason}. See docs/recipe.md for its type.") from None
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    assert isinstance(recipe, Recipe)
+    return recipe
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """What of the new recipe would make another run of the old one, as `key: old -> new`.
+
+    Left out is what a resumed run may change: where files lie, how work is cut and how often it is logged or saved.
+    """
+    free = {"name", "runs", "resume", "init_from", "data.shards", "data.workers", "data.prefetch", "training.accumulation"}
+    free |= {f"training.{name}" for name in ("log_every", "evaluate_every", "save_every", "keep", "trackers", "max_skipped")}
+    before, after = _flat(asdict(old)), _flat(asdict(new))
+    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed if key not in free and not key.startswith("evaluation.")]
+
+
+def _found(path: Path) -> Path:
+    """The path, or the recipe of that name that is installed with the package."""
+    if path.exists():
+        return path
+    package = Path(__file__).resolve().parents[1]
+    for folder in (package / "recipes", package.parent / "recipes"):
+        if path.parent.name in ("", "recipes") and (folder / path.name).is_file():
+            return folder / path.name
+    raise FileNotFoundError(f"{path}: there is no such recipe. A recipe is a YAML file such as recipes/demo.yaml.")
+
+
+def _set(plain: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
+    *parents, last = keys
+    for position, key in enumerate(parents):
+        if plain.get(key) is None:
+            plain[key] = {}
+        plain = plain[key]
+        if not isinstance(plain, dict):
+            raise ValueError(f"{override!r}: {'.'.join(keys[: position + 1])} is a value, not a section.")
+    plain[last] = value
+
+
+def _check_keys(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> None:
+    """Refuse keys that no field has, and strings that OmegaConf would interpolate."""
+    here = ".".join(path)
+    if isinstance(value, str) and "${" in value:
+        raise ValueError(f"{where}: {here} is {value!r}; recipes hold plain values, without ${{...}}.")
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}: {here} is {value!r}; it is a section with the keys {', '.join(f.name for f in fields(kind))}.")
+        hints = get_type_hints(kind)
+        for key, item in value.items():
+            if key not in hints:
+                full = ".".join((*path, str(key)))
+                raise ValueError(
+                    f'{where}: unknown key "{full}". Allowed {f"in {here}" if here else "at the top"}: {", ".join(hints)}.{did_you_mean(str(key), hints)}'
+                )
+            _check_keys(item, hints[key], where, (*path, str(key)))
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        for key, item in value.items():
+            _check_keys(item, get_args(kind)[1], where, (*path, str(key)))
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            _check_keys(item, None, where, path)
+
+
+def _at(plain: Any, key: str) -> Any:
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        plain = plain.get(part) if isinstance(plain, dict) else plain
+    return plain
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {path: value}
+    return {key: item for name, part in value.items() for key, item in _flat(part, f"{path}.{name}" if path else str(name)).items()}

@@ -1,0 +1,111 @@
+"""What a run tells: metrics.jsonl, one live line (or plain lines when not at a terminal), and the run's folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from multidomain_cct import __version__
+
+
+class RunLog:
+    """Records the metrics of a run and shows its progress. Disabled, it does nothing: only the first process of a run tells."""
+
+    def __init__(self, folder: Path, *, first_step: int, num_steps: int, enabled: bool = True) -> None:
+        """Lines of metrics.jsonl beyond `first_step`, which an interrupted run wrote after its last checkpoint, are dropped."""
+        self.enabled, self.num_steps, self.first_step = enabled, num_steps, first_step
+        self.console = Console(highlight=False, soft_wrap=True)
+        self._started = time.monotonic()
+        self._progress: Progress | None = None
+        if not enabled:
+            return
+        path = folder / "metrics.jsonl"
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.is_file() else []
+        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = path.open("a", encoding="utf-8")
+        if self.console.is_terminal:
+            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=20), TimeRemainingColumn(), TextColumn("{task.description}"))
+            self._progress = Progress(*columns, console=self.console)
+            self._task = self._progress.add_task("starting", total=num_steps, completed=first_step)
+
+    def __enter__(self) -> RunLog:
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self.enabled:
+            self._file.close()
+
+    def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Append one line; numbers that are not finite are written as null, which JSON can hold."""
+        if self.enabled:
+            finite = {key: value if value is not None and abs(value) < float("inf") else None for key, value in values.items()}
+            self._file.write(json.dumps({"step": step} | finite) + "\n")
+            self._file.flush()
+
+    def advance(self, step: int, text: str, *, plain: bool) -> None:
+        """Show where the run is: the live line always, a plain line when asked."""
+        if not self.enabled:
+            return
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=escape(text))
+        elif plain:
+            seconds = (time.monotonic() - self._started) / max(1, step - self.first_step) * (self.num_steps - step)
+            self.console.print(f"step {step}/{self.num_steps}  {text}  ETA {int(seconds) // 60}:{int(seconds) % 60:02d}", markup=False)
+
+    def notice(self, text: str) -> None:
+        """One line that stays."""
+        if self.enabled:
+            self.console.print(text, markup=False)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+def peak_mib(device: torch.device) -> float:
+    """Largest memory the process has used so far: of the GPU on one, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    scale = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
+
+
+def environment(command: str, device: torch.device, world: int) -> dict[str, Any]:
+    """What a reader needs to know of where a run was made."""
+    packages = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow")
+    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    return {
+        "command": command,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "device": hardware,
+        "processes": world,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "versions": {"multidomain_cct": __version__} | {name: version(name) for name in packages},
+    }

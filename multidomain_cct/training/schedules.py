@@ -1,0 +1,99 @@
+"""Learning rate and consistency ramp as functions of the step, and the optimiser they drive. No state: resuming needs the step only."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+RAMPS = ("exp", "linear", "cosine", "none")
+SCHEDULES = ("poly", "cosine", "constant")
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """The optimiser and its learning rate."""
+
+    name: str = "sgd"
+    """`sgd` with momentum, or `adamw`."""
+    lr: float = 0.01
+    """Learning rate of decoders and context module at the start."""
+    trunk_factor: float = 0.1
+    """Factor on the learning rate for the pretrained trunk."""
+    momentum: float = 0.9
+    """Of `sgd`."""
+    weight_decay: float = 1e-4
+    """L2 for `sgd`, decoupled for `adamw`; on all parameters, as in the authors' code."""
+    schedule: str = "poly"
+    """`poly`: lr * (1 - t/T)^power; `cosine`: lr * (1 + cos(pi t/T)) / 2; `constant`."""
+    power: float = 0.9
+    """Of `poly`."""
+    warmup: int = 0
+    """Steps of linear rise at the start."""
+
+    def __post_init__(self) -> None:
+        if self.name not in ("sgd", "adamw"):
+            raise ValueError(f"optimiser.name is {self.name!r}; it is one of sgd, adamw.")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"optimiser.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
+        if not self.lr > 0:
+            raise ValueError(f"optimiser.lr is {self.lr}; it is above 0.")
+
+
+@dataclass(frozen=True)
+class ConsistencySettings:
+    """The weight of the unsupervised loss."""
+
+    weight: float = 30 / 21
+    """Weight after the ramp; 0 trains with supervision only, without auxiliary decoders. The authors' 30 is per pixel and class: 30/21 per pixel at 21 classes."""
+    ramp: str = "exp"
+    """How the weight rises: `exp`, weight * exp(-5 (1 - t/T)^2); `linear`; `cosine`; `none`."""
+    ramp_fraction: float = 0.1
+    """T as a share of the run, 0 to 1."""
+
+    def __post_init__(self) -> None:
+        if self.weight < 0:
+            raise ValueError(f"consistency.weight is {self.weight}; it is 0 or more.")
+        if self.ramp not in RAMPS:
+            raise ValueError(f"consistency.ramp is {self.ramp!r}; it is one of {', '.join(RAMPS)}.")
+        if not 0 <= self.ramp_fraction <= 1:
+            raise ValueError(f"consistency.ramp_fraction is {self.ramp_fraction}; it lies in 0 to 1.")
+
+
+def ramp_at(settings: ConsistencySettings, step: int, num_steps: int) -> float:
+    """Factor on the consistency weight at a step, 0 to 1 (Laine and Aila 2017 for `exp`)."""
+    end = settings.ramp_fraction * num_steps
+    if settings.ramp == "none" or step >= end:
+        return 1.0
+    t = step / end
+    if settings.ramp == "exp":
+        return math.exp(-5 * (1 - t) ** 2)
+    return t if settings.ramp == "linear" else (1 - math.cos(math.pi * t)) / 2
+
+
+def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> float:
+    """The learning rate outside the trunk at a step."""
+    t = step / num_steps
+    factor = {"poly": (1 - t) ** settings.power, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[settings.schedule]
+    return settings.lr * factor * min(1.0, (step + 1) / (settings.warmup + 1))
+
+
+def build_optimiser(settings: OptimiserSettings, trunk: nn.Module, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimiser with two layer groups: the trunk, and the rest of the model. `set_learning_rate` must run before each step."""
+    in_trunk = {id(parameter) for parameter in trunk.parameters()}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trunk.parameters() if p.requires_grad], "factor": settings.trunk_factor},
+        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in in_trunk], "factor": 1.0},
+    ]
+    if settings.name == "adamw":
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    """Give every layer group its learning rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = lr * group["factor"]

@@ -1,0 +1,125 @@
+"""Scores: an int64 confusion matrix per domain, and what follows from it.
+
+Shapes: C classes of the domain, H W size of the labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.loader import scored_images
+from multidomain_cct.data.shards import Shards
+from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.model.network import CCT
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one domain's split is segmented."""
+
+    domain: Domain
+    split: str
+    confusion: np.ndarray
+    """(C, C) int64 pixels; rows are the truth, columns the prediction."""
+    images: int
+    sizes: tuple[str, ...]
+    """Resolutions of the labels, WIDTHxHEIGHT, that were scored."""
+    settings: InferenceSettings
+
+    @property
+    def iou(self) -> dict[str, float | None]:
+        """Intersection over union per class, 0 to 1; None for a class in neither truth nor prediction."""
+        return {label.name: value for label, value in zip(self.domain.classes, class_iou(self.confusion), strict=True)}
+
+    @property
+    def miou(self) -> float:
+        """Mean over the classes that occur in truth or prediction, 0 to 1."""
+        return mean_iou(self.confusion)
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """Share of the labelled pixels that are right, 0 to 1."""
+        return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
+
+    @property
+    def protocol(self) -> str:
+        """How the number was made, in one line."""
+        window = "whole image" if self.settings.window is None else f"window {self.settings.window[0]}x{self.settings.window[1]}"
+        extras = f", scales {self.settings.scales}" if self.settings.scales != [1.0] else ""
+        extras += ", flip" if self.settings.flip else ""
+        counted = sum(value is not None for value in self.iou.values())
+        sizes = self.sizes[0] if len(self.sizes) == 1 else f"{len(self.sizes)} sizes"
+        return f"{self.domain.name}/{self.split}: {self.images} images at label resolution ({sizes}), {window}{extras}, mean over {counted} of {self.domain.num_classes} classes"
+
+    def as_json(self) -> dict[str, Any]:
+        plain = {"split": self.split, "images": self.images, "miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "iou": self.iou}
+        return plain | {"confusion": self.confusion.tolist(), "protocol": self.protocol}
+
+
+def class_iou(confusion: np.ndarray) -> list[float | None]:
+    """Intersection over union of each class, None where the class is in neither truth nor prediction."""
+    hits = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    return [float(h) / float(u) if u else None for h, u in zip(hits, union, strict=True)]
+
+
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean over the classes that have an IoU, 0 to 1; 0 when none has."""
+    values = [value for value in class_iou(confusion) if value is not None]
+    return float(np.mean(values)) if values else 0.0
+
+
+def confusion_of(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """(C, C) int64: pixels by truth and prediction, of (H, W) train ids; ignored pixels do not count."""
+    valid = truth != IGNORE
+    pairs = truth[valid].long() * num_classes + prediction[valid].long()
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def arithmetic_and_harmonic(values: list[float]) -> tuple[float, float]:
+    """Both means over domains; the harmonic one is 0 when a value is."""
+    return float(np.mean(values)), 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+@torch.inference_mode()
+def score(
+    model: CCT,
+    shards: Shards,
+    domain: Domain,
+    split: str,
+    settings: InferenceSettings,
+    *,
+    device: torch.device,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda count: count,
+    seen: Callable[[str], None] = lambda key: None,
+) -> Score:
+    """Score every image of a split once.
+
+    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told each key. The model is left in the mode it was in.
+    """
+    was_training = model.training
+    model.eval()
+    confusion = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64, device=device)
+    count = torch.zeros(1, dtype=torch.int64, device=device)
+    sizes = set()
+    for item in scored_images(shards, domain, range(rank, len(shards), world), workers=workers):
+        height, width = item.mask.shape
+        probabilities = predict_probabilities(model, item.image.to(device), domain.name, (height, width), settings)
+        confusion += confusion_of(item.mask.to(device), probabilities.argmax(dim=0), domain.num_classes)
+        count += 1
+        sizes.add(f"{width}x{height}")
+        seen(item.key)
+    model.train(was_training)
+    confusion, images = total(confusion), int(total(count))
+    assert images == len(shards), f"{images} of {len(shards)} images were scored"
+    return Score(domain, split, confusion.cpu().numpy(), images, tuple(sorted(sizes)), settings)
