@@ -73,9 +73,9 @@ def training_view(image: Image.Image, mask: Image.Image | None, augment: Augment
 
     Where the scaled image is smaller than the crop, the rest is padding and its id 255. Without a mask the ids are 0 on the image and 255 on the padding.
     """
-    factor = float(rng.uniform(*augment.scale))
+    factor = float(rng.uniform(augment.scale[0], augment.scale[1]))
     if augment.long_side:
-        factor = float(rng.uniform(*augment.long_side)) / max(image.size)
+        factor = float(rng.uniform(augment.long_side[0], augment.long_side[1])) / max(image.size)
     scaled = [max(1, round(side * factor)) for side in image.size]
     kept = [min(side, limit) for side, limit in zip(scaled, crop, strict=True)]
     corner = [int(rng.integers(0, side - part + 1)) for side, part in zip(scaled, kept, strict=True)]
@@ -94,7 +94,8 @@ def training_view(image: Image.Image, mask: Image.Image | None, augment: Augment
 
 def whole_view(image: Image.Image) -> Tensor:
     """The image as it is: (3, H, W) uint8."""
-    return F.pil_to_tensor(image)
+    pixels: Tensor = F.pil_to_tensor(image)
+    return pixels
 
 
 def mask_tensor(mask: Image.Image) -> Tensor:

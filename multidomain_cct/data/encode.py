@@ -51,7 +51,9 @@ class Encoder:
         source = sample.image.read_bytes()
         image = load_image(source, str(sample.image))
         original = image.size
-        pixels, unknown, mask = np.zeros(256, dtype=np.int64), {}, None
+        pixels = np.zeros(256, dtype=np.int64)
+        unknown: dict[str, int] = {}
+        mask = None
         stored = fitted_size(original, self.domain.size)
         if sample.mask is not None:
             ids, unknown = read_mask(sample.mask, self.domain)

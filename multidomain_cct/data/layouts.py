@@ -7,6 +7,7 @@ every pair behind it without a sign. Only lists and tables are opened here, neve
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
@@ -275,7 +276,10 @@ def _listed_pairs(images: Mapping[str, Path], masks: Mapping[str, Path], stems: 
     absent = next((stem for stem in stems if stem not in images), None)
     if absent:
         raise ValueError(f"{where} {absent}, and {next(iter(images.values())).parent} has no such image. Add the image, or take the name out.")
-    chosen = _unique((stem, images[stem]) for stem in stems)
+    twice, count = Counter(stems).most_common(1)[0] if stems else ("", 0)
+    if count > 1:
+        raise ValueError(f"{where} {twice} {count} times; keep one.")
+    chosen = {stem: images[stem] for stem in stems}
     return _paired(chosen, {stem: MaskFile(masks[stem]) for stem in chosen if stem in masks}, expected)
 
 
@@ -314,9 +318,11 @@ def _by_stem(paths: Iterable[Path], ending: str = "") -> dict[str, Path]:
 
 def _globbed(raw: Path, pattern: str, where: str) -> dict[str, Path]:
     """The image files that a glob matches, by path below its fixed leading folder and without its fixed ending (else without the suffix)."""
-    *folders, name = PurePosixPath(pattern).parts
-    if PurePosixPath(pattern).is_absolute() or ".." in folders:
-        raise ValueError(f"{where} is {pattern}; a glob is relative to the raw folder and stays in it. Write it as in images/*.jpg.")
+    *folders, name = PurePosixPath(pattern).parts or ("",)
+    if not name or PurePosixPath(pattern).is_absolute() or ".." in folders or re.search(r"[^/]\*\*|\*\*[^/]", pattern):
+        raise ValueError(
+            f"{where} is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a whole folder. Write it as in images/**/*.jpg."
+        )
     home = raw.joinpath(*takewhile(lambda part: not re.search(r"[*?[]", part), folders))
     # *_rgb.png names an ending that is no part of what a pair shares; *.[jp]* names none.
     ending = re.split(r"[*?\]]", name)[-1].removeprefix(name)

@@ -8,7 +8,7 @@ Shapes: B labelled images, U unlabelled images, H W crop size.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,11 +108,13 @@ class Batch:
     """Keys of the labelled, then of the unlabelled images."""
 
     def to(self, device: torch.device) -> Batch:
-        moved = (getattr(self, name).to(device, non_blocking=True) for name in ("images", "masks", "unlabelled", "valid"))
-        return Batch(*moved, keys=self.keys)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        return Batch(*(getattr(self, name).pin_memory() for name in ("images", "masks", "unlabelled", "valid")), keys=self.keys)
+        return self._map(Tensor.pin_memory)
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        return Batch(change(self.images), change(self.masks), change(self.unlabelled), change(self.valid), self.keys)
 
 
 @dataclass(frozen=True)
@@ -174,8 +176,8 @@ class _Refused:
 class TrainingSet(Dataset[Any]):
     """Micro-batch number -> {domain name: Batch}, for one process.
 
-    A step has `accumulation` micro-batches. The global batch of a step is cut into accumulation x world equal parts; how many there are changes neither which images a step sees nor their
-    augmentation.
+    A step has `accumulation` micro-batches. The global batch of a step is cut into accumulation x world equal parts; how many there are changes neither
+    which images a step sees nor their augmentation.
     """
 
     def __init__(
@@ -189,8 +191,8 @@ class TrainingSet(Dataset[Any]):
             for kind in ("labelled_batch", "unlabelled_batch"):
                 if getattr(stream, kind) % parts:
                     raise ValueError(
-                        f"{stream.domain.name}: {kind} is {getattr(stream, kind)}, which {world} process(es) x {accumulation} accumulated micro-batches do not divide. "
-                        f"Use a multiple of {parts}."
+                        f"{stream.domain.name}: {kind} is {getattr(stream, kind)}, which {world} process(es) x {accumulation} accumulated micro-batches do not"
+                        f" divide. Use a multiple of {parts}."
                     )
 
     def __getitem__(self, micro_batch: int) -> dict[str, Batch] | _Refused:
@@ -226,7 +228,8 @@ class TrainingSet(Dataset[Any]):
             image, mask = decode(record, streams.domain)
             if mask is not None and mask.size != image.size:
                 raise ValueError(
-                    f"{record.shard}: key {record.key!r}: the mask is {mask.size[0]}x{mask.size[1]} but the image is {image.size[0]}x{image.size[1]}. Pack the split again."
+                    f"{record.shard}: key {record.key!r}: the mask is {mask.size[0]}x{mask.size[1]} but the image is {image.size[0]}x{image.size[1]}. Pack the"
+                    " split again."
                 )
             rng = np.random.default_rng(seed_from(self.seed, name, epoch, record.key, kind))
             views.append(training_view(image, mask, self.augment, streams.crop, rng))

@@ -1,7 +1,7 @@
 """Which sample stands at which position: pure arithmetic, no state.
 
-A stream (the labelled or the unlabelled images of a domain) is an endless sequence of positions. Position p lies in epoch p // n at offset p % n, and each epoch is its own permutation of
-the n samples. Whoever knows the step knows every position in it, so resuming is a seek.
+A stream (the labelled or the unlabelled images of a domain) is an endless sequence of positions. Position p lies in epoch p // n at offset p % n, and each
+epoch is its own permutation of the n samples. Whoever knows the step knows every position in it, so resuming is a seek.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Stream:
 def batch_positions(turn: int, global_batch: int, *, part: int, parts: int) -> range:
     """The positions that one of `parts` equal shares of the turn-th global batch holds.
 
-    The parts are processes and accumulated micro-batches: however many there are, together they see the same global batch in the same order. The caller has checked that parts divides
-    global_batch.
+    The parts are processes and accumulated micro-batches: however many there are, together they see the same global batch in the same order. The caller
+    has checked that parts divides global_batch.
     """
     share = global_batch // parts
     start = turn * global_batch + part * share
@@ -58,8 +58,8 @@ def batch_positions(turn: int, global_batch: int, *, part: int, parts: int) -> r
 def labelled_subset(keys: Sequence[str], budget: str, *, seed: int, where: str) -> list[str]:
     """The keys whose labels may be used: the first n of a fixed pseudo-random order, so that smaller budgets lie inside larger ones.
 
-    `budget` is a number, a fraction such as 1/16, `all`, or a text file with one key a line. The order hangs on the keys alone, not on shards or listing. Raises ValueError, starting with
-    `where`, for a budget that cannot be met.
+    `budget` is a number, a fraction such as 1/16, `all`, or a text file with one key a line. The order hangs on the keys alone, not on shards or listing.
+    Raises ValueError, starting with `where`, for a budget that cannot be met.
     """
     if budget == "all":
         return sorted(keys)

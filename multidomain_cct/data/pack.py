@@ -1,6 +1,7 @@
 """Raw data set -> shards: every image decoded, fitted, encoded and written once, in a seeded order, with reproducible bytes.
 
-Workers encode; the parent writes in order, so the bytes do not depend on the number of workers. A shard that is finished stays; packing again after an interruption goes on behind it.
+Workers encode; the parent writes in order, so the bytes do not depend on the number of workers. A shard that is finished stays; packing again after an
+interruption goes on behind it.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ def pack(
 ) -> Summary:
     """Write the shards of one split into `out/<domain>/` and return what lies in them.
 
-    `progress(samples, total)` wraps the iteration over finished samples. Raises ValueError for raw data that cannot be used, and for shards that an earlier packing with other settings left
-    there; nothing that was there is changed then.
+    `progress(samples, total)` wraps the iteration over finished samples. Raises ValueError for raw data that cannot be used, and for shards that an
+    earlier packing with other settings left there; nothing that was there is changed then.
     """
     samples = raw_samples(domain, raw, split)
     samples.sort(key=lambda sample: (seed_from(seed, sample.key, "pack"), sample.key))
@@ -108,7 +109,7 @@ def pack(
 def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_shard_bytes: int) -> str:
     """Digest of everything that decides the bytes of the shards, but for the contents of the raw files."""
     labels = [(label.name, label.ids, label.colors, label.color) for label in domain.classes]
-    facts = [
+    facts: list[Any] = [
         domain.name,
         split,
         domain.size,
@@ -120,7 +121,7 @@ def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_s
         seed,
         max_shard_bytes,
     ]
-    facts += [JPEG_QUALITY, PIL.__version__, [(sample.key, sample.mask is not None) for sample in samples]]
+    facts += [JPEG_QUALITY, PIL.__version__, [(sample.key, sample.mask is not None and [sample.mask.train_ids]) for sample in samples]]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

@@ -1,7 +1,8 @@
 """Tar shards: write, index, verify, read. The only file that knows tar.
 
-A sample is up to three members with one key: `<key>.jpg` the image, `<key>.png` the mask (8-bit train ids; absent when unlabelled), `<key>.json` its origin. Beside each
-`<shard>.tar` stands `<shard>.tar.idx`, a safetensors file with the place, size and crc32 of every member, so that a sample is one seek and one read, and damage is seen.
+A sample is up to three members with one key: `<key>.jpg` the image, `<key>.png` the mask (8-bit train ids; absent when unlabelled), `<key>.json` its origin.
+Beside each `<shard>.tar` stands `<shard>.tar.idx`, a safetensors file with the place, size and crc32 of every member, so that a sample is one seek and one
+read, and damage is seen.
 """
 
 from __future__ import annotations
@@ -62,23 +63,24 @@ class ShardIndex:
     def save(self, path: Path) -> None:
         blob = np.frombuffer("\n".join(self.keys).encode(), dtype=np.uint8)
         arrays = {"keys": blob, "offset": self.offset, "size": self.size, "crc32": self.crc32}
-        metadata = {"schema": INDEX_SCHEMA, "shard_bytes": str(self.shard_bytes), "notes": json.dumps(self.notes, sort_keys=True)}
-        path.write_bytes(save(arrays, metadata=metadata))
+        facts = {"schema": INDEX_SCHEMA, "shard_bytes": self.shard_bytes, "notes": self.notes}
+        # One entry: safetensors writes several in an order that changes from run to run.
+        path.write_bytes(save(arrays, metadata={"index": json.dumps(facts, sort_keys=True)}))
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
         try:
             with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
+                facts = json.loads((file.metadata() or {}).get("index", "{}"))
                 arrays = {name: file.get_tensor(name) for name in ("keys", "offset", "size", "crc32")}
         except (SafetensorError, ValueError) as error:
             raise ValueError(f"{path}: the index is damaged ({error}). Build it again: python -m multidomain_cct index {shard_of(path)}") from None
-        if metadata.get("schema") != INDEX_SCHEMA:
+        if facts.get("schema") != INDEX_SCHEMA:
             raise ValueError(
-                f"{path}: the index has the schema {metadata.get('schema')!r}, not {INDEX_SCHEMA!r}. Run: python -m multidomain_cct index {shard_of(path)}"
+                f"{path}: the index has the schema {facts.get('schema')!r}, not {INDEX_SCHEMA!r}. Run: python -m multidomain_cct index {shard_of(path)}"
             )
         keys = tuple(arrays.pop("keys").tobytes().decode().split("\n"))
-        return cls(keys, **arrays, shard_bytes=int(metadata["shard_bytes"]), notes=json.loads(metadata["notes"]))
+        return cls(keys, **arrays, shard_bytes=facts["shard_bytes"], notes=facts["notes"])
 
 
 def index_path(shard: Path) -> Path:
@@ -94,8 +96,8 @@ def shard_of(index: Path) -> Path:
 def scan_shard(path: Path, *, extensions: Extensions | None = None, notes: dict[str, Any] | None = None) -> ShardIndex:
     """Read a tar once and return its index.
 
-    Raises ValueError for what a streaming reader would swallow in silence: a missing end marker, a damaged header, members that are not regular files, unknown members, duplicate keys,
-    keys that come back later, samples without an image.
+    Raises ValueError for what a streaming reader would swallow in silence: a missing end marker, a damaged header, members that are not regular files,
+    unknown members, duplicate keys, keys that come back later, samples without an image.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such shard.")
@@ -224,6 +226,7 @@ class ShardWriter:
         if kind is None:
             self.publish()
         else:
+            self._tar.close()
             self._file.close()
             self._temporary.unlink(missing_ok=True)
 
@@ -286,8 +289,8 @@ class Shards:
         content = os.pread(self._descriptors[shard], size, int(self._offset[number, column]))
         if len(content) != size or zlib.crc32(content) != self._crc32[number, column]:
             raise ValueError(
-                f"{self.paths[shard]}: key {self.keys[number]!r}: the bytes differ from what was indexed. Copy the shard again, or if it was changed on purpose: "
-                f"python -m multidomain_cct index {self.paths[shard]}"
+                f"{self.paths[shard]}: key {self.keys[number]!r}: the bytes differ from what was indexed. Copy the shard again, or if it was changed on"
+                f" purpose: python -m multidomain_cct index {self.paths[shard]}"
             )
         return content
 

@@ -1,14 +1,14 @@
 """The K auxiliary decoders of a domain, one at a time.
 
-Their logits never exist all at once: for each decoder in turn the loss and, in the same forward pass, its gradients with respect to the features and to that decoder are computed and only
-these are kept. Backward scales them. The result is exact, and memory does not grow with K.
+Their logits never exist all at once: for each decoder in turn the loss and, in the same forward pass, its gradients with respect to the features and to that
+decoder are computed and only these are kept. Backward scales them. The result is exact, and memory does not grow with K.
 
 Shapes: B images, C classes, D feature channels, h w feature size, H W image size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class AuxiliaryDecoder(nn.Module):
         return logits
 
 
-def consistency_loss(features: Tensor, auxiliaries: Sequence[AuxiliaryDecoder], distance: Callable[[Tensor], Tensor]) -> Tensor:
+def consistency_loss(features: Tensor, auxiliaries: nn.ModuleList, distance: Callable[[Tensor], Tensor]) -> Tensor:
     """Scalar: the mean over the decoders of `distance(logits)` (CCT equation 2), differentiable in the features and in the decoders' parameters."""
     if not torch.is_grad_enabled():
         return torch.stack([distance(auxiliary(features)) for auxiliary in auxiliaries]).mean()
@@ -45,7 +45,7 @@ def consistency_loss(features: Tensor, auxiliaries: Sequence[AuxiliaryDecoder], 
 
 class _EachInTurn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, auxiliaries: Sequence[AuxiliaryDecoder], distance: Callable[[Tensor], Tensor], *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, features: Tensor, auxiliaries: nn.ModuleList, distance: Callable[[Tensor], Tensor], *parameters: Tensor) -> Tensor:
         leaf = features.detach().requires_grad_()
         half = torch.is_autocast_enabled(features.device.type) and torch.get_autocast_dtype(features.device.type) == torch.float16
         scale = FP16_LOSS_SCALE if half else 1.0

@@ -31,7 +31,8 @@ def build_decoder(kind: str, channels: int, num_classes: int, stride: int) -> nn
 class PixelShuffleDecoder(nn.Sequential):
     """A 1x1 convolution to C channels, then one doubling by sub-pixel convolution per factor 2 of the stride (CCT section 4.1).
 
-    The authors also put a ReLU behind the last doubling, which keeps logits from being negative and leaves classes stuck at IoU 0; here the last doubling ends with its convolution.
+    The authors also put a ReLU behind the last doubling, which keeps logits from being negative and leaves classes stuck at IoU 0; here the last doubling
+    ends with its convolution.
     """
 
     def __init__(self, channels: int, num_classes: int, stride: int) -> None:

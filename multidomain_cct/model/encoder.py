@@ -40,7 +40,9 @@ class EncoderSettings:
     width: int = 512
     """Feature channels."""
     norm: str = "shared"
-    """`shared`: one batch norm for all domains; `per_domain`: statistics and scale of its own for each; `frozen`: the trunk's batch norms stay as loaded and the context module uses group norm."""
+    """`shared`: one batch norm for all domains; `per_domain`: statistics and scale of its own for each; `frozen`: the trunk's batch norms stay as loaded
+    and the context module uses group norm.
+    """
 
     def __post_init__(self) -> None:
         for name, allowed in (("context", CONTEXTS), ("norm", NORMS)):
@@ -54,6 +56,9 @@ class EncoderSettings:
 
 class Encoder(nn.Module):
     """Trunk and context module. Takes uint8 RGB and normalises it with the mean and deviation the trunk was trained with."""
+
+    mean: Tensor
+    deviation: Tensor
 
     def __init__(self, settings: EncoderSettings, domains: Iterable[str]) -> None:
         """Raises ValueError, with the remedy, for an unknown name, a stride that the trunk cannot have, or weights that do not fit."""
@@ -101,7 +106,8 @@ def build_trunk(settings: EncoderSettings) -> Any:
         levels = tuple(i for i, reduction in enumerate(reductions) if settings.stride <= reduction <= 32)
         if not levels or reductions[levels[0]] != settings.stride:
             raise ValueError(
-                f"encoder.stride is {settings.stride}, but {settings.name} has levels at the strides {reductions}. With context `fpn` choose one of these, at most 32."
+                f"encoder.stride is {settings.stride}, but {settings.name} has levels at the strides {reductions}. With context `fpn` choose one of these, at"
+                " most 32."
             )
         return _create(settings, options | {"out_indices": levels})
     if settings.stride not in (8, 16, 32):
@@ -186,12 +192,12 @@ class PerDomainNorm(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         parts = self.segments.parts
-        pieces = features.split([count for _, count in parts])
+        pieces = torch.split(features, [count for _, count in parts])
         # A domain's labelled and unlabelled images may stand apart; its statistics are taken over both.
         joined: dict[str, list[Tensor]] = {}
         for (name, _), piece in zip(parts, pieces, strict=True):
             joined.setdefault(name, []).append(piece)
-        normed = {name: iter(self.norms[name](torch.cat(own)).split([len(piece) for piece in own])) for name, own in joined.items()}
+        normed = {name: iter(torch.split(self.norms[name](torch.cat(own)), [len(piece) for piece in own])) for name, own in joined.items()}
         return torch.cat([next(normed[name]) for name, _ in parts])
 
 

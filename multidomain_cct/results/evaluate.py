@@ -39,8 +39,8 @@ def evaluate(
 ) -> list[Score]:
     """One score per domain.
 
-    `split` None scores each domain's val split of the recipe; `settings` None predicts as in training; `shards` replaces the recipe's folder of shards. `seen` is told each key.
-    Raises ValueError for a domain without a head and FileNotFoundError for a split without shards.
+    `split` None scores each domain's val split of the recipe; `settings` None predicts as in training; `shards` replaces the recipe's folder of shards.
+    `seen` is told each key. Raises ValueError for a domain without a head and FileNotFoundError for a split without shards.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     root = shards or Path(run.recipe.data.shards)

@@ -1,7 +1,8 @@
 """Checkpoints: atomic, verified, without pickles.
 
-`checkpoints/step-00000100/` holds model.safetensors, optimiser.safetensors, state.json and MANIFEST.json (sizes and sha256 of the others). It is written under a temporary name, synced and renamed,
-so a folder with its final name is whole. Nothing else is needed to resume: order, augmentation, learning rate and per-step randomness are functions of the step.
+`checkpoints/step-00000100/` holds model.safetensors, optimiser.safetensors, state.json and MANIFEST.json (sizes and sha256 of the others). It is written
+under a temporary name, synced and renamed, so a folder with its final name is whole. Nothing else is needed to resume: order, augmentation, learning rate and
+per-step randomness are functions of the step.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 
     Raises ValueError when there are checkpoints but none is whole.
     """
-    warnings = []
+    warnings: list[str] = []
     for checkpoint in reversed(checkpoints(folder)):
         trouble = damage(checkpoint)
         if trouble is None:

@@ -133,9 +133,10 @@ def _run(
             values = _score_metrics(scores)
             _record(accelerator, log, done, values)
             log.notice(f"step {done}: " + "  ".join(f"{name} mIoU {100 * scores[name].miou:.1f}" for name in scores))
-            best = values["val/mean_miou"] > state.best_miou
+            mean = arithmetic_and_harmonic([result.miou for result in scores.values()])[0]
+            best = mean > state.best_miou
             if best:
-                state = replace(state, best_step=done, best_miou=values["val/mean_miou"])
+                state = replace(state, best_step=done, best_miou=mean)
             window.restart_clock()
         if last or best or done % settings.save_every == 0:
             state = replace(state, step=done)
@@ -278,7 +279,9 @@ def _fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str,
 
 
 def _resumable_checkpoint(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams]) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, or None for a new run, and what the user should know of it. Raises ValueError rather than touch a folder that holds another run."""
+    """The checkpoint to go on from, or None for a new run, and what the user should know of it. Raises ValueError rather than touch a folder that holds
+    another run.
+    """
     folder = recipe.folder
     if not folder.exists() or not any(folder.iterdir()):
         return None, []

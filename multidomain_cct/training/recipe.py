@@ -125,7 +125,8 @@ class Recipe:
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with dotted `key=value` overrides applied.
 
-    Raises FileNotFoundError when there is no such file and ValueError, with one line that names the file or override and the key, for anything that cannot be used.
+    Raises FileNotFoundError when there is no such file and ValueError, with one line that names the file or override and the key, for anything that
+    cannot be used.
     """
     path = _found(path)
     plain = read_yaml(path)

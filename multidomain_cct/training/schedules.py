@@ -48,7 +48,9 @@ class ConsistencySettings:
     """The weight of the unsupervised loss."""
 
     weight: float = 30 / 21
-    """Weight after the ramp; 0 trains with supervision only, without auxiliary decoders. The authors' 30 is per pixel and class: 30/21 per pixel at 21 classes."""
+    """Weight after the ramp; 0 trains with supervision only, without auxiliary decoders. The authors' 30 is per pixel and class: 30/21 per pixel at 21
+    classes.
+    """
     ramp: str = "exp"
     """How the weight rises: `exp`, weight * exp(-5 (1 - t/T)^2); `linear`; `cosine`; `none`."""
     ramp_fraction: float = 0.1
@@ -77,7 +79,7 @@ def ramp_at(settings: ConsistencySettings, step: int, num_steps: int) -> float:
 def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> float:
     """The learning rate outside the trunk at a step."""
     t = step / num_steps
-    factor = {"poly": (1 - t) ** settings.power, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[settings.schedule]
+    factor: float = {"poly": (1 - t) ** settings.power, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[settings.schedule]
     return settings.lr * factor * min(1.0, (step + 1) / (settings.warmup + 1))
 
 

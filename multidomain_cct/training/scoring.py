@@ -56,7 +56,10 @@ class Score:
         extras += ", flip" if self.settings.flip else ""
         counted = sum(value is not None for value in self.iou.values())
         sizes = self.sizes[0] if len(self.sizes) == 1 else f"{len(self.sizes)} sizes"
-        return f"{self.domain.name}/{self.split}: {self.images} images at label resolution ({sizes}), {window}{extras}, mean over {counted} of {self.domain.num_classes} classes"
+        return (
+            f"{self.domain.name}/{self.split}: {self.images} images at label resolution ({sizes}), {window}{extras}, mean over {counted} of"
+            f" {self.domain.num_classes} classes"
+        )
 
     def as_json(self) -> dict[str, Any]:
         plain = {"split": self.split, "images": self.images, "miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "iou": self.iou}
@@ -105,7 +108,8 @@ def score(
 ) -> Score:
     """Score every image of a split once.
 
-    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told each key. The model is left in the mode it was in.
+    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told each key. The model is left in the
+    mode it was in.
     """
     was_training = model.training
     model.eval()

@@ -197,10 +197,10 @@ def test_two_masks_that_could_belong_to_an_image_are_refused(tmp_path: Path) -> 
     assert message == f"{tmp_path}/images/one.jpg: has 2 masks, one_mask.png and one_gt.png; keep one."
 
 
-@pytest.mark.parametrize("pattern", ["/etc/*.png", "../*.png"])
-def test_a_glob_that_leaves_the_raw_folder_is_refused(tmp_path: Path, pattern: str) -> None:
+@pytest.mark.parametrize("pattern", ["/etc/*.png", "../*.png", "images/**.png", "."])
+def test_a_glob_that_leaves_the_raw_folder_or_is_none_is_refused(tmp_path: Path, pattern: str) -> None:
     message = refused(ValueError, folder_domain(train=Split(pattern)), tmp_path)
-    assert message.startswith(f"mine: splits.train.images is {pattern}; a glob is relative to the raw folder and stays in it.")
+    assert message.startswith(f"mine: splits.train.images is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a whole folder.")
 
 
 # toy
@@ -339,7 +339,7 @@ def test_a_camvid_list_that_names_a_frame_twice_or_one_that_is_not_there_is_refu
     (tmp_path / "train.txt").write_text("mine\nyours\n")
     assert f"train.txt: names yours, and {tmp_path}/701_StillsRaw_full has no such image." in refused(ValueError, published("camvid"), tmp_path)
     (tmp_path / "train.txt").write_text("mine\nmine\n")
-    assert "goes by the name mine" in refused(ValueError, published("camvid"), tmp_path)
+    assert "train.txt: names mine 2 times; keep one." in refused(ValueError, published("camvid"), tmp_path)
 
 
 def test_a_camvid_split_without_frames_is_refused(tmp_path: Path) -> None:

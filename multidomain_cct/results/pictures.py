@@ -1,0 +1,81 @@
+"""Pictures of train ids: class colours, overlays with a legend, maps of the errors.
+
+Shapes: H W picture size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from multidomain_cct.data.domain import IGNORE, Domain
+
+RIGHT, WRONG, IGNORED = (72, 72, 72), (225, 45, 45), (0, 0, 0)
+"""Colours of an error map."""
+_PAPER, _INK = (255, 255, 255), (32, 32, 32)
+_NAME_LENGTH = 32
+
+
+def colored(ids: np.ndarray, domain: Domain) -> Image.Image:
+    """The (H, W) uint8 train ids in the classes' colours, RGB; ids without a class are black."""
+    return Image.fromarray(domain.palette[ids])
+
+
+def indexed(ids: np.ndarray, domain: Domain) -> Image.Image:
+    """A palette image whose indices are the (H, W) uint8 train ids; viewers show the classes' colours."""
+    image = Image.fromarray(ids)
+    image.putpalette(domain.palette.tobytes(), "RGB")
+    return image
+
+
+def overlay(image: Image.Image, ids: np.ndarray, domain: Domain, opacity: float = 0.5) -> Image.Image:
+    """The RGB image with the classes' colours laid over it; opacity is 0 to 1. Where the id is 255 the image stays as it is."""
+    strength = Image.fromarray(np.where(ids == IGNORE, 0, round(255 * opacity)).astype(np.uint8))
+    return Image.composite(colored(ids, domain), image, strength)
+
+
+def legend(domain: Domain, present: Iterable[int], *, width: int = 320, text_size: int = 14) -> Image.Image:
+    """A swatch and a name for each of the train ids that are present, in columns; at least `width` pixels wide."""
+    rows = [(_short(domain.classes[train_id].name), domain.classes[train_id].color) for train_id in sorted(set(present)) if train_id < domain.num_classes]
+    if IGNORE in present:
+        rows.append(("no class", IGNORED))
+    font = ImageFont.load_default(size=text_size)
+    gap, line = round(0.6 * text_size), round(1.6 * text_size)
+    cell = text_size + 3 * gap + max((round(font.getlength(name)) for name, _ in rows), default=0)
+    columns = max(1, min(len(rows), (width - gap) // cell))
+    height = -(-len(rows) // columns) * line + gap
+    picture = Image.new("RGB", (max(width, columns * cell + gap), height), _PAPER)
+    draw = ImageDraw.Draw(picture)
+    for number, (name, color) in enumerate(rows):
+        left, middle = gap + number % columns * cell, gap // 2 + number // columns * line + line // 2
+        top = middle - text_size // 2
+        draw.rectangle((left, top, left + text_size, top + text_size), fill=color, outline=_INK)
+        draw.text((left + text_size + gap, middle), name, fill=_INK, font=font, anchor="lm")
+    return picture
+
+
+def with_legend(image: Image.Image, legend: Image.Image) -> Image.Image:
+    """The image with the legend below it, both unscaled."""
+    page = Image.new("RGB", (max(image.width, legend.width), image.height + legend.height), _PAPER)
+    page.paste(image, (0, 0))
+    page.paste(legend, (0, image.height))
+    return page
+
+
+def error_map(truth: np.ndarray, prediction: np.ndarray) -> Image.Image:
+    """Where (H, W) predicted train ids are right (grey), wrong (red), or not scored because the truth is 255 (black)."""
+    colors = np.array([RIGHT, WRONG, IGNORED], dtype=np.uint8)
+    kind = np.where(truth == IGNORE, 2, (truth != prediction).astype(np.uint8))
+    return Image.fromarray(colors[kind])
+
+
+def printable(text: str) -> str:
+    r"""The text with line breaks and other control characters written out, such as \x07."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def _short(name: str) -> str:
+    name = printable(name)
+    return name if len(name) <= _NAME_LENGTH else name[: _NAME_LENGTH - 1] + "…"

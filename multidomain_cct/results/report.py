@@ -1,0 +1,298 @@
+"""One HTML page about one or several runs: scores, curves, pictures, and how each run was made. It opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from multidomain_cct.data.augment import decode
+from multidomain_cct.data.domain import IGNORE, Domain, read_domain
+from multidomain_cct.data.shards import Shards
+from multidomain_cct.results.pictures import error_map, indexed, printable
+from multidomain_cct.results.predict import predicted_ids
+from multidomain_cct.training.checkpoint import load_run
+from multidomain_cct.training.recipe import Recipe, read_recipe
+from multidomain_cct.training.runlog import read_metrics
+
+RUN_COLORS = ("#2f7fd1", "#e07b1a", "#2f9e62", "#c24a97", "#8468d0", "#a38a00", "#1a9aa8", "#d0525a")
+"""One per run, legible on white and on black; they repeat."""
+PANEL_WIDTH = 320
+_CURVE_POINTS = 400
+_INK = "#0b0c0d"
+"""Drawn by matplotlib, then replaced by the page's own text colour."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run's folder tells, without its checkpoints."""
+
+    folder: Path
+    label: str
+    """Name on the page; differs between runs."""
+    color: str
+    recipe: Recipe
+    domains: dict[str, Domain]
+    metrics: list[dict[str, Any]]
+    environment: dict[str, Any]
+
+    def series(self, key: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one metric; a value that was not finite is nan."""
+        points = [(line["step"], line[key]) for line in self.metrics if key in line]
+        return [step for step, _ in points], [float("nan") if value is None else float(value) for _, value in points]
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        return [line for line in self.metrics if line.get("val/mean_miou") is not None]
+
+    @property
+    def best(self) -> dict[str, Any]:
+        """The evaluation at which the checkpoint `best` was saved: the first with the highest mean."""
+        return max(self.evaluations, key=lambda line: line["val/mean_miou"])
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One val image beside its truth and what each run says of it."""
+
+    key: str
+    image: Image.Image
+    truth: np.ndarray
+    """(h, w) uint8 train ids at the size of the pictures."""
+    pictures: list[tuple[str, str]]
+    """Caption and data URI of each picture."""
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None, *, device: torch.device | None = None, panels: int = 4) -> Path:
+    """Write the page and return its path: `out`, or report.html in the run's folder, for several runs beside the first one's folder.
+
+    Several runs share their charts, one colour each. Pictures need the val shards and the last checkpoint; a line on the page says so where they are missing. `device` None is the GPU when there
+    is one. Raises FileNotFoundError for a folder that is not a run.
+    """
+    facts = _read_runs(list(dict.fromkeys(runs)))
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    out = out or (facts[0].folder if len(facts) == 1 else facts[0].folder.parent) / "report.html"
+    out = out / "report.html" if out.is_dir() else out
+    specs: dict[str, Domain] = {}
+    for run in facts:
+        specs = run.domains | specs
+    pictures, remarks = _panels(facts, specs, device, panels)
+    sections = [_domain_section(name, spec, facts) | {"panels": pictures.get(name, []), "remarks": remarks[name]} for name, spec in specs.items()]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"shown": printable, "percent": _percent}
+    page = environment.get_template("report.html.jinja").render(runs=facts, sections=sections, means=_mean_rows(facts), speeds=[_speed(run) for run in facts])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.tmp")
+    # A lone surrogate, as in a file name that is not UTF-8, has no bytes of its own.
+    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
+    os.replace(temporary, out)
+    return out
+
+
+def _read_runs(folders: Sequence[Path]) -> list[RunFacts]:
+    for folder in folders:
+        if not (folder / "recipe.yaml").is_file():
+            raise FileNotFoundError(f"{folder}: this is not a run's folder (it has no recipe.yaml).")
+    names = [folder.resolve().name for folder in folders]
+    facts = []
+    for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
+        recipe, metrics = read_recipe(folder / "recipe.yaml"), folder / "metrics.jsonl"
+        facts.append(
+            RunFacts(
+                folder=folder,
+                label=name if names.count(name) == 1 else str(folder),
+                color=RUN_COLORS[number % len(RUN_COLORS)],
+                recipe=recipe,
+                domains={domain: read_domain(folder / "domains" / f"{domain}.yaml") for domain in recipe.domains},
+                metrics=[line for line in read_metrics(metrics) if isinstance(line, dict) and "step" in line] if metrics.is_file() else [],
+                environment=_environment(folder / "env.json"),
+            )
+        )
+    return facts
+
+
+def _environment(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    return content if isinstance(content, dict) else {}
+
+
+def _domain_section(name: str, spec: Domain, facts: Sequence[RunFacts]) -> dict[str, Any]:
+    """Scores, curves and class bars of one domain."""
+    own = [run for run in facts if name in run.domains]
+    rows = []
+    for run in own:
+        lines = [line for line in run.evaluations if f"val/{name}/miou" in line]
+        scores = {kind: _scores(line, name) for kind, line in (("last", lines[-1]), ("best", run.best))} if lines else {"last": None, "best": None}
+        facts_of_row = {"run": run, "choice": run.recipe.domains[name], "images": _num_images(run, name)}
+        rows.append(facts_of_row | scores | {"protocol": _protocol(run, name, scores["last"]) if lines else ""})
+    scored = [row for row in rows if row["last"]]
+    names = dict.fromkeys(label.name for run in own for label in run.domains[name].classes)
+    bars = [{"name": label, "values": [(row["run"], row["last"]["iou"].get(label)) for row in scored]} for label in names]
+    return {"name": name, "spec": spec, "rows": rows, "charts": list(_charts(name, own)), "bars": bars if scored else []}
+
+
+def _scores(line: Mapping[str, Any], name: str) -> dict[str, Any]:
+    prefix = f"val/{name}/iou/"
+    iou = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
+    return {"step": line["step"], "miou": line.get(f"val/{name}/miou"), "accuracy": line.get(f"val/{name}/pixel_accuracy"), "iou": iou}
+
+
+def _protocol(run: RunFacts, name: str, score: Mapping[str, Any]) -> str:
+    """How the numbers of the last evaluation were made, in one line."""
+    settings = run.recipe.evaluation
+    view = "whole image" if settings.window is None else f"window {settings.window[0]}x{settings.window[1]}"
+    view += (f", scales {settings.scales}" if settings.scales != [1.0] else "") + (", flip" if settings.flip else "")
+    counted = sum(value is not None for value in score["iou"].values())
+    where = f"{run.label}, step {score['step']}: {run.recipe.domains[name].val_split} split at label resolution"
+    return f"{where}, {view}, mean over {counted} of {len(score['iou'])} classes."
+
+
+def _mean_rows(facts: Sequence[RunFacts]) -> list[dict[str, Any]]:
+    """Means over domains, of the runs that have several and were evaluated."""
+    return [{"run": run, "last": run.evaluations[-1], "best": run.best} for run in facts if run.evaluations and len(run.domains) > 1]
+
+
+def _speed(run: RunFacts) -> dict[str, Any]:
+    def values(key: str) -> list[float]:
+        return [value for value in run.series(f"sys/{key}")[1] if value == value]
+
+    rates, peaks, waits = values("images_per_s"), values("peak_mib"), values("data_wait_fraction")
+    return {
+        "run": run,
+        "steps": max((line["step"] for line in run.metrics), default=0),
+        "images_per_s": median(rates) if rates else None,
+        "peak_mib": max(peaks, default=None),
+        "data_wait": mean(waits) if waits else None,
+    }
+
+
+def _num_images(run: RunFacts, name: str) -> int | None:
+    try:
+        return len(_val_shards(run, name))
+    except (ValueError, FileNotFoundError):
+        return None
+
+
+def _val_shards(run: RunFacts, name: str) -> Shards:
+    split = run.recipe.domains[name].val_split
+    if not split:
+        raise ValueError("the recipe names no val split")
+    return Shards.open(Path(run.recipe.data.shards) / name, split)
+
+
+def _charts(name: str, runs: Sequence[RunFacts]) -> Iterator[tuple[str, str]]:
+    """(title, SVG) of each loss term and of the val mIoU."""
+    terms = dict.fromkeys(key for run in runs for line in run.metrics for key in line if key.startswith(f"train/{name}/"))
+    for key in terms:
+        yield f"{key.removeprefix(f'train/{name}/')} loss", _chart(key, runs)
+    if any(f"val/{name}/miou" in line for run in runs for line in run.metrics):
+        yield "val mIoU, %", _chart(f"val/{name}/miou", runs, factor=100)
+
+
+def _chart(key: str, runs: Iterable[RunFacts], *, factor: float = 1) -> str:
+    """An inline SVG of one metric over the steps, a line per run."""
+    style = {"font.size": 8.5, "font.sans-serif": ["DejaVu Sans"], "svg.fonttype": "none", "svg.hashsalt": "report", "axes.linewidth": 0.6}
+    style |= {f"{part}.color": _INK for part in ("text", "xtick", "ytick")} | {"axes.edgecolor": _INK, "axes.labelcolor": _INK, "grid.color": _INK}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(3.5, 2.1), layout="constrained")
+        axes = figure.add_subplot()
+        for run in runs:
+            steps, values = _thinned(*run.series(key))
+            axes.plot(steps, np.array(values) * factor, color=run.color, linewidth=1.4, marker="o" if len(steps) < 25 else "", markersize=3)
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.15, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor").replace("'DejaVu Sans'", "system-ui")
+
+
+def _thinned(steps: list[int], values: list[float]) -> tuple[list[float], list[float]]:
+    """At most _CURVE_POINTS points; where there are more, each is the mean of its neighbours."""
+    parts = min(len(steps), _CURVE_POINTS)
+    if not parts:
+        return [], []
+    return [float(part.mean()) for part in np.array_split(steps, parts)], [float(part.mean()) for part in np.array_split(values, parts)]
+
+
+def _panels(facts: Sequence[RunFacts], specs: Mapping[str, Domain], device: torch.device, count: int) -> tuple[dict[str, list[Panel]], dict[str, list[str]]]:
+    """Panels by domain, the same images for every run, and what has to be said where there are none."""
+    panels: dict[str, list[Panel]] = {}
+    remarks: dict[str, list[str]] = {name: [] for name in specs}
+    for name, spec in specs.items():
+        for run in facts:
+            if name in run.domains and name not in panels and run.domains[name].class_fingerprint == spec.class_fingerprint:
+                try:
+                    panels[name] = _chosen_images(_val_shards(run, name), spec, count)
+                except (ValueError, FileNotFoundError) as error:
+                    remarks[name].append(f"No pictures from {run.label}: {error}")
+    for run in facts:
+        wanted = [name for name in panels if name in run.domains]
+        try:
+            loaded = load_run(run.folder)
+        except (ValueError, FileNotFoundError) as error:
+            for name in wanted:
+                remarks[name].append(f"No predictions of {run.label}: {error}")
+            continue
+        model = loaded.model.to(device)
+        for name in wanted:
+            if run.domains[name].class_fingerprint != specs[name].class_fingerprint:
+                remarks[name].append(f"No predictions of {run.label}: its {name} has other classes.")
+                continue
+            for panel in panels[name]:
+                ids = predicted_ids(model, panel.image, name, run.recipe.evaluation, device)
+                panel.pictures.extend(_answer(panel, ids, specs[name], f" of {run.label}" if len(facts) > 1 else ""))
+    return panels, remarks
+
+
+def _chosen_images(shards: Shards, domain: Domain, count: int) -> list[Panel]:
+    """Images spread evenly over the split's keys in alphabetical order, so that every run and every packing shows the same ones."""
+    by_key = sorted(range(len(shards)), key=lambda number: shards.keys[number])
+    panels = []
+    for place in dict.fromkeys(np.linspace(0, len(by_key) - 1, min(count, len(by_key))).round().astype(int).tolist()):
+        record = shards.read(by_key[place])
+        image, mask = decode(record, domain)
+        if mask is None:
+            raise ValueError(f"{record.shard}: key {record.key!r} has no mask.")
+        size = (min(PANEL_WIDTH, image.width), max(1, round(image.height * min(1, PANEL_WIDTH / image.width))))
+        truth = np.asarray(mask.resize(size, Image.Resampling.NEAREST))
+        pictures = [("image", _data_uri(image.resize(size, Image.Resampling.LANCZOS), "JPEG")), ("truth", _data_uri(indexed(truth, domain), "PNG"))]
+        panels.append(Panel(record.key, image, truth, pictures))
+    return panels
+
+
+def _answer(panel: Panel, ids: np.ndarray, domain: Domain, whose: str) -> list[tuple[str, str]]:
+    """The prediction and its errors, at the size of the panel."""
+    small = np.asarray(Image.fromarray(ids).resize(panel.truth.shape[::-1], Image.Resampling.NEAREST))
+    wrong = float((small != panel.truth)[panel.truth != IGNORE].mean()) if (panel.truth != IGNORE).any() else 0.0
+    errors = _data_uri(error_map(panel.truth, small), "PNG")
+    return [(f"prediction{whose}", _data_uri(indexed(small, domain), "PNG")), (f"errors{whose}: {100 * wrong:.1f} %", errors)]
+
+
+def _data_uri(picture: Image.Image, kind: str) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, quality=85, optimize=True)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}"

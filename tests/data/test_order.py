@@ -1,0 +1,73 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from multidomain_cct.data.order import Stream, batch_positions, labelled_subset, seed_from
+
+KEYS = [f"image_{n:03d}" for n in range(64)]
+
+
+@given(samples=st.integers(1, 60), seed=st.integers(0, 5), epoch=st.integers(0, 4))
+def test_every_sample_stands_once_in_each_epoch(samples: int, seed: int, epoch: int) -> None:
+    stream = Stream("camvid/labelled", samples, seed)
+    seen = [stream.at(epoch * samples + offset) for offset in range(samples)]
+    assert {e for e, _ in seen} == {epoch}
+    assert sorted(sample for _, sample in seen) == list(range(samples))
+
+
+def test_epochs_seeds_and_streams_have_orders_of_their_own() -> None:
+    def order(name: str, seed: int, epoch: int) -> list[int]:
+        return [Stream(name, 50, seed).at(epoch * 50 + offset)[1] for offset in range(50)]
+
+    orders = [order("a", 0, 0), order("a", 0, 1), order("a", 1, 0), order("b", 0, 0)]
+    assert len({tuple(o) for o in orders}) == 4
+    assert order("a", 0, 0) == order("a", 0, 0)
+
+
+@given(turn=st.integers(0, 20), share=st.integers(1, 6), parts=st.sampled_from([1, 2, 3, 4]))
+def test_parts_of_a_global_batch_are_the_batch_in_order(turn: int, share: int, parts: int) -> None:
+    batch = share * parts
+    joined = [p for part in range(parts) for p in batch_positions(turn, batch, part=part, parts=parts)]
+    assert joined == list(range(turn * batch, (turn + 1) * batch))
+
+
+def test_labelled_subsets_nest() -> None:
+    subsets = [set(labelled_subset(KEYS, str(n), seed=0, where="x")) for n in (1, 5, 20, 64)]
+    assert [len(s) for s in subsets] == [1, 5, 20, 64]
+    assert all(small < large for small, large in zip(subsets, subsets[1:], strict=False))
+
+
+def test_a_subset_does_not_hang_on_the_listing_order() -> None:
+    assert labelled_subset(KEYS, "7", seed=0, where="x") == labelled_subset(KEYS[::-1], "7", seed=0, where="x")
+    assert labelled_subset(KEYS, "7", seed=0, where="x") != labelled_subset(KEYS, "7", seed=1, where="x")
+
+
+def test_a_share_takes_that_part_of_the_images() -> None:
+    assert labelled_subset(KEYS, "1/16", seed=0, where="x") == labelled_subset(KEYS, "4", seed=0, where="x")
+    assert len(labelled_subset(KEYS, "all", seed=0, where="x")) == 64
+
+
+def test_a_list_file_takes_its_keys(tmp_path: Path) -> None:
+    path = tmp_path / "labelled.txt"
+    path.write_text("image_003\n\nimage_001\n")
+    assert labelled_subset(KEYS, str(path), seed=0, where="x") == ["image_001", "image_003"]
+    path.write_text("image_999\n")
+    with pytest.raises(ValueError, match="lists the key 'image_999'"):
+        labelled_subset(KEYS, str(path), seed=0, where="x")
+
+
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [("65", "asks for 65 labelled images; there are 64"), ("3/2", "at most 1"), ("many", "a number, a share such as 1/16"), ("1/0", "at most 1")],
+)
+def test_a_budget_that_cannot_be_met_is_refused(budget: str, message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+        labelled_subset(KEYS, budget, seed=0, where="domains.camvid.labelled")
+    assert str(error.value).startswith("domains.camvid.labelled")
+
+
+def test_seeds_are_the_same_in_every_process_and_version() -> None:
+    assert seed_from(0, "camvid", 3) == 5000253735151232494
+    assert seed_from("1") != seed_from(1)
