@@ -57,6 +57,9 @@ class DomainSettings:
             raise ValueError(f"unlabelled is {self.unlabelled!r}; it is one of {', '.join(UNLABELLED)}.")
         if self.labelled == "0":
             raise ValueError("labelled is 0; a domain needs at least one labelled image.")
+        for name, batch in (("labelled_batch", self.labelled_batch), ("unlabelled_batch", self.unlabelled_batch)):
+            if batch is not None and batch < 1:
+                raise ValueError(f"{name} is {batch}; it is at least 1.")
 
 
 @dataclass(frozen=True)
@@ -293,6 +296,8 @@ def _loader(data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetc
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_to_the_parent,
+        # A loader draws a seed for its workers when it starts; from its own generator, or a resumed run would differ from an uninterrupted one.
+        generator=torch.Generator().manual_seed(0),
     )
 
 

@@ -129,12 +129,16 @@ def _finished_part(folder: Path, split: str, plan: str, samples: list[RawSample]
     """What the finished shards of an interrupted packing hold, and their number."""
     summary = Summary()
     paths = shard_paths(folder, split)
-    for path in paths:
+    for number, path in enumerate(paths):
         notes = ShardIndex.load(index_path(path)).notes if index_path(path).is_file() else {}
         if notes.get("plan") != plan:
             raise ValueError(
                 f"{path} was packed from other raw files, another class table or other settings. Remove it to pack again, or choose another folder with --out."
             )
+        expected = folder / f"{split}-{number:05d}.tar"
+        if path != expected:
+            # The samples of a missing shard would be taken for those of the next one.
+            raise ValueError(f"{path} is there, but {expected} before it is missing. Put that back, or remove the {split} shards to pack the split again.")
         summary.add_json(notes["summary"])
     return summary, len(paths)
 

@@ -41,6 +41,8 @@ class PixelShuffleDecoder(nn.Sequential):
         for doubling in range(doublings):
             convolution = nn.Conv2d(num_classes, 4 * num_classes, 1)
             icnr_(convolution.weight)
+            # Random biases would differ between the sub-pixels.
+            nn.init.zeros_(convolution.get_parameter("bias"))
             layers += [convolution, nn.PixelShuffle(2)]
             if doubling < doublings - 1:
                 layers.insert(-1, nn.ReLU())

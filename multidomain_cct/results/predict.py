@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from multidomain_cct.data.augment import whole_view
-from multidomain_cct.data.encode import load_image
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.encode import load_image
 from multidomain_cct.model.inference import InferenceSettings, predict_probabilities

@@ -6,7 +6,7 @@ import base64
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from multidomain_cct.data.augment import decode
@@ -72,15 +73,15 @@ class Panel:
     image: Image.Image
     truth: np.ndarray
     """(h, w) uint8 train ids at the size of the pictures."""
-    pictures: list[tuple[str, str]]
-    """Caption and data URI of each picture."""
+    pictures: list[tuple[str, str, RunFacts | None]]
+    """Caption and data URI of each picture, and the run whose it is."""
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None, *, device: torch.device | None = None, panels: int = 4) -> Path:
     """Write the page and return its path: `out`, or report.html in the run's folder, for several runs beside the first one's folder.
 
-    Several runs share their charts, one colour each. Pictures need the val shards and the last checkpoint; a line on the page says so where they are missing. `device` None is the GPU when there
-    is one. Raises FileNotFoundError for a folder that is not a run.
+    Several runs share their charts, one colour each. Pictures need the val shards and the last checkpoint; a line on the page says so where they are
+    missing. `device` None is the GPU when there is one. Raises FileNotFoundError for a folder that is not a run.
     """
     facts = _read_runs(list(dict.fromkeys(runs)))
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -88,7 +89,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, device: torch
     out = out / "report.html" if out.is_dir() else out
     specs: dict[str, Domain] = {}
     for run in facts:
-        specs = run.domains | specs
+        specs |= {name: domain for name, domain in run.domains.items() if name not in specs}
     pictures, remarks = _panels(facts, specs, device, panels)
     sections = [_domain_section(name, spec, facts) | {"panels": pictures.get(name, []), "remarks": remarks[name]} for name, spec in specs.items()]
     environment = jinja2.Environment(
@@ -139,10 +140,12 @@ def _domain_section(name: str, spec: Domain, facts: Sequence[RunFacts]) -> dict[
     own = [run for run in facts if name in run.domains]
     rows = []
     for run in own:
+        row: dict[str, Any] = {"run": run, "choice": run.recipe.domains[name], "images": _num_images(run, name), "last": None, "best": None}
         lines = [line for line in run.evaluations if f"val/{name}/miou" in line]
-        scores = {kind: _scores(line, name) for kind, line in (("last", lines[-1]), ("best", run.best))} if lines else {"last": None, "best": None}
-        facts_of_row = {"run": run, "choice": run.recipe.domains[name], "images": _num_images(run, name)}
-        rows.append(facts_of_row | scores | {"protocol": _protocol(run, name, scores["last"]) if lines else ""})
+        if lines:
+            last = _scores(lines[-1], name)
+            row |= {"last": last, "best": _scores(run.best, name), "protocol": _protocol(run, name, last)}
+        rows.append(row)
     scored = [row for row in rows if row["last"]]
     names = dict.fromkeys(label.name for run in own for label in run.domains[name].classes)
     bars = [{"name": label, "values": [(row["run"], row["last"]["iou"].get(label)) for row in scored]} for label in names]
@@ -207,7 +210,7 @@ def _charts(name: str, runs: Sequence[RunFacts]) -> Iterator[tuple[str, str]]:
         yield "val mIoU, %", _chart(f"val/{name}/miou", runs, factor=100)
 
 
-def _chart(key: str, runs: Iterable[RunFacts], *, factor: float = 1) -> str:
+def _chart(key: str, runs: Sequence[RunFacts], *, factor: float = 1) -> str:
     """An inline SVG of one metric over the steps, a line per run."""
     style = {"font.size": 8.5, "font.sans-serif": ["DejaVu Sans"], "svg.fonttype": "none", "svg.hashsalt": "report", "axes.linewidth": 0.6}
     style |= {f"{part}.color": _INK for part in ("text", "xtick", "ytick")} | {"axes.edgecolor": _INK, "axes.labelcolor": _INK, "grid.color": _INK}
@@ -218,10 +221,13 @@ def _chart(key: str, runs: Iterable[RunFacts], *, factor: float = 1) -> str:
             steps, values = _thinned(*run.series(key))
             axes.plot(steps, np.array(values) * factor, color=run.color, linewidth=1.4, marker="o" if len(steps) < 25 else "", markersize=3)
         axes.set_xlabel("step")
+        axes.set_xlim(0, max(run.recipe.training.steps for run in runs))
+        axes.set_ylim(bottom=0, top=1.05 * max(axes.get_ylim()[1], 1e-6))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor").replace("'DejaVu Sans'", "system-ui")
 
@@ -260,7 +266,7 @@ def _panels(facts: Sequence[RunFacts], specs: Mapping[str, Domain], device: torc
                 continue
             for panel in panels[name]:
                 ids = predicted_ids(model, panel.image, name, run.recipe.evaluation, device)
-                panel.pictures.extend(_answer(panel, ids, specs[name], f" of {run.label}" if len(facts) > 1 else ""))
+                panel.pictures.extend(_answer(run, panel, ids, specs[name]))
     return panels, remarks
 
 
@@ -275,17 +281,18 @@ def _chosen_images(shards: Shards, domain: Domain, count: int) -> list[Panel]:
             raise ValueError(f"{record.shard}: key {record.key!r} has no mask.")
         size = (min(PANEL_WIDTH, image.width), max(1, round(image.height * min(1, PANEL_WIDTH / image.width))))
         truth = np.asarray(mask.resize(size, Image.Resampling.NEAREST))
-        pictures = [("image", _data_uri(image.resize(size, Image.Resampling.LANCZOS), "JPEG")), ("truth", _data_uri(indexed(truth, domain), "PNG"))]
-        panels.append(Panel(record.key, image, truth, pictures))
+        photo = _data_uri(image.resize(size, Image.Resampling.LANCZOS), "JPEG")
+        panels.append(Panel(record.key, image, truth, [("image", photo, None), ("truth", _data_uri(indexed(truth, domain), "PNG"), None)]))
     return panels
 
 
-def _answer(panel: Panel, ids: np.ndarray, domain: Domain, whose: str) -> list[tuple[str, str]]:
-    """The prediction and its errors, at the size of the panel."""
+def _answer(run: RunFacts, panel: Panel, ids: np.ndarray, domain: Domain) -> list[tuple[str, str, RunFacts | None]]:
+    """The run's prediction and its errors, at the size of the panel."""
     small = np.asarray(Image.fromarray(ids).resize(panel.truth.shape[::-1], Image.Resampling.NEAREST))
-    wrong = float((small != panel.truth)[panel.truth != IGNORE].mean()) if (panel.truth != IGNORE).any() else 0.0
-    errors = _data_uri(error_map(panel.truth, small), "PNG")
-    return [(f"prediction{whose}", _data_uri(indexed(small, domain), "PNG")), (f"errors{whose}: {100 * wrong:.1f} %", errors)]
+    scored = panel.truth != IGNORE
+    wrong = float((small != panel.truth)[scored].mean()) if scored.any() else 0.0
+    prediction, errors = _data_uri(indexed(small, domain), "PNG"), _data_uri(error_map(panel.truth, small), "PNG")
+    return [("prediction", prediction, run), (f"{100 * wrong:.1f} % wrong", errors, run)]
 
 
 def _data_uri(picture: Image.Image, kind: str) -> str:

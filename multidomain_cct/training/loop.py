@@ -44,6 +44,8 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     Raises ValueError or FileNotFoundError, before anything is written, for what the user has to change, and RunFailed when the run cannot go on.
     """
     accelerator = Accelerator(
+        # Without being told, Accelerate runs each process of a CPU launch on its own.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=recipe.training.precision,
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.data.schedule == "alternate")],
         log_with=recipe.training.trackers or None,
@@ -160,6 +162,8 @@ def _optimise(
     """
     accumulation = recipe.training.accumulation
     trouble: str | None = None
+    # A forward pass that is not finite has already spoilt the running statistics of batch norms.
+    statistics = [buffer.clone() for buffer in model.buffers()]
     for micro in range(accumulation):
         batches = {name: batch.to(accelerator.device) for name, batch in window.timed_next(micro_batches).items()}
         if trouble is not None:
@@ -183,6 +187,9 @@ def _optimise(
         else:
             optimiser.step()
     optimiser.zero_grad()
+    if trouble is not None:
+        for buffer, before in zip(model.buffers(), statistics, strict=True):
+            buffer.copy_(before)
     return trouble
 
 

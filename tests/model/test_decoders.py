@@ -1,0 +1,86 @@
+"""Decoders bring features to the image's resolution and start without artefacts."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from multidomain_cct.model.decoders import build_decoder, icnr_
+
+
+@pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
+@pytest.mark.parametrize("stride", [1, 2, 8, 16, 32])
+def test_logits_have_the_images_resolution_and_one_channel_per_class(kind: str, stride: int) -> None:
+    decoder = build_decoder(kind, channels=12, num_classes=5, stride=stride)
+    assert decoder(torch.rand(2, 12, 3, 2)).shape == (2, 5, 3 * stride, 2 * stride)
+
+
+def test_bilinear_undoes_any_stride() -> None:
+    assert build_decoder("bilinear", 12, 5, stride=14)(torch.rand(1, 12, 2, 3)).shape == (1, 5, 28, 42)
+
+
+def test_a_stride_that_is_no_power_of_two_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError) as caught:
+        build_decoder("pixelshuffle", 12, 5, stride=14)
+    assert "the encoder's stride is 14, not a power of two. Use decoder=bilinear." in str(caught.value)
+
+
+def test_an_unknown_decoder_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError) as caught:
+        build_decoder("unet", 12, 5, stride=8)
+    assert str(caught.value) == "decoder is 'unet'; it is one of pixelshuffle, bilinear."
+
+
+def test_icnr_fills_groups_of_four_equal_rows() -> None:
+    weight = nn.Conv2d(6, 24, 1).weight
+    icnr_(weight)
+    groups = weight.detach().view(6, 4, 6)
+    assert torch.equal(groups, groups[:, :1].expand_as(groups))
+    assert len(groups[:, 0].unique(dim=0)) == 6 and weight.requires_grad
+    # Kaiming's deviation of a row with 6 inputs and a ReLU behind it.
+    large = torch.empty(4 * 64, 50, 1, 1)
+    icnr_(large)
+    assert large.std().item() == pytest.approx((2 / 50) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("stride", [2, 8])
+def test_sub_pixels_of_a_position_start_equal(stride: int) -> None:
+    torch.manual_seed(0)
+    logits = build_decoder("pixelshuffle", 12, 5, stride)(torch.randn(2, 12, 3, 4)).detach()
+    blocks = logits.unflatten(2, (3, stride)).unflatten(4, (4, stride))  # (B, C, h, s, w, s)
+    assert torch.equal(blocks, blocks[:, :, :, :1, :, :1].expand_as(blocks))
+    assert len(blocks[:, :, :, 0, :, 0].flatten().unique()) > 10
+
+
+def test_pixelshuffle_logits_may_be_negative() -> None:
+    torch.manual_seed(0)
+    logits = build_decoder("pixelshuffle", 32, 5, stride=8)(torch.rand(4, 32, 8, 8))
+    negative = (logits < 0).double().mean(dim=(0, 2, 3))  # (C,)
+    assert negative.max() > 0.2 and not (logits == 0).any()
+
+
+def test_a_pixelshuffle_decoder_fits_a_checkerboard_which_its_start_does_not_show() -> None:
+    torch.manual_seed(0)
+    decoder = build_decoder("pixelshuffle", 4, 2, stride=2)
+    features = torch.ones(1, 4, 2, 2)
+    target = (torch.arange(4)[:, None] + torch.arange(4)).remainder(2)[None]
+    optimiser = torch.optim.Adam(decoder.parameters(), lr=0.05)
+    for _ in range(100):
+        loss = nn.functional.cross_entropy(decoder(features), target)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    assert torch.equal(decoder(features).argmax(dim=1), target)
+
+
+def test_bilinear_passes_constants_and_interpolates_between_positions() -> None:
+    decoder = build_decoder("bilinear", 3, 2, stride=4)
+    flat = decoder(torch.ones(1, 3, 2, 2))
+    torch.testing.assert_close(flat, flat[..., :1, :1].expand_as(flat))
+    with torch.no_grad():
+        ends = decoder.classify(torch.tensor([1.0, 2.0]).expand(1, 3, 1, 2))[..., 0, :]  # (1, C, 2)
+        row = decoder(torch.tensor([1.0, 2.0]).expand(1, 3, 1, 2))[0, :, 0]  # (C, 8)
+    # Pixel centres of a stride of 4: two pixels beyond each position's centre, four equal steps of a quarter between them.
+    weights = torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1])
+    torch.testing.assert_close(row, ends[0, :, :1] + (ends[0, :, 1:] - ends[0, :, :1]) * weights)

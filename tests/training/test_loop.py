@@ -1,0 +1,250 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from multidomain_cct.data.domain import read_domain
+from multidomain_cct.data.loader import TrainingSet, open_streams
+from multidomain_cct.data.order import seed_from
+from multidomain_cct.training.checkpoint import build_model, checkpoints, load_run, read_state
+from multidomain_cct.training.loop import RunFailed, train
+from multidomain_cct.training.recipe import Recipe
+from multidomain_cct.training.runlog import read_metrics
+from multidomain_cct.training.schedules import ramp_at
+
+TinyRecipe = Callable[..., Recipe]
+DETERMINISTIC = {"feature_noise": {"count": 0}, "dropout": {"count": 0}, "feature_drop": {"count": 2, "low": 0.7, "high": 0.7}}
+FROZEN = {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "frozen"}
+
+
+def start(recipe: Recipe, shards: Path) -> Path:
+    return train(recipe, [shards / "domains"])
+
+
+def logged(run: Path, key: str) -> list[float]:
+    return [line[key] for line in read_metrics(run / "metrics.jsonl") if key in line]
+
+
+def weights(run: Path, which: int = -1) -> dict[str, torch.Tensor]:
+    return load_file(checkpoints(run / "checkpoints")[which] / "model.safetensors")
+
+
+def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert one.keys() == other.keys()
+    return max((one[name].float() - other[name].float()).abs().max().item() for name in one)
+
+
+def test_a_run_leaves_its_folder_complete(tiny_run: Path) -> None:
+    assert {path.name for path in tiny_run.iterdir()} >= {"recipe.yaml", "domains", "env.json", "metrics.jsonl", "checkpoints"}
+    assert sorted(path.name for path in (tiny_run / "domains").iterdir()) == ["fields.yaml", "shapes.yaml"]
+    assert json.loads((tiny_run / "env.json").read_text())["command"] == "multidomain_cct train tiny.yaml"
+    lines = read_metrics(tiny_run / "metrics.jsonl")
+    keys = {key for line in lines for key in line}
+    assert {"step", "lr", "sys/images_per_s", "sys/peak_mib", "sys/data_wait_fraction", "val/mean_miou"} <= keys
+    for name, last in (("fields", "barn"), ("shapes", "ground")):
+        assert {f"train/{name}/supervised", f"train/{name}/consistency", f"val/{name}/miou", f"val/{name}/iou/{last}"} <= keys
+
+
+def test_logged_terms_are_the_terms_of_the_forward_pass(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    recipe = tiny_recipe()
+    run = start(recipe, two_domains)
+    domains = {name: read_domain(two_domains / "domains" / f"{name}.yaml") for name in recipe.domains}
+    streams = [open_streams(domain, recipe.domains[name], recipe.data) for name, domain in domains.items()]
+    batches = TrainingSet(streams, seed=recipe.seed, augment=recipe.data.augment)[0]
+    assert isinstance(batches, dict)
+    model = build_model(recipe, domains, unlabelled={name: True for name in domains}).train()
+    torch.manual_seed(seed_from(recipe.seed, 0, 0, "step"))
+    losses = model(batches, ramp=ramp_at(recipe.consistency, 0, recipe.training.steps))
+    assert set(losses) == {"fields/supervised", "fields/consistency", "shapes/supervised", "shapes/consistency"}
+    for term, value in losses.items():
+        assert logged(run, f"train/{term}")[0] == pytest.approx(value.item(), rel=1e-6)
+
+
+def test_a_killed_run_resumes_to_the_same_bytes(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
+    def command(name: str, *more: str) -> list[str]:
+        changes = [f"name={name}", "data.workers=2", "training.steps=20", "training.save_every=5", "training.keep=9", *more]
+        return [sys.executable, "-m", "multidomain_cct", str(path), *changes, "--domains", str(two_domains / "domains")]
+
+    path = tmp_path / "tiny.yaml"
+    path.write_text(tiny_recipe(training={"steps": 20, "log_every": 1}).to_yaml())
+    subprocess.run(command("straight"), check=True, timeout=300, capture_output=True)
+    killed = subprocess.Popen(command("killed"), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    saved = tmp_path / "runs" / "killed" / "checkpoints" / "step-00000010"
+    deadline = time.monotonic() + 200
+    while not saved.exists() and killed.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.killpg(killed.pid, signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    subprocess.run(command("killed", "resume=auto"), check=True, timeout=300, capture_output=True)
+    runs = [tmp_path / "runs" / name for name in ("straight", "killed")]
+    for name in ("model.safetensors", "optimiser.safetensors"):
+        contents = [(checkpoints(run / "checkpoints")[-1] / name).read_bytes() for run in runs]
+        assert contents[0] == contents[1]
+    losses = [logged(run, "train/fields/consistency") for run in runs]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+
+
+def test_supervised_runs_see_the_same_images_and_start_from_the_same_weights(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    cct = start(tiny_recipe(name="cct", encoder=FROZEN), two_domains)
+    supervised = start(tiny_recipe(name="supervised", encoder=FROZEN, consistency={"weight": 0}), two_domains)
+    assert not any(key.endswith("/consistency") for line in read_metrics(supervised / "metrics.jsonl") for key in line)
+    assert not any(".auxiliaries." in name for name in weights(supervised))
+    assert logged(cct, "train/shapes/supervised")[0] == logged(supervised, "train/shapes/supervised")[0]
+
+
+def test_accumulation_keeps_the_global_batch(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    runs = []
+    for parts in (1, 2):
+        recipe = tiny_recipe(name=f"parts{parts}", encoder=FROZEN, perturbations=DETERMINISTIC, training={"steps": 3, "log_every": 1, "accumulation": parts})
+        runs.append(start(recipe, two_domains))
+    for term in ("fields/supervised", "shapes/consistency"):
+        assert logged(runs[0], f"train/{term}") == pytest.approx(logged(runs[1], f"train/{term}"), abs=1e-5)
+    assert largest_difference(weights(runs[0]), weights(runs[1])) < 1e-5
+
+
+def test_alternating_domains_take_turns(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    run = start(tiny_recipe(data__schedule="alternate", training__steps=4), two_domains)
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "lr" in line]
+    assert [sorted({key.split("/")[1] for key in line if key.startswith("train/")}) for line in lines] == [["fields"], ["shapes"]] * 2
+
+
+@pytest.mark.parametrize(
+    "changes", [{"training__precision": "bf16"}, {"optimiser": {"name": "adamw", "lr": 1e-3}}, {"encoder__norm": "per_domain"}, {"training__clip": 0.1}]
+)
+def test_other_settings_train_and_can_be_loaded(tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object]) -> None:
+    run = start(tiny_recipe(**changes), two_domains)
+    assert all(value > 0 for value in logged(run, "train/fields/supervised"))
+    assert load_run(run).state.step == 2
+
+
+@pytest.mark.parametrize("optimiser", [{"name": "adamw", "lr": 1e-3}, {"name": "sgd"}])
+def test_resuming_restores_the_optimiser(tiny_recipe: TinyRecipe, two_domains: Path, optimiser: dict[str, object]) -> None:
+    training = {"steps": 4, "save_every": 2, "log_every": 1, "keep": 9}
+    straight = start(tiny_recipe(name="straight", optimiser=optimiser, training=training), two_domains)
+    again = start(tiny_recipe(name="again", optimiser=optimiser, training=training), two_domains)
+    last = checkpoints(again / "checkpoints")[-1]
+    for path in last.iterdir():
+        path.unlink()
+    last.rmdir()
+    start(tiny_recipe(name="again", optimiser=optimiser, training=training, resume="auto"), two_domains)
+    assert largest_difference(weights(straight), weights(again)) == 0
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    training = {"steps": 4, "save_every": 2, "keep": 9}
+    run = start(tiny_recipe(training=training), two_domains)
+    whole = (checkpoints(run / "checkpoints")[-1] / "model.safetensors").read_bytes()
+    (checkpoints(run / "checkpoints")[-1] / "model.safetensors").write_bytes(whole[:-1])
+    start(tiny_recipe(training=training, resume="auto"), two_domains)
+    printed = capsys.readouterr().out
+    assert "step-00000004 is damaged" in printed and "going on from step 2" in printed
+    assert (checkpoints(run / "checkpoints")[-1] / "model.safetensors").read_bytes() == whole
+
+
+def test_an_existing_run_is_never_overwritten(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    run = start(tiny_recipe(), two_domains)
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"exists. Continue it with resume=auto, or start another run with name=OTHER"):
+        start(tiny_recipe(), two_domains)
+    with pytest.raises(ValueError, match=r"is a run of another recipe: seed: 0 -> 1"):
+        start(tiny_recipe(resume="auto", seed=1), two_domains)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    recipe = tiny_recipe(resume="auto")
+    recipe.folder.mkdir(parents=True)
+    (recipe.folder / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not a run"):
+        start(recipe, two_domains)
+    assert [path.name for path in recipe.folder.iterdir()] == ["thesis.txt"]
+
+
+def test_auto_starts_a_run_that_does_not_exist_and_finishes_one_that_is_done(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    run = start(tiny_recipe(resume="auto"), two_domains)
+    before = weights(run)
+    start(tiny_recipe(resume="auto"), two_domains)
+    assert largest_difference(before, weights(run)) == 0
+
+
+def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run(tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tiny_recipe(optimiser={"lr": 1e30, "schedule": "constant"}, training={"steps": 9, "log_every": 1, "max_skipped": 2, "save_every": 1})
+    with pytest.raises(RunFailed, match=r"step 4: (fields|shapes)/\w+ is nan; keys .*train_\d.*; 3 steps in a row were skipped"):
+        start(recipe, two_domains)
+    assert "step 2: " in capsys.readouterr().out
+    # The checkpoints of skipped steps hold the weights of the last good one.
+    kept = checkpoints(recipe.folder / "checkpoints")
+    assert read_state(kept[-1]).step == 3
+    assert (kept[-1] / "model.safetensors").read_bytes() == (kept[-2] / "model.safetensors").read_bytes()
+
+
+def test_init_from_takes_the_encoder_and_the_heads_that_match(tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    old = start(tiny_recipe(name="old"), two_domains)
+    new = start(tiny_recipe(name="new", init_from=str(old), domains={"shapes": {"labelled": "4"}}, optimiser={"lr": 1e-12}), two_domains)
+    assert "head fields: not in this run" in capsys.readouterr().out
+    before, after = weights(old), weights(new)
+    shared = [name for name in after if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
+    assert any(name.startswith("heads.shapes.") for name in shared)
+    assert max((before[name] - after[name]).abs().max().item() for name in shared) < 1e-6
+
+
+def test_init_from_another_encoder_is_refused(tiny_run: Path, tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    recipe = tiny_recipe(init_from=str(tiny_run), encoder__width=64)
+    with pytest.raises(ValueError, match="the encoder of .* is another one"):
+        start(recipe, two_domains)
+    assert not recipe.folder.exists()
+
+
+def test_other_shards_are_noticed_on_resuming(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
+    import shutil
+
+    copy = shutil.copytree(two_domains, tmp_path / "shards")
+    recipe = tiny_recipe(data__shards=str(copy), resume="auto")
+    start(recipe, two_domains)
+    for path in (copy / "shapes").glob("train-*"):
+        path.unlink()
+    for path in (copy / "shapes").glob("val-*"):
+        path.rename(path.with_name(path.name.replace("val", "train")))
+    shutil.copytree(two_domains / "shapes", copy / "shapes", dirs_exist_ok=True, ignore=shutil.ignore_patterns("train*"))
+    with pytest.raises(ValueError, match="was trained on other shards of shapes/train"):
+        start(recipe, two_domains)
+
+
+def test_checkpoints_beyond_the_newest_and_the_best_are_removed(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    run = start(tiny_recipe(training={"steps": 6, "save_every": 1, "evaluate_every": 2, "keep": 1, "log_every": 1}), two_domains)
+    state = load_run(run, "best").state
+    assert {path.name for path in checkpoints(run / "checkpoints")} == {"step-00000006", f"step-{state.best_step:08d}"}
+    means = {line["step"]: line["val/mean_miou"] for line in read_metrics(run / "metrics.jsonl") if "val/mean_miou" in line}
+    assert means[state.best_step] == max(means.values()) == state.best_miou
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"domains": {"fields": {"labelled": "11"}}}, r"domains.fields.labelled asks for 11 labelled images; there are 10"),
+        ({"data__labelled_batch": 3, "training": {"steps": 1, "accumulation": 2}}, r"fields: labelled_batch is 3.*multiple of 2"),
+        ({"domains": {"feilds": {}}}, r'names the domain "feilds".*Did you mean "fields"'),
+        ({"domains": {"fields": {"val_split": "test"}}}, r"fields has no test shards. Make them: python -m multidomain_cct pack fields"),
+        ({"encoder__name": "resnet5"}, r"which timm does not know"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_written(tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object], message: str) -> None:
+    recipe = tiny_recipe(**changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        start(recipe, two_domains)
+    assert not recipe.folder.exists()
+
+
+def test_a_run_is_loaded_from_its_folder_alone(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
+    folder = start(tiny_recipe(), two_domains).rename(tmp_path / "elsewhere")
+    run = load_run(folder)
+    assert run.recipe == tiny_recipe()
+    assert run.model.heads.keys() == {"fields", "shapes"} and not run.model.training
