@@ -51,7 +51,7 @@ def tiny_domain() -> Callable[..., Domain]:
 
 @pytest.fixture(scope="session")
 def tiny_shards() -> Callable[..., Path]:
-    """A function (root, domain, counts by split, size, labelled) that draws images, writes `root/<domain>/<split>-00000.tar`, and returns the domain's folder."""
+    """A function (root, domain, counts by split, size, labelled) that draws images into shards under root and returns the domain's folder."""
 
     def write(root: Path, domain: Domain, counts: Mapping[str, int] | None = None, *, size: tuple[int, int] = (96, 72), labelled: bool = True) -> Path:
         for split, count in (counts or {"train": 6, "val": 3}).items():
@@ -67,7 +67,7 @@ def tiny_shards() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_training(tiny_domain: Callable[..., Domain], tiny_shards: Callable[..., Path]) -> Callable[..., Path]:
-    """A function (workspace, name, class names by domain, overrides) that trains two steps of CCT on shards under the workspace and returns the run's folder."""
+    """A function (workspace, name, class names by domain, overrides) that trains two steps of CCT in the workspace and returns the run's folder."""
 
     def run(workspace: Path, name: str = "tiny", classes: Mapping[str, tuple[str, ...]] | None = None, **overrides: object) -> Path:
         domains = {domain: tiny_domain(domain, names) for domain, names in (classes or TINY_DOMAINS).items()}

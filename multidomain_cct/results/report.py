@@ -56,6 +56,11 @@ class RunFacts:
         return [step for step, _ in points], [float("nan") if value is None else float(value) for _, value in points]
 
     @property
+    def steps(self) -> int:
+        """Optimiser steps that were logged."""
+        return max((line["step"] for line in self.metrics), default=0)
+
+    @property
     def evaluations(self) -> list[dict[str, Any]]:
         return [line for line in self.metrics if line.get("val/mean_miou") is not None]
 
@@ -87,16 +92,15 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, device: torch
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = out or (facts[0].folder if len(facts) == 1 else facts[0].folder.parent) / "report.html"
     out = out / "report.html" if out.is_dir() else out
-    specs: dict[str, Domain] = {}
-    for run in facts:
-        specs |= {name: domain for name, domain in run.domains.items() if name not in specs}
+    specs = {name: next(run.domains[name] for run in facts if name in run.domains) for each in facts for name in each.domains}
     pictures, remarks = _panels(facts, specs, device, panels)
     sections = [_domain_section(name, spec, facts) | {"panels": pictures.get(name, []), "remarks": remarks[name]} for name, spec in specs.items()]
+    means = [{"run": run, "last": run.evaluations[-1], "best": run.best} for run in facts if run.evaluations and len(run.domains) > 1]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"shown": printable, "percent": _percent}
-    page = environment.get_template("report.html.jinja").render(runs=facts, sections=sections, means=_mean_rows(facts), speeds=[_speed(run) for run in facts])
+    page = environment.get_template("report.html.jinja").render(runs=facts, sections=sections, means=means, speeds=[_speed(run) for run in facts])
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     # A lone surrogate, as in a file name that is not UTF-8, has no bytes of its own.
@@ -109,8 +113,7 @@ def _read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     for folder in folders:
         if not (folder / "recipe.yaml").is_file():
             raise FileNotFoundError(f"{folder}: this is not a run's folder (it has no recipe.yaml).")
-    names = [folder.resolve().name for folder in folders]
-    facts = []
+    facts, names = [], [folder.resolve().name for folder in folders]
     for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
         recipe, metrics = read_recipe(folder / "recipe.yaml"), folder / "metrics.jsonl"
         facts.append(
@@ -130,9 +133,9 @@ def _read_runs(folders: Sequence[Path]) -> list[RunFacts]:
 def _environment(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        return content if isinstance(content, dict) else {}
     except (OSError, ValueError):
-        content = None
-    return content if isinstance(content, dict) else {}
+        return {}
 
 
 def _domain_section(name: str, spec: Domain, facts: Sequence[RunFacts]) -> dict[str, Any]:
@@ -146,7 +149,7 @@ def _domain_section(name: str, spec: Domain, facts: Sequence[RunFacts]) -> dict[
             last = _scores(lines[-1], name)
             row |= {"last": last, "best": _scores(run.best, name), "protocol": _protocol(run, name, last)}
         rows.append(row)
-    scored = [row for row in rows if row["last"]]
+    scored = [row for row in rows if row["last"] is not None]
     names = dict.fromkeys(label.name for run in own for label in run.domains[name].classes)
     bars = [{"name": label, "values": [(row["run"], row["last"]["iou"].get(label)) for row in scored]} for label in names]
     return {"name": name, "spec": spec, "rows": rows, "charts": list(_charts(name, own)), "bars": bars if scored else []}
@@ -164,13 +167,8 @@ def _protocol(run: RunFacts, name: str, score: Mapping[str, Any]) -> str:
     view = "whole image" if settings.window is None else f"window {settings.window[0]}x{settings.window[1]}"
     view += (f", scales {settings.scales}" if settings.scales != [1.0] else "") + (", flip" if settings.flip else "")
     counted = sum(value is not None for value in score["iou"].values())
-    where = f"{run.label}, step {score['step']}: {run.recipe.domains[name].val_split} split at label resolution"
-    return f"{where}, {view}, mean over {counted} of {len(score['iou'])} classes."
-
-
-def _mean_rows(facts: Sequence[RunFacts]) -> list[dict[str, Any]]:
-    """Means over domains, of the runs that have several and were evaluated."""
-    return [{"run": run, "last": run.evaluations[-1], "best": run.best} for run in facts if run.evaluations and len(run.domains) > 1]
+    split = run.recipe.domains[name].val_split
+    return f"{run.label}, step {score['step']}: {split} split at label resolution, {view}, mean over {counted} of {len(score['iou'])} classes."
 
 
 def _speed(run: RunFacts) -> dict[str, Any]:
@@ -180,7 +178,6 @@ def _speed(run: RunFacts) -> dict[str, Any]:
     rates, peaks, waits = values("images_per_s"), values("peak_mib"), values("data_wait_fraction")
     return {
         "run": run,
-        "steps": max((line["step"] for line in run.metrics), default=0),
         "images_per_s": median(rates) if rates else None,
         "peak_mib": max(peaks, default=None),
         "data_wait": mean(waits) if waits else None,
@@ -203,9 +200,9 @@ def _val_shards(run: RunFacts, name: str) -> Shards:
 
 def _charts(name: str, runs: Sequence[RunFacts]) -> Iterator[tuple[str, str]]:
     """(title, SVG) of each loss term and of the val mIoU."""
-    terms = dict.fromkeys(key for run in runs for line in run.metrics for key in line if key.startswith(f"train/{name}/"))
-    for key in terms:
-        yield f"{key.removeprefix(f'train/{name}/')} loss", _chart(key, runs)
+    prefix = f"train/{name}/"
+    for key in dict.fromkeys(key for run in runs for line in run.metrics for key in line if key.startswith(prefix)):
+        yield f"{key.removeprefix(prefix)} loss", _chart(key, runs)
     if any(f"val/{name}/miou" in line for run in runs for line in run.metrics):
         yield "val mIoU, %", _chart(f"val/{name}/miou", runs, factor=100)
 
@@ -219,10 +216,9 @@ def _chart(key: str, runs: Sequence[RunFacts], *, factor: float = 1) -> str:
         axes = figure.add_subplot()
         for run in runs:
             steps, values = _thinned(*run.series(key))
-            axes.plot(steps, np.array(values) * factor, color=run.color, linewidth=1.4, marker="o" if len(steps) < 25 else "", markersize=3)
-        axes.set_xlabel("step")
-        axes.set_xlim(0, max(run.recipe.training.steps for run in runs))
-        axes.set_ylim(bottom=0, top=1.05 * max(axes.get_ylim()[1], 1e-6))
+            axes.plot(steps, np.array(values) * factor, color=run.color, linewidth=1.4, marker="o" if len(steps) < 25 else "", markersize=3, clip_on=False)
+        end = max(max(run.steps, run.recipe.training.steps) for run in runs)
+        axes.set(xlabel="step", xlim=(0, end), ylim=(0, 1.05 * max(axes.get_ylim()[1], 1e-6)))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
@@ -232,12 +228,10 @@ def _chart(key: str, runs: Sequence[RunFacts], *, factor: float = 1) -> str:
     return svg[svg.index("<svg") :].replace(_INK, "currentColor").replace("'DejaVu Sans'", "system-ui")
 
 
-def _thinned(steps: list[int], values: list[float]) -> tuple[list[float], list[float]]:
-    """At most _CURVE_POINTS points; where there are more, each is the mean of its neighbours."""
-    parts = min(len(steps), _CURVE_POINTS)
-    if not parts:
-        return [], []
-    return [float(part.mean()) for part in np.array_split(steps, parts)], [float(part.mean()) for part in np.array_split(values, parts)]
+def _thinned(*series: Sequence[float]) -> list[list[float]]:
+    """At most _CURVE_POINTS points of each; where there are more, each is the mean of its neighbours."""
+    parts = min(len(series[0]), _CURVE_POINTS)
+    return [[float(part.mean()) for part in np.array_split(values, parts)] if parts else [] for values in series]
 
 
 def _panels(facts: Sequence[RunFacts], specs: Mapping[str, Domain], device: torch.device, count: int) -> tuple[dict[str, list[Panel]], dict[str, list[str]]]:

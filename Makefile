@@ -1,0 +1,42 @@
+# make demo   two toy domains, trained with and without unlabelled images, and a report (about 5 minutes on 2 cores after installation)
+# make test   what CI runs: lint, types, every test
+# make bench  the benchmarks
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench docs clean
+
+.venv/demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[lite]'
+	touch $@
+
+.venv/dev: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[lite,dev]'
+	touch $@ .venv/demo
+
+demo: .venv/demo
+	$(BIN)/python -m multidomain_cct pack toy_street
+	$(BIN)/python -m multidomain_cct pack toy_room
+	$(BIN)/accelerate launch -m multidomain_cct recipes/demo.yaml resume=auto name=demo_supervised consistency.weight=0
+	$(BIN)/accelerate launch -m multidomain_cct recipes/demo.yaml resume=auto
+	$(BIN)/python -m multidomain_cct report runs/demo runs/demo_supervised --out runs/demo.html
+
+test: .venv/dev lint
+	$(BIN)/python -m pytest
+
+lint: .venv/dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/dev
+	$(BIN)/python benchmarks/pack.py
+
+docs: .venv/dev
+	$(BIN)/python docs/recipe_reference.py
+
+clean:
+	rm -rf .venv dist build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,222 @@
+"""Any timm trunk with any context gives features at the stride that was asked for, with norms as asked."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+
+from multidomain_cct.model.encoder import Encoder, EncoderSettings, PerDomainNorm, PyramidPooling, Segments, build_trunk
+
+TINY = "test_resnet"
+
+
+def encoder(domains: tuple[str, ...] = ("a", "b"), **settings: object) -> Encoder:
+    torch.manual_seed(0)
+    return Encoder(EncoderSettings(**{"name": TINY, "width": 32, **settings}), domains)  # type: ignore[arg-type]
+
+
+def pictures(count: int, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
+    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def refused(**settings: object) -> str:
+    with pytest.raises(ValueError) as caught:
+        encoder(**settings)  # type: ignore[arg-type]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# Features
+
+
+@pytest.mark.parametrize("norm", ["shared", "per_domain", "frozen"])
+@pytest.mark.parametrize(("context", "stride"), [("psp", 8), ("psp", 16), ("psp", 32), ("fpn", 4), ("fpn", 8), ("none", 8), ("none", 32)])
+def test_features_lie_at_the_stride_have_the_width_and_are_not_negative(context: str, stride: int, norm: str) -> None:
+    model = encoder(context=context, stride=stride, norm=norm)
+    for mode in (True, False):
+        features = model.train(mode)(pictures(4, 64, 96), [("a", 2), ("b", 2)])
+        assert features.shape == (4, 32, 64 // stride, 96 // stride)
+        assert features.min() >= 0 and features.isfinite().all() and (features > 0).any()
+    assert (model.stride, model.channels) == (stride, 32)
+
+
+@pytest.mark.parametrize(("name", "contexts"), [("test_vit", ["none", "psp"]), ("test_convnext", ["fpn", "psp"]), ("test_efficientnet", ["fpn", "psp"])])
+def test_vits_at_their_patch_stride_and_other_cnns_work(name: str, contexts: list[str]) -> None:
+    for context in contexts:
+        features = encoder(name=name, context=context, stride=16)(pictures(2, 64, 48), [("a", 1), ("b", 1)])
+        assert features.shape == (2, 32, 4, 3) and features.min() >= 0
+
+
+@pytest.mark.parametrize(("context", "stride"), [("psp", 8), ("fpn", 8), ("fpn", 4), ("none", 16)])
+def test_every_weight_of_the_encoder_learns(context: str, stride: int) -> None:
+    model = encoder(context=context, stride=stride)
+    model(pictures(2), [("a", 2)]).square().sum().backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+
+
+def test_levels_from_the_stride_to_32_are_fused() -> None:
+    assert build_trunk(EncoderSettings(name=TINY, context="fpn", stride=8)).feature_info.reduction() == [8, 16, 32]
+    assert build_trunk(EncoderSettings(name=TINY, context="fpn", stride=16)).feature_info.reduction() == [16, 32]
+
+
+def test_images_are_normalised_with_the_trunks_own_mean_and_deviation() -> None:
+    images = pictures(2)
+    for name in ("resnet18", TINY):  # ImageNet's, and one half
+        model = encoder(name=name, context="none", stride=32)
+        seen: list[Tensor] = []
+        model.trunk.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+        model(images, [("a", 2)])
+        facts = timm.get_pretrained_cfg(name)
+        expected = (images.double().numpy() / 255 - np.reshape(facts.mean, (3, 1, 1))) / np.reshape(facts.std, (3, 1, 1))
+        np.testing.assert_allclose(seen[0].numpy(), expected, atol=1e-5)
+
+
+def test_mean_and_deviation_are_no_part_of_what_is_saved() -> None:
+    assert not {"mean", "deviation"} & set(encoder(context="none").state_dict())
+
+
+def test_pyramid_pooling_adds_averages_over_1_2_3_and_6_bins_a_side() -> None:
+    module = PyramidPooling([8], 32, lambda channels: nn.Identity())
+    features = torch.rand(2, 8, 6, 12)
+    seen: list[Tensor] = []
+    module.fuse.register_forward_pre_hook(lambda fuse, inputs: seen.append(inputs[0]))
+    assert module([features]).shape == (2, 32, 6, 12)
+    assert torch.equal(seen[0][:, :8], features)
+    for number, bins in enumerate((1, 2, 3, 6)):
+        means = features.double().numpy().reshape(2, 8, bins, 6 // bins, bins, 12 // bins).mean(axis=(3, 5))
+        weight = module.branches[number][0].weight.detach().double().numpy()[:, :, 0, 0]  # type: ignore[index]
+        expected = np.maximum(np.einsum("dc,bchw->bdhw", weight, means), 0)
+        found = seen[0][:, 8 + 2 * number : 10 + 2 * number]
+        centre = nn.functional.interpolate(torch.from_numpy(expected), size=(6, 12), mode="bilinear", align_corners=False)
+        np.testing.assert_allclose(found.detach().numpy(), centre.numpy(), atol=1e-5)
+
+
+# Norms
+
+
+def test_per_domain_norms_equal_a_batch_norm_of_each_domains_images() -> None:
+    torch.manual_seed(0)
+    start = nn.BatchNorm2d(4).double()
+    nn.init.uniform_(start.weight)
+    nn.init.uniform_(start.bias)
+    alone = {name: copy.deepcopy(start) for name in ("a", "b")}
+    segments = Segments()
+    together = PerDomainNorm(start, ("a", "b"), segments)
+    parts = (("a", 2), ("b", 3), ("a", 1), ("b", 2))  # labelled and unlabelled images stand apart
+    owner = np.repeat([name for name, _ in parts], [count for _, count in parts])
+    for step in range(2):
+        features = torch.randn(8, 4, 3, 5, dtype=torch.float64) * (1 + step) + 7 * torch.from_numpy(owner == "b").view(8, 1, 1, 1)
+        segments.parts = parts
+        found = together(features)
+        for name, norm in alone.items():
+            own = features[owner == name]
+            torch.testing.assert_close(found[owner == name], norm(own), rtol=1e-12, atol=1e-12)
+            z = own.numpy()
+            normed = (z - z.mean(axis=(0, 2, 3), keepdims=True)) / np.sqrt(z.var(axis=(0, 2, 3), keepdims=True) + start.eps)
+            expected = normed * start.weight.detach().numpy().reshape(4, 1, 1) + start.bias.detach().numpy().reshape(4, 1, 1)
+            np.testing.assert_allclose(found[owner == name].detach().numpy(), expected, atol=1e-10)
+    for name, norm in alone.items():
+        for key, value in norm.state_dict().items():
+            torch.testing.assert_close(together.norms[name].state_dict()[key], value, rtol=1e-12, atol=1e-12)
+    together.eval()
+    torch.testing.assert_close(together(features)[owner == "b"], alone["b"].eval()(features[owner == "b"]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("context", ["psp", "fpn", "none"])
+@pytest.mark.parametrize(("norm", "leaks"), [("shared", True), ("per_domain", False), ("frozen", False)])
+def test_only_shared_norms_let_other_domains_change_a_domains_features(context: str, norm: str, leaks: bool) -> None:
+    model = encoder(context=context, norm=norm).train()
+    own = pictures(2)
+    features = []
+    for other in (pictures(2, seed=1), pictures(2, seed=2) // 4):
+        fresh = copy.deepcopy(model)
+        features.append(fresh(torch.cat([own, other]), [("a", 2), ("b", 2)])[:2])
+    assert (not torch.allclose(*features, atol=1e-4)) == leaks
+
+
+def test_each_domain_has_norms_of_its_own_throughout() -> None:
+    model = encoder(norm="per_domain")
+    plain = [module for module in encoder(norm="shared").modules() if isinstance(module, nn.BatchNorm2d)]
+    split = [module for module in model.modules() if isinstance(module, PerDomainNorm)]
+    assert len(split) == len(plain) > 15 and all(list(module.norms) == ["a", "b"] for module in split)
+
+
+def test_batch_norms_that_carry_their_activation_keep_it() -> None:
+    torch.manual_seed(0)
+    models = [encoder(name="test_efficientnet", context="none", norm=norm).eval() for norm in ("shared", "per_domain")]
+    images = pictures(2)
+    torch.testing.assert_close(*(model(images, [("a", 1), ("b", 1)]) for model in models))
+
+
+def test_frozen_norms_of_the_trunk_stay_as_loaded_while_the_rest_learns() -> None:
+    model = encoder(norm="frozen").train()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    assert any(isinstance(module, nn.GroupNorm) for module in model.context.modules())
+    norms = {name: module for name, module in model.trunk.named_modules() if hasattr(module, "running_mean")}
+    assert len(norms) > 10 and not any(True for module in norms.values() for _ in module.parameters())
+    for module in norms.values():
+        module.weight.uniform_(0.5, 1.5)  # timm starts residual branches at 0
+    before = copy.deepcopy(model.state_dict())
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(pictures(3), [("a", 3)]).square().mean().backward()
+    optimiser.step()
+    after = model.state_dict()
+    of_norms = {f"trunk.{name}.{key}" for name, module in norms.items() for key in module.state_dict()}
+    assert all(torch.equal(before[key], after[key]) for key in of_norms)
+    assert {key for key in after if torch.equal(before[key], after[key])} <= of_norms
+
+
+def test_frozen_norms_give_the_same_features_in_training_and_evaluation() -> None:
+    model = encoder(norm="frozen")
+    images = pictures(2)
+    assert torch.equal(model.train()(images, [("a", 2)]), model.eval()(images, [("a", 2)]))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("name", "near"), [("resnet5", "resnet50"), ("tf_eficientnet_lite0", "tf_efficientnet_lite0")])
+def test_an_encoder_that_timm_does_not_know_is_told_the_nearest_names(name: str, near: str) -> None:
+    message = refused(name=name)
+    assert message.startswith(f"encoder.name is {name!r}, which timm does not know. Nearest: ") and near in message
+
+
+def test_a_name_near_nothing_says_so() -> None:
+    assert "Nearest: none. All: timm.list_models()." in refused(name="0123456789")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stride": 4}, "encoder.stride is 4; a CNN has 8, 16 or 32."),
+        (
+            {"stride": 12, "context": "fpn"},
+            "encoder.stride is 12, but test_resnet has levels at the strides [2, 4, 8, 16, 32]. With context `fpn` choose one of these, at most 32.",
+        ),
+        ({"name": "test_vit", "stride": 8, "context": "none"}, "encoder.stride is 8, but test_vit has the patch stride 16. Set encoder.stride=16."),
+        (
+            {"name": "test_vit", "stride": 16, "context": "fpn"},
+            "encoder.context is `fpn`, but test_vit has one resolution only. Use context `none` or `psp`.",
+        ),
+        ({"stride": 0}, "encoder.stride is 0; it is at least 1."),
+        ({"width": 100}, "encoder.width is 100; it is a multiple of 32."),
+        ({"width": 0}, "encoder.width is 0; it is a multiple of 32."),
+        ({"context": "aspp"}, "encoder.context is 'aspp'; it is one of psp, fpn, none."),
+        ({"norm": "group"}, "encoder.norm is 'group'; it is one of shared, per_domain, frozen."),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_the_remedy(settings: dict[str, object], message: str) -> None:
+    assert refused(**settings) == message
+
+
+@pytest.mark.parametrize("name", ["test_mambaout", "test_maxvit"])
+def test_a_trunk_that_cannot_be_dilated_is_refused_with_the_remedy(name: str) -> None:
+    message = refused(name=name, stride=8)
+    assert message.startswith(f"encoder.name is {name!r}: it cannot be built with stride 8")
+    assert message.endswith("Use context `fpn`, stride 32, or another encoder.")
+    assert encoder(name=name, stride=8, context="fpn").stride == 8

@@ -1,0 +1,215 @@
+"""The commands as a user calls them: exit codes, one line per mistake, nothing written."""
+
+import json
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multidomain_cct.__main__ import main
+from multidomain_cct.training.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+SPEC = """
+name: yard
+layout: folder
+splits:
+  train: {images: images/*.jpg, masks: masks/*.png}
+  more: {images: more/*.jpg}
+classes:
+  - {name: grass, color: [0, 200, 0], ids: [0]}
+  - {name: cat, color: [200, 0, 0], ids: [4], thing: true}
+"""
+
+
+@pytest.fixture
+def yard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with raw photographs, masks and the one YAML file that makes them a domain."""
+    rng = np.random.default_rng(0)
+    for folder in ("raw/images", "raw/masks", "raw/more", "domains"):
+        (tmp_path / folder).mkdir(parents=True)
+    for number in range(4):
+        Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(tmp_path / f"raw/images/{number}.jpg")
+        Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(tmp_path / f"raw/more/{number}.jpg")
+        Image.fromarray(rng.choice([0, 4, 9], (48, 64)).astype(np.uint8)).save(tmp_path / f"raw/masks/{number}.png")
+    (tmp_path / "domains/yard.yaml").write_text(SPEC)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a command prints when it exits with 2."""
+    assert main([str(a) for a in arguments]) == 2
+    errors = capsys.readouterr().err
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in errors
+    return lines[0]
+
+
+def test_three_commands_lead_from_a_folder_of_photographs_to_predictions(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (yard / "yard.yaml").write_text(
+        "domains: {yard: {labelled: 2, unlabelled_splits: [more], val_split: train}}\n"
+        "data: {crop: [32, 32], labelled_batch: 2, unlabelled_batch: 2, workers: 0}\n"
+        "encoder: {name: test_resnet, context: fpn, width: 32}\ndecoder: bilinear\ntraining: {steps: 2}\n"
+    )
+    assert main(["pack", "yard", "--raw", "raw", "--workers", "1"]) == 0
+    packed = capsys.readouterr().out
+    assert "yard/train: 4 images (4 labelled)" in packed and "yard/more: 4 images (0 labelled)" in packed
+    assert "raw values that no class names, now 255: 9 (" in packed
+    assert main(["yard.yaml"]) == 0
+    assert "report: runs/yard/report.html" in capsys.readouterr().out and (yard / "runs/yard/report.html").is_file()
+    assert main(["predict", "runs/yard", "--domain", "yard", "--out", "out", "raw/more"]) == 0
+    assert "4 image(s) written to out" in capsys.readouterr().out
+    index = Image.open(yard / "out/index/2.png")
+    assert index.size == (64, 48) and set(np.unique(np.asarray(index))) <= {0, 1}
+
+
+def test_domains_lists_what_is_known_and_packed(yard: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    main(["pack", "yard", "--raw", "raw", "--workers", "1", "--split", "more"])
+    capsys.readouterr()
+    assert main(["domains"]) == 0
+    listed = capsys.readouterr().out
+    assert "more (1)" in next(line for line in listed.splitlines() if "yard" in line)
+    assert "cityscapes" in listed and "none" in next(line for line in listed.splitlines() if "cityscapes" in line)
+    (yard / "domains/broken.yaml").write_text("name: broken\n")
+    assert main(["domains"]) == 1
+    assert "broken.yaml: layout is missing" in capsys.readouterr().err
+
+
+def test_evaluate_prints_tables_and_json_and_keeps_the_scores(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    assert main(["evaluate", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("fields", "shapes", "barn", "mIoU", "pixel accuracy", "mean of 2 domains", "3 images at label resolution"))
+    written = json.loads(next(run.glob("evaluation-val-*.json")).read_text())
+    assert main(["evaluate", str(run), "--json", "--domain", "fields", "--checkpoint", "best"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert list(answer["domains"]) == ["fields"] and set(answer["domains"]["fields"]["iou"]) == set(written["domains"]["fields"]["iou"])
+    assert main(["evaluate", str(run), "--json", "--window", "64,64", "--scales", "0.75,1", "--flip"]) == 0
+    assert "window 64x64, scales [0.75, 1.0], flip" in json.loads(capsys.readouterr().out)["domains"]["shapes"]["protocol"]
+
+
+def test_predict_skips_and_reports_what_it_cannot_read(tiny_run: Path, yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (yard / "raw/more/broken.jpg").write_bytes(b"not an image")
+    assert main(["predict", str(tiny_run), "--domain", "fields", "--out", "out", "raw/more"]) == 1
+    printed = capsys.readouterr()
+    assert "4 image(s) written to out, 1 skipped" in printed.out
+    assert "error: skipped " in printed.err and "broken.jpg" in printed.err
+
+
+def test_index_makes_foreign_shards_usable(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with tarfile.open(yard / "train-00000.tar", "w") as tar:
+        tar.add("raw/images/0.jpg", "zero.jpg")
+        tar.add("raw/masks/0.png", "zero.png")
+    assert main(["index", "train-00000.tar"]) == 0
+    assert "train-00000.tar.idx: 1 samples, 1 with a mask" in capsys.readouterr().out
+
+
+def test_mistakes_about_domains_and_raw_data(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert 'names the domain "yrad"' in (line := mistake(capsys, "pack", "yrad", "--raw", "raw")) and 'Did you mean "yard"' in line
+    assert "--raw is missing" in mistake(capsys, "pack", "yard")
+    assert "nowhere" in mistake(capsys, "pack", "yard", "--raw", "nowhere")
+    assert "--workers is 0" in mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "0")
+    assert '"trian"' in (line := mistake(capsys, "pack", "yard", "--raw", "raw", "--split", "trian")) and "train" in line
+    (yard / "raw/masks/2.png").unlink()
+    assert "2.jpg" in mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "1")
+    Image.new("L", (10, 10)).save(yard / "raw/masks/2.png")
+    assert "the mask is 10x10" in mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "1")
+    (yard / "domains/yard.yaml").write_text(SPEC.replace("ids: [4]", "ids: [0]"))
+    assert 'raw id 0 belongs to both "grass" and "cat"' in mistake(capsys, "pack", "yard", "--raw", "raw")
+    (yard / "domains/yard.yaml").write_text(SPEC.replace("200, 0, 0", "200, 0, 256"))
+    assert "classes[1].color is [200, 0, 256]; a colour is three integers from 0 to 255" in mistake(capsys, "pack", "yard", "--raw", "raw")
+    assert not list(yard.glob("data/shards/**/*.tar"))
+
+
+def test_a_raw_id_without_class_is_an_error_when_the_spec_says_so(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (yard / "domains/yard.yaml").write_text(SPEC + "unknown: error\n")
+    line = mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "1")
+    assert "9" in line and "masks/" in line
+    assert not list(yard.glob("data/shards/**/*.tar"))
+
+
+def test_mistakes_about_training(yard: Path, capsys: pytest.CaptureFixture[str], tiny_recipe: Callable[..., Recipe], two_domains: Path) -> None:
+    assert "there is no such recipe" in mistake(capsys, "nothing.yaml")
+    path = yard / "tiny.yaml"
+    path.write_text(tiny_recipe().to_yaml())
+    domains = ("--domains", two_domains / "domains")
+    assert 'unknown key "data.crpo"' in mistake(capsys, path, "data.crpo=1")
+    assert "has no train shards. Make them: python -m multidomain_cct pack fields" in mistake(capsys, path, "data.shards=nowhere", *domains)
+    assert "asks for 99 labelled images; there are 10" in mistake(capsys, path, "domains.fields.labelled=99", *domains)
+    assert "which encoder.stride 8 does not divide" in mistake(capsys, path, "data.crop=[60,60]", *domains)
+    assert "Nearest: resnet" in mistake(capsys, path, "encoder.name=resnet5o", *domains)
+    assert 'names the domain "feilds"' in mistake(capsys, path, "domains.feilds.labelled=3", *domains)
+    (yard / "weights.pt").write_bytes(b"")
+    assert ".safetensors file" in mistake(capsys, path, "encoder.weights=weights.pt", *domains)
+    assert not (yard / "runs").exists()
+
+
+def test_a_train_id_outside_the_table_is_named_by_shard_and_key(
+    yard: Path, capsys: pytest.CaptureFixture[str], tiny_recipe: Callable[..., Recipe], two_domains: Path
+) -> None:
+    domains = shutil.copytree(two_domains / "domains", yard / "other")
+    text = (domains / "fields.yaml").read_text()
+    start = text.index("- name: barn")
+    (domains / "fields.yaml").write_text(text[:start] + text[text.index("title:", start) :] if "title:" in text[start:] else text[:start] + "unknown: ignore\n")
+    path = yard / "tiny.yaml"
+    path.write_text(tiny_recipe(data__workers=1).to_yaml())
+    line = mistake(capsys, path, "--domains", domains)
+    assert "train-00000.tar: key 'train_0" in line and "train id 2" in line and "classes 0 to 1" in line
+
+
+def test_a_run_that_fails_exits_with_1(yard: Path, capsys: pytest.CaptureFixture[str], tiny_recipe: Callable[..., Recipe], two_domains: Path) -> None:
+    path = yard / "tiny.yaml"
+    path.write_text(tiny_recipe(optimiser={"lr": 1e30}, training={"steps": 9, "max_skipped": 1}).to_yaml())
+    assert main([str(path), "--domains", str(two_domains / "domains")]) == 1
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("error: step 3: ") and "is nan; keys" in line and "\n" not in line
+
+
+def test_mistakes_about_runs(tiny_run: Path, yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "is not a run's folder" in mistake(capsys, "evaluate", yard)
+    assert 'has no head for the domain "fieldz". It has: fields, shapes. Did you mean "fields"' in mistake(capsys, "evaluate", tiny_run, "--domain", "fieldz")
+    assert 'no head for the domain "yard"' in mistake(capsys, "predict", tiny_run, "--domain", "yard", "--out", "out", "raw/more")
+    assert "has no test shards" in mistake(capsys, "evaluate", tiny_run, "--split", "test")
+    assert "there is no such checkpoint" in mistake(capsys, "evaluate", tiny_run, "--checkpoint", "step-9")
+    assert "not a run" in mistake(capsys, "report", yard)
+    assert "absent.jpg" in mistake(capsys, "predict", tiny_run, "--domain", "fields", "--out", "out", "absent.jpg")
+    assert "there is no such shard" in mistake(capsys, "index", "absent.tar")
+    assert not (yard / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["evaluate"], ["predict", "run"], ["evaluate", "run", "--window", "3"], ["pack"]])
+def test_incomplete_commands_exit_with_2(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+
+
+def test_a_wheel_carries_domains_and_recipes_and_works_outside_the_clone(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    assert {"multidomain_cct/domains/cityscapes.yaml", "multidomain_cct/recipes/demo.yaml", "multidomain_cct/results/report.html.jinja"} <= names
+    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from multidomain_cct.__main__ import main; print(__import__('multidomain_cct').__file__); sys.exit(main())"
+    known = subprocess.run(
+        [sys.executable, "-c", code, "domains"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env={"PATH": "", "COLUMNS": "200"}
+    )
+    assert str(tmp_path / "site") in known.stdout and "pascal_voc" in known.stdout and known.returncode == 0
+    trained = subprocess.run([sys.executable, "-c", code, "recipes/demo.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env={"PATH": ""})
+    assert trained.returncode == 2 and "toy_street has no train shards" in trained.stderr
+
+
+def test_the_changelog_has_a_section_for_the_version() -> None:
+    import multidomain_cct
+
+    assert f"## [{multidomain_cct.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
