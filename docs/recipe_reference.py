@@ -14,8 +14,8 @@ from multidomain_cct.training.recipe import Recipe
 PAGE = Path(__file__).with_name("recipe.md")
 INTRODUCTION = """# Recipe reference
 
-A recipe is one YAML file; every setting can also be given on the command line as a dotted `key=value`. What is left out has the default below. Unknown keys are refused, with the nearest
-known one. This page is generated from the code by `make docs`.
+A recipe is one YAML file; every setting can also be given on the command line as a dotted `key=value`. What is left out has the default below. Unknown keys
+are refused, with the nearest known one. This page is generated from the code by `make docs`.
 """
 
 

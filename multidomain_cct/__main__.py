@@ -38,6 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0" or str(error).startswith("rank "):
             complain(str(error))
         return MISTAKE
+    except OSError as error:
+        # A full disk, a folder that may not be written: not what was asked, but where.
+        complain(f"{error.filename or 'input or output'}: {error.strerror or error}. Make room or choose another place, then give the same command again.")
+        return FAILED
     except KeyboardInterrupt:
         complain("stopped. A training run goes on from its last checkpoint with resume=auto; packing goes on with the same command.")
         return 130

@@ -200,7 +200,8 @@ def test_a_wheel_carries_domains_and_recipes_and_works_outside_the_clone(tmp_pat
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
     assert {"multidomain_cct/domains/cityscapes.yaml", "multidomain_cct/recipes/demo.yaml", "multidomain_cct/results/report.html.jinja"} <= names
-    code = f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); from multidomain_cct.__main__ import main; print(__import__('multidomain_cct').__file__); sys.exit(main())"
+    site = str(tmp_path / "site")
+    code = f"import sys; sys.path.insert(0, {site!r}); import multidomain_cct.__main__ as m; print(m.__file__); sys.exit(m.main())"
     known = subprocess.run(
         [sys.executable, "-c", code, "domains"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env={"PATH": "", "COLUMNS": "200"}
     )
@@ -213,3 +214,10 @@ def test_the_changelog_has_a_section_for_the_version() -> None:
     import multidomain_cct
 
     assert f"## [{multidomain_cct.__version__}] - " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_a_place_that_cannot_be_written_is_one_line(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (yard / "occupied").write_text("a file")
+    assert main(["pack", "yard", "--raw", "raw", "--workers", "1", "--out", "occupied"]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: occupied/yard: Not a directory")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import struct
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,11 +87,19 @@ def fitted_size(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int
 
 
 def load_image(source: bytes | Path, name: str) -> Image.Image:
-    """The image as RGB, turned upright as its EXIF tag asks. Raises ValueError, starting with `name`, when it cannot be read."""
+    """The image as 8-bit RGB, turned upright as its EXIF tag asks. Raises ValueError, starting with `name`, when it cannot be read."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
+        with warnings.catch_warnings():
+            # Pillow warns where it can go on: broken EXIF is no reason to fail, a picture of suspicious size is.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):
+            # Pillow clips 16 bits to 255 instead of scaling them.
+            upright = Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8))
+        return upright.convert("RGB")
+    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, struct.error) as error:
         reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"{name}: the image cannot be read ({reason}).") from None
 

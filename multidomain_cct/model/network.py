@@ -58,7 +58,7 @@ class CCT(nn.Module):
         """Raises ValueError when encoder, stride and decoder do not fit each other."""
         super().__init__()
         for name in heads:
-            if hasattr(nn.ModuleDict, name):
+            if hasattr(nn.ModuleDict(), name):
                 raise ValueError(f'a domain is named "{name}", which torch reserves for modules. Rename the domain and its YAML file.')
         # Building draws random numbers; the caller's generator is left as it was.
         with torch.random.fork_rng(devices=[]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -91,6 +92,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.domains:
             raise ValueError("domains is empty; name at least one, for example `domains: {camvid: {labelled: 50}}`.")
+        if not re.fullmatch(r"[\w.+-]*", self.name) or self.name.startswith("."):
+            raise ValueError(f"name is {self.name!r}; a run's name holds letters, digits, and . _ + - only, and does not start with a dot.")
         if self.resume not in ("never", "auto"):
             raise ValueError(f"resume is {self.resume!r}; it is `never` or `auto`.")
         if self.decoder not in DECODERS:

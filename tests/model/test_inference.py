@@ -91,9 +91,9 @@ def test_logits_are_averaged_over_the_windows_that_see_a_pixel(size: tuple[int, 
     total, seen = np.zeros((CLASSES, *size)), np.zeros(size)
     for top in starts[0]:
         for left in starts[1]:
-            place = (slice(top, top + window[1]), slice(left, left + window[0]))
-            total[:, *place] += model.logits(image[None, :, *place], "room")[0].detach().double().numpy()
-            seen[place] += 1
+            rows, columns = slice(top, top + window[1]), slice(left, left + window[0])
+            total[:, rows, columns] += model.logits(image[None, :, rows, columns], "room")[0].detach().double().numpy()
+            seen[rows, columns] += 1
     np.testing.assert_allclose(found, torch.from_numpy(total / seen).softmax(dim=0).numpy(), atol=1e-5)
 
 

@@ -129,7 +129,9 @@ def test_a_domain_that_a_step_does_not_see_gets_no_gradient() -> None:
 
 def test_a_few_steps_lower_the_loss() -> None:
     model = network()
-    batches = two_batches()
+    halves = torch.arange(32).expand(32, 32) // 16  # dark on the left, light on the right
+    images = (torch.randint(0, 100, (4, 3, 32, 32)) + 150 * halves).to(torch.uint8)
+    batches = {name: Batch(images[:2], halves.to(torch.uint8).expand(2, 32, 32), images[2:], torch.ones(2, 32, 32).bool()) for name in ("street", "room")}
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     totals = []
     for _ in range(8):
@@ -138,7 +140,7 @@ def test_a_few_steps_lower_the_loss() -> None:
         loss.backward()
         optimiser.step()
         totals.append(loss.item())
-    assert totals[-1] < 0.8 * totals[0]
+    assert totals[-1] < 0.5 * totals[0]
 
 
 # Supervision only
@@ -249,11 +251,6 @@ def test_a_domain_name_that_torch_reserves_is_refused(name: str) -> None:
     with pytest.raises(ValueError) as caught:
         network(**{name: STREET})
     assert str(caught.value) == f'a domain is named "{name}", which torch reserves for modules. Rename the domain and its YAML file.'
-
-
-def test_a_decoder_that_cannot_undo_the_encoders_stride_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"stride is 14, not a power of two\. Use decoder=bilinear\."):
-        network(EncoderSettings(name="vit_tiny_patch14_reg4_dinov2", stride=14, context="none", width=32), decoder="pixelshuffle")
 
 
 # Logits

@@ -59,6 +59,7 @@ def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
         ("training.steps=0", "at least 1"),
         ("resume=yes", "`never` or `auto`"),
         ("decoder=big", "pixelshuffle, bilinear"),
+        ("name=../elsewhere", r"name is '../elsewhere'; a run's name holds letters"),
         ("nonsense", "'nonsense' is not an override; write key=value"),
         ("data.crop=[1", "not valid YAML"),
         ("domains.camvid.unlabelled=some", "rest, all, none"),
