@@ -1,6 +1,6 @@
 """Draws docs/images/demo.png, the README's picture, from the two runs of `make demo`.
 
-    .venv/bin/python docs/picture.py
+.venv/bin/python docs/picture.py
 """
 
 from __future__ import annotations

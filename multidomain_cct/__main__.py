@@ -17,7 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from multidomain_cct import __version__
-from multidomain_cct.data.domain import IGNORE, Domain, domain_folders, find_domain, known_domains, read_domain
+from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.specification import domain_folders, find_domain, known_domains, read_domain
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 SHARDS = "data/shards"

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from multidomain_cct.data.augment import decode
-from multidomain_cct.data.domain import domain_folders, find_domain
 from multidomain_cct.data.loader import TrainingSet, open_streams
 from multidomain_cct.data.pack import pack
 from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.specification import domain_folders, find_domain
 from multidomain_cct.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.layouts import RawSample
 from multidomain_cct.data.masks import read_mask
+from multidomain_cct.data.raw_files import RawSample
 
 JPEG_QUALITY = 95
 

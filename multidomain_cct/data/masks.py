@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.layouts import MaskFile
+from multidomain_cct.data.raw_files import MaskFile
 
 _FORMATS = ("PNG", "BMP", "TIFF", "GIF", "JPEG")
 _ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")

@@ -24,8 +24,9 @@ import PIL
 
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.encode import JPEG_QUALITY, Encoded, Encoder
-from multidomain_cct.data.layouts import RawSample, raw_samples
+from multidomain_cct.data.layouts import raw_samples
 from multidomain_cct.data.order import seed_from
+from multidomain_cct.data.raw_files import RawSample
 from multidomain_cct.data.shards import MAX_SHARD_BYTES, ShardIndex, ShardWriter, index_path, shard_paths
 
 

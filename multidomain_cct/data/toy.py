@@ -2,8 +2,6 @@
 
 A scene is a handful of boxes, rectangles and discs seen through a random camera. Colour alone does not tell the classes apart (a brick wall, an autumn tree and
 a red car share their reds; floor, table and chair their woods); shape, texture and place do. A few labelled images leave much to learn, many suffice.
-
-Coordinates are metres: x to the right, y up from the ground, z away from the camera. A Span is (from, to).
 """
 
 from __future__ import annotations
@@ -16,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image
 
-WIDTH, HEIGHT = 128, 96
+from multidomain_cct.data.scene import Scene, Span
+
 SPLITS = {"train": 240, "val": 60}
 """Images of each split; every one has a mask."""
 CLASSES = {
@@ -30,12 +29,7 @@ CLASSES = {
 SKY, ROAD, BUILDING, TREE, CAR, PERSON = range(6)
 WALL, FLOOR, WINDOW, TABLE, CHAIR, LAMP = range(6)
 
-Color = tuple[float, ...]
-Point = tuple[float, float, float]
-Span = tuple[float, float]
-
 _SEED = 2
-_OVERSAMPLING = 2
 _SKIES = (((88, 142, 214), (196, 220, 240)), ((150, 158, 168), (208, 210, 212)), ((104, 92, 150), (244, 178, 128)), ((58, 74, 120), (168, 150, 172)))
 _ASPHALTS = ((96, 98, 104), (128, 124, 120), (112, 98, 90), (72, 76, 86), (150, 144, 136))
 _FACADES = ((168, 84, 68), (206, 184, 148), (140, 146, 154), (122, 132, 110), (196, 148, 92), (96, 110, 138), (222, 216, 206))
@@ -80,98 +74,10 @@ def _save(picture: Image.Image, path: Path, **options: Any) -> None:
     os.replace(temporary, path)
 
 
-class _Scene:
-    """A picture and its mask, painted together from far to near. It begins as class 0 everywhere: a gradient between the colours `behind`."""
-
-    def __init__(self, rng: np.random.Generator, *, eye: float, horizon: float, behind: tuple[np.ndarray, np.ndarray], haze: bool) -> None:
-        self.rng, self.eye, self.haze = rng, eye, tuple(behind[1]) if haze else None
-        width, height = WIDTH * _OVERSAMPLING, HEIGHT * _OVERSAMPLING
-        self.focal = width * rng.uniform(0.75, 1.0)
-        self.center = (width * rng.uniform(0.38, 0.62), height * horizon)
-        self.roll = math.radians(rng.uniform(-4, 4))
-        self.lean = rng.uniform(-2.5, 2.5)
-        fade = np.linspace(0, 1 / horizon, height).clip(0, 1)[:, None]
-        rows = (behind[0] * (1 - fade) + behind[1] * fade).clip(0, 255).astype(np.uint8)
-        self.color, self.label = Image.fromarray(np.repeat(rows[:, None], width, axis=1)), Image.new("L", (width, height))
-        # Light is painted like a colour (128 is neutral), so that a shadow does not darken what stands in front of it.
-        self.light = Image.new("L", (width, height), 128)
-        self.color_pen, self.label_pen, self.light_pen = (ImageDraw.Draw(layer) for layer in (self.color, self.label, self.light))
-
-    def near(self, palette: Sequence[Color]) -> Color:
-        """A colour near one of the palette's."""
-        rng = self.rng
-        return tuple(np.asarray(palette[int(rng.integers(len(palette)))]) * rng.uniform(0.85, 1.12) + rng.normal(0, 7, 3))
-
-    def project(self, x: float, y: float, z: float) -> tuple[float, float]:
-        right, down = self.focal * x / z, self.focal * (self.eye - y) / z
-        cos, sin = math.cos(self.roll), math.sin(self.roll)
-        return self.center[0] + cos * right - sin * down, self.center[1] + sin * right + cos * down
-
-    def polygon(self, label: int, color: Color, points: Sequence[Point], tone: float = 1.0) -> None:
-        """Paint the outline's inside: its colour times `tone`, fading into the haze with its distance, its label, and neutral light."""
-        clear = math.exp(-points[0][2] / 80) if self.haze else 1.0
-        ink = tuple(int(min(max(c * tone, 0), 255) * clear + h * (1 - clear)) for c, h in zip(color, self.haze or color, strict=True))
-        outline = [self.project(*point) for point in points]
-        self.color_pen.polygon(outline, fill=ink)
-        self.label_pen.polygon(outline, fill=label)
-        self.light_pen.polygon(outline, fill=128)
-
-    def disc(self, label: int, color: Color, center: Point, radius: float, *, squash: float = 1.0, tone: float = 1.0) -> None:
-        x, y, z = center
-        around = [(radius * math.cos(turn), radius * squash * math.sin(turn)) for turn in np.linspace(0, 2 * math.pi, 20)]
-        self.polygon(label, color, [(x + right, y + up, z) for right, up in around], tone)
-
-    def facing(self, label: int, color: Color, x: Span, y: Span, z: float, tone: float = 1.0) -> None:
-        self.polygon(label, color, [(x[0], y[0], z), (x[1], y[0], z), (x[1], y[1], z), (x[0], y[1], z)], tone)
-
-    def lying(self, label: int, color: Color, x: Span, y: float, z: Span, tone: float = 1.0) -> None:
-        self.polygon(label, color, [(x[0], y, z[0]), (x[1], y, z[0]), (x[1], y, z[1]), (x[0], y, z[1])], tone)
-
-    def receding(self, label: int, color: Color, x: float, y: Span, z: Span, tone: float = 1.0) -> None:
-        self.polygon(label, color, [(x, y[0], z[0]), (x, y[0], z[1]), (x, y[1], z[1]), (x, y[1], z[0])], tone)
-
-    def box(self, label: int, color: Color, x: Span, y: Span, z: Span) -> None:
-        """The faces that the camera sees, each in its own tone."""
-        if x[0] > 0 or x[1] < 0:
-            self.receding(label, color, x[0] if x[0] > 0 else x[1], y, z, 0.72)
-        if y[1] < self.eye:
-            self.lying(label, color, x, y[1], z, 1.12)
-        self.facing(label, color, x, y, z[0], 0.92)
-
-    def legs(self, label: int, color: Color, x: Span, high: float, z: Span) -> None:
-        """Four legs that carry the rectangle `x`, `z` at height `high`."""
-        for back in (z[1] - 0.11, z[0]):
-            for left in (x[0], x[1] - 0.11):
-                self.box(label, color, (left, left + 0.11), (0, high), (back, back + 0.11))
-
-    def shine(self, light: float, points: Sequence[Point]) -> None:
-        """Light (above 1) or shadow (below 1) on what has been painted so far."""
-        self.light_pen.polygon([self.project(*point) for point in points], fill=int(128 * light))
-
-    def shadow(self, x: Span, z: Span) -> None:
-        """The shadow on the ground of something that stands there."""
-        self.shine(0.55, [(x[0], 0, z[0]), (x[1], 0, z[0]), (x[1] + self.lean, 0, z[1] + 1), (x[0] + self.lean, 0, z[1] + 1)])
-
-    def develop(self, grain: Sequence[tuple[float, float]]) -> tuple[Image.Image, Image.Image]:
-        """The RGB picture, with grain, uneven light, tint and noise added, and the mask."""
-        rng, strength = self.rng, np.asarray(grain, dtype=np.float32)
-        color = np.asarray(self.color.reduce(_OVERSAMPLING), dtype=np.float32)  # (H, W, 3)
-        label = np.ascontiguousarray(np.asarray(self.label)[::_OVERSAMPLING, ::_OVERSAMPLING])  # (H, W)
-        light = np.asarray(self.light.filter(ImageFilter.GaussianBlur(2)).reduce(_OVERSAMPLING), dtype=np.float32) / 128
-        blotches = Image.fromarray(rng.normal(size=(HEIGHT // 6, WIDTH // 6)).astype(np.float32))
-        coarse = np.asarray(blotches.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
-        light = light * (1 + strength[label, 0] * coarse + strength[label, 1] * rng.normal(size=label.shape))
-        slope = rng.uniform(-0.2, 0.2, size=2)
-        light = light * (1 + slope[0] * np.linspace(-1, 1, HEIGHT)[:, None] + slope[1] * np.linspace(-1, 1, WIDTH))
-        tint = rng.uniform(0.88, 1.15) * rng.uniform(0.93, 1.07, size=3)
-        picture = color * light[..., None] * tint + rng.normal(0, rng.uniform(2, 7), size=color.shape)
-        return Image.fromarray(picture.clip(0, 255).astype(np.uint8)), Image.fromarray(label)
+_Thing = tuple[float, float, Callable[[Scene, float, float], None]]
 
 
-_Thing = tuple[float, float, Callable[[_Scene, float, float], None]]
-
-
-def _paint_things(scene: _Scene, things: Sequence[_Thing]) -> None:
+def _paint_things(scene: Scene, things: Sequence[_Thing]) -> None:
     """Each thing is (z, x, how to paint it at x, z); the near ones hide the far ones."""
     for z, x, paint in sorted(things, key=lambda thing: -thing[0]):
         paint(scene, x, z)
@@ -179,7 +85,7 @@ def _paint_things(scene: _Scene, things: Sequence[_Thing]) -> None:
 
 def _street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     top, bottom = np.asarray(_SKIES[rng.integers(len(_SKIES))]) + rng.normal(0, 8, (2, 3))
-    scene = _Scene(rng, eye=rng.uniform(1.5, 2.6), horizon=rng.uniform(0.38, 0.58), behind=(top, bottom), haze=True)
+    scene = Scene(rng, eye=rng.uniform(1.5, 2.6), horizon=rng.uniform(0.38, 0.58), behind=(top, bottom), haze=True)
     for x, y in rng.uniform((-8, 2), (8, 7), (rng.integers(6), 2)):
         for _ in range(6):
             scene.disc(SKY, tuple(bottom), (x + rng.normal(0, 0.8), y + rng.normal(0, 0.12), 12), rng.uniform(0.3, 0.7), squash=0.5, tone=1.06)
@@ -201,7 +107,7 @@ def _street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     return scene.develop(_STREET_GRAIN)
 
 
-def _paint_houses(scene: _Scene, sign: int, side: float) -> None:
+def _paint_houses(scene: Scene, sign: int, side: float) -> None:
     """The houses along one side of the street, with gaps."""
     rng, far = scene.rng, 62.0
     while far > 3:
@@ -218,7 +124,7 @@ def _paint_houses(scene: _Scene, sign: int, side: float) -> None:
         far = near
 
 
-def _paint_tree(scene: _Scene, x: float, z: float) -> None:
+def _paint_tree(scene: Scene, x: float, z: float) -> None:
     rng, leaves = scene.rng, scene.near(_LEAVES)
     trunk, crown = rng.uniform(1.5, 2.6), rng.uniform(1.3, 2.3)
     scene.shadow((x - crown, x + crown), (z, z + 1))
@@ -233,7 +139,7 @@ def _paint_tree(scene: _Scene, x: float, z: float) -> None:
         scene.disc(TREE, leaves, place, crown * rng.uniform(0.4, 0.65), tone=1 + 0.3 * lift + rng.normal(0, 0.06))
 
 
-def _paint_car(scene: _Scene, x: float, z: float) -> None:
+def _paint_car(scene: Scene, x: float, z: float) -> None:
     paint, glass, tyre = scene.near(_PAINTS), scene.near(_GLASSES[:2]), (34, 34, 38)
     seen_from_side = scene.rng.random() < 0.35
     half, length, inset, high = (2.0, 1.8, 0.55, 0.9) if seen_from_side else (0.9, 4.0, 0.08, 0.95)
@@ -253,7 +159,7 @@ def _paint_car(scene: _Scene, x: float, z: float) -> None:
             scene.facing(CAR, light, (x + sign * 0.5, x + sign * 0.8), (0.6, 0.8), z)
 
 
-def _paint_person(scene: _Scene, x: float, z: float) -> None:
+def _paint_person(scene: Scene, x: float, z: float) -> None:
     rng, shirt, trousers = scene.rng, scene.near(_PAINTS), scene.near(_PAINTS)
     hip, neck = np.array((0.85, 1.5)) * rng.uniform(0.9, 1.1)
     stride, reach = rng.uniform(0.08, 0.25), rng.uniform(0.34, 0.55, size=2)
@@ -269,7 +175,7 @@ def _paint_person(scene: _Scene, x: float, z: float) -> None:
 
 def _room(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     paint = np.asarray(_WALLS[rng.integers(len(_WALLS))]) * rng.uniform(0.85, 1.1) + rng.normal(0, 8, 3)
-    scene = _Scene(rng, eye=rng.uniform(1.3, 1.9), horizon=rng.uniform(0.16, 0.36), behind=(paint, paint), haze=False)
+    scene = Scene(rng, eye=rng.uniform(1.3, 1.9), horizon=rng.uniform(0.16, 0.36), behind=(paint, paint), haze=False)
     left, right, depth, height = -rng.uniform(1.9, 3.2), rng.uniform(1.9, 3.2), rng.uniform(4.0, 5.6), rng.uniform(2.4, 2.9)
     scene.lying(WALL, (236, 234, 228), (left, right), height, (0.5, depth))
     for x, tone in zip((left, right), rng.permutation((0.8, 1.06)), strict=True):
@@ -286,7 +192,7 @@ def _room(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     return scene.develop(_ROOM_GRAIN)
 
 
-def _paint_floor(scene: _Scene, x: Span, depth: float) -> None:
+def _paint_floor(scene: Scene, x: Span, depth: float) -> None:
     """Boards, tiles or carpet, and perhaps a rug."""
     rng, ground, kind = scene.rng, scene.near(_WOODS), scene.rng.integers(3)
     width, length = ((0.3, 9.0), (0.5, 0.5), (9.0, 9.0))[kind]
@@ -300,7 +206,7 @@ def _paint_floor(scene: _Scene, x: Span, depth: float) -> None:
         scene.lying(FLOOR, rug, (middle - 1.0, middle + 1.0), 0, (near + 0.15, near + 1.45), 1.15)
 
 
-def _paint_openings(scene: _Scene, x: Span, depth: float) -> None:
+def _paint_openings(scene: Scene, x: Span, depth: float) -> None:
     """One or two windows, the daylight they throw on the floor, and perhaps a picture, which is wall."""
     rng, frame = scene.rng, scene.near(((240, 238, 232), (112, 74, 52), (90, 92, 96)))
     top, bottom = np.asarray(_SKIES[rng.integers(len(_SKIES))]) * rng.choice((0.35, 1.0, 1.05))
@@ -320,7 +226,7 @@ def _paint_openings(scene: _Scene, x: Span, depth: float) -> None:
             scene.shine(1.3, [(start, 0, depth - 0.7), (start + 1.1, 0, depth - 0.7), (start + 1.1 + lean, 0, near), (start + lean, 0, near)])
 
 
-def _paint_table(scene: _Scene, x: float, z: float) -> None:
+def _paint_table(scene: Scene, x: float, z: float) -> None:
     rng, wood = scene.rng, scene.near(_WOODS)
     half, deep, high = rng.uniform(0.55, 0.95), rng.uniform(0.6, 0.9), rng.uniform(0.65, 0.8)
     scene.shadow((x - half, x + half), (z, z + deep - 0.8))
@@ -328,7 +234,7 @@ def _paint_table(scene: _Scene, x: float, z: float) -> None:
     scene.box(TABLE, wood, (x - half, x + half), (high - 0.15, high), (z, z + deep))
 
 
-def _paint_chair(scene: _Scene, x: float, z: float) -> None:
+def _paint_chair(scene: Scene, x: float, z: float) -> None:
     rng, fabric = scene.rng, scene.near(_FABRICS)
     wood = fabric if rng.random() < 0.5 else scene.near(_WOODS)
     half, high = rng.uniform(0.24, 0.31), rng.uniform(0.9, 1.15)
@@ -340,7 +246,7 @@ def _paint_chair(scene: _Scene, x: float, z: float) -> None:
     scene.box(CHAIR, fabric, (x - half, x + half), (0.45 if back_is_near else 0.52, high), (rest, rest + 0.07))
 
 
-def _paint_lamp(scene: _Scene, x: float, z: float) -> None:
+def _paint_lamp(scene: Scene, x: float, z: float) -> None:
     """A lamp that hangs from the ceiling, or one on a stand."""
     rng, shade, metal = scene.rng, scene.near(_SHADES), scene.near(((60, 58, 60), (180, 150, 90)))
     hangs, bottom, high = rng.random() < 0.5, rng.uniform(0.24, 0.34), rng.uniform(0.3, 0.45)

@@ -12,8 +12,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from multidomain_cct.data.domain import did_you_mean
 from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.strict_yaml import did_you_mean
 from multidomain_cct.model.inference import InferenceSettings
 from multidomain_cct.training.checkpoint import LoadedRun
 from multidomain_cct.training.scoring import Score, arithmetic_and_harmonic, score

@@ -20,7 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from multidomain_cct.data.domain import Domain, read_domain
+from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.specification import read_domain
 from multidomain_cct.model.network import CCT, HeadSettings
 from multidomain_cct.training.recipe import Recipe, read_recipe
 

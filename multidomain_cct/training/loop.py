@@ -14,10 +14,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from torch import Tensor
 
-from multidomain_cct.data.domain import Domain, find_domain
+from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.loader import Batch, DomainStreams, TrainingSet, open_streams, steps
 from multidomain_cct.data.order import seed_from
 from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.specification import find_domain
 from multidomain_cct.model.network import CCT
 from multidomain_cct.training.checkpoint import (
     RunState,

@@ -12,8 +12,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from multidomain_cct.data.domain import StrictLoader, did_you_mean, read_yaml
 from multidomain_cct.data.loader import DataSettings, DomainSettings
+from multidomain_cct.data.strict_yaml import StrictLoader, did_you_mean, read_yaml
 from multidomain_cct.model.decoders import DECODERS
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.inference import InferenceSettings

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split, domain_folders, find_domain, known_domains, read_domain
+from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
+from multidomain_cct.data.specification import domain_folders, find_domain, known_domains, read_domain
 
 SHIPPED = Path(__file__).parents[2] / "domains"
 

@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.domain import Domain, LabelClass, Split, find_domain
-from multidomain_cct.data.layouts import LONGEST_KEY, RawSample, raw_samples
+from multidomain_cct.data.domain import Domain, LabelClass, Split
+from multidomain_cct.data.layouts import raw_samples
 from multidomain_cct.data.masks import read_mask
+from multidomain_cct.data.raw_files import LONGEST_KEY, RawSample
+from multidomain_cct.data.specification import find_domain
 
 SHIPPED = Path(__file__).parents[2] / "domains"
 

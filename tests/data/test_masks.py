@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
-from multidomain_cct.data.layouts import MaskFile
 from multidomain_cct.data.masks import read_mask
+from multidomain_cct.data.raw_files import MaskFile
 
 IDS = np.array([[0, 1, 2], [3, 4, 255]])
 """Raw ids with one of each kind: 0 ignored, 1 and 2 the first class, 3 the second, 4 unknown, 255 ignored."""

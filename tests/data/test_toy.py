@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.domain import read_domain
-from multidomain_cct.data.toy import CLASSES, HEIGHT, SPLITS, WIDTH, render_toy
+from multidomain_cct.data.scene import HEIGHT, WIDTH
+from multidomain_cct.data.specification import read_domain
+from multidomain_cct.data.toy import CLASSES, SPLITS, render_toy
 
 DOMAINS = Path(__file__).resolve().parents[2] / "domains"
 

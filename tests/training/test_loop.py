@@ -11,9 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from multidomain_cct.data.domain import read_domain
 from multidomain_cct.data.loader import TrainingSet, open_streams
 from multidomain_cct.data.order import seed_from
+from multidomain_cct.data.specification import read_domain
 from multidomain_cct.training.checkpoint import build_model, checkpoints, load_run, read_state
 from multidomain_cct.training.loop import RunFailed, train
 from multidomain_cct.training.recipe import Recipe

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from multidomain_cct.data.domain import domain_folders, find_domain
+from multidomain_cct.data.specification import domain_folders, find_domain
 from multidomain_cct.training.recipe import differences, read_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
