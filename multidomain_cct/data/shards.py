@@ -12,6 +12,7 @@ import json
 import os
 import tarfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,7 +247,7 @@ class Shards:
         self._size = np.concatenate([index.size for index in indexes])
         self._crc32 = np.concatenate([index.crc32 for index in indexes])
         if len(set(self.keys)) < len(self.keys):
-            twice = next(key for i, key in enumerate(sorted(self.keys)[1:]) if sorted(self.keys)[i] == key)
+            twice = Counter(self.keys).most_common(1)[0][0]
             raise ValueError(f"{self.paths[0].parent}: the key {twice!r} is in more than one shard of the split. Pack or number the shards again.")
         self._descriptors: dict[int, int] = {}
 

@@ -44,22 +44,15 @@ def evaluate(
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     root = shards or Path(run.recipe.data.shards)
-    wanted = [require_head(run, name) for name in names or run.domains]
-    opened = {name: Shards.open(root / name, split or run.recipe.domains[name].val_split) for name in wanted}
-    model = run.model.to(device)
-    return [
-        score(
-            model,
-            opened[name],
-            run.domains[name],
-            split or run.recipe.domains[name].val_split,
-            settings or run.recipe.evaluation,
-            device=device,
-            workers=workers,
-            seen=seen,
-        )
-        for name in wanted
-    ]
+    splits = {name: split or run.recipe.domains[require_head(run, name)].val_split for name in names or run.domains}
+    if not names:
+        splits = {name: chosen for name, chosen in splits.items() if chosen}
+    if not splits or not all(splits.values()):
+        name = next((name for name, chosen in splits.items() if not chosen), next(iter(run.domains)))
+        raise ValueError(f"{run.folder}: the recipe gives {name} no val_split, so there is nothing to score by default. Name a split with --split.")
+    opened = {name: Shards.open(root / name, chosen) for name, chosen in splits.items()}
+    model, settings = run.model.to(device), settings or run.recipe.evaluation
+    return [score(model, opened[name], run.domains[name], splits[name], settings, device=device, workers=workers, seen=seen) for name in splits]
 
 
 def override(settings: InferenceSettings, *, window: list[int] | None, scales: list[float] | None, flip: bool) -> InferenceSettings:

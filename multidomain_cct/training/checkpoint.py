@@ -79,7 +79,8 @@ def save_checkpoint(
             # safetensors creates files that only their owner may read; a team shares its runs.
             path.chmod(0o755 if path.is_dir() else 0o644)
             _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            _discard(target)
         os.replace(temporary, target)
         _sync(folder)
     except BaseException:
@@ -88,7 +89,7 @@ def save_checkpoint(
     newest = checkpoints(folder)
     for old in newest[:-keep]:
         if old.name != f"step-{state.best_step:08d}":
-            shutil.rmtree(old)
+            _discard(old)
     return target
 
 
@@ -284,6 +285,14 @@ def _require_whole(checkpoint: Path) -> None:
     trouble = damage(checkpoint)
     if trouble is not None:
         raise ValueError(f"{checkpoint} is damaged ({trouble}). Choose another with --checkpoint.")
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint so that at no moment a part of it bears its name."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
 
 
 def _sha256(path: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import get_available_trackers
 from torch import Tensor
 
 from multidomain_cct.data.domain import Domain
@@ -44,6 +45,7 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
 
     Raises ValueError or FileNotFoundError, before anything is written, for what the user has to change, and RunFailed when the run cannot go on.
     """
+    _require_trackers(recipe.training.trackers)
     accelerator = Accelerator(
         # Without being told, Accelerate runs each process of a CPU launch on its own.
         cpu=not torch.accelerator.is_available(),
@@ -52,6 +54,8 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
         log_with=recipe.training.trackers or None,
         project_dir=recipe.folder,
     )
+    if recipe.training.precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("training.precision is `fp16`, which Accelerate leaves out in silence on a CPU. Use `bf16` or `no` there.")
     domains = {name: find_domain(name, folders, named_by=named_by) for name in recipe.domains}
     streams = [open_streams(domain, recipe.domains[name], recipe.data, use_unlabelled=recipe.uses_consistency(name)) for name, domain in domains.items()]
     data = TrainingSet(
@@ -66,6 +70,10 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     scored = {name: Shards.open(Path(recipe.data.shards) / name, choice.val_split) for name, choice in recipe.domains.items() if choice.val_split}
     resumed, notices = _resumable_checkpoint(recipe, domains, streams)
     model = build_model(recipe, domains, unlabelled={stream.domain.name: bool(stream.unlabelled) for stream in streams})
+    if resumed is None and recipe.encoder.norm == "frozen" and recipe.encoder.weights == "none" and recipe.init_from is None:
+        notices.append(
+            "encoder.norm is `frozen` and encoder.weights is `none`: norms of random weights stay random; `shared` or pretrained weights train better."
+        )
     if resumed is None and recipe.init_from is not None:
         notices += [f"init_from: {line}" for line in load_initial_weights(Path(recipe.init_from), model, domains)]
     optimiser = build_optimiser(recipe.optimiser, model.encoder.trunk, model)
@@ -275,6 +283,14 @@ def _score_metrics(scores: Mapping[str, Score]) -> dict[str, float | None]:
 def _record(accelerator: Accelerator, log: RunLog, step: int, values: Mapping[str, float | None]) -> None:
     log.metrics(step, values)
     accelerator.log({key: value for key, value in values.items() if value is not None}, step=step)
+
+
+def _require_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that Accelerate would leave out in silence."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in names:
+        if name not in available:
+            raise ValueError(f"training.trackers names {name!r}. Installed: {', '.join(available) or 'none'}. For example: pip install tensorboard")
 
 
 def _fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, str]:

@@ -20,6 +20,9 @@ from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
 from multidomain_cct.data.loader import Batch, DataSettings, DomainSettings, DomainStreams, TrainingSet, open_streams, scored_images, steps
 from multidomain_cct.data.shards import Shards, ShardWriter
 
+# torch warns of more workers than cores; on a machine of one core these tests still want two.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
 SIZE = (24, 16)
 """Of the stored images, (width, height)."""
 CLASSES = (LabelClass("ground", (0, 0, 0)), LabelClass("thing", (255, 255, 255)))

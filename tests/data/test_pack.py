@@ -294,6 +294,16 @@ def test_any_other_image_is_encoded_as_rgb_jpeg_of_quality_95(tmp_path: Path, ki
     assert members(tmp_path, "more")["a.jpg"] == expected.getvalue() and JPEG_QUALITY == 95
 
 
+def test_grey_images_of_16_bits_are_scaled_to_8(tmp_path: Path) -> None:
+    shades = np.linspace(0, 65535, 16 * 16).reshape(16, 16).astype(np.uint16)
+    path = tmp_path / "raw/images/more/a.png"
+    path.parent.mkdir(parents=True)
+    Image.fromarray(shades).save(path)
+    pack(STREET, tmp_path / "raw", "more", tmp_path, workers=1)
+    stored = np.asarray(Image.open(io.BytesIO(members(tmp_path, "more")["a.jpg"]))).astype(int)
+    assert np.abs(stored - (shades // 256)[..., None]).max() <= 3  # what JPEG loses
+
+
 def test_exif_orientation_is_applied_to_the_image_and_fits_an_upright_mask(tmp_path: Path) -> None:
     lying = np.zeros((16, 24, 3), dtype=np.uint8)
     lying[:, :12] = (255, 0, 0)  # the left half, which orientation 6 turns to the top

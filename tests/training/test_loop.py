@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from multidomain_cct.data.loader import TrainingSet, open_streams
@@ -108,6 +109,31 @@ def test_accumulation_keeps_the_global_batch(tiny_recipe: TinyRecipe, two_domain
     for term in ("fields/supervised", "shapes/consistency"):
         assert logged(runs[0], f"train/{term}") == pytest.approx(logged(runs[1], f"train/{term}"), abs=1e-5)
     assert largest_difference(weights(runs[0]), weights(runs[1])) < 1e-5
+
+
+@pytest.fixture
+def restart() -> Callable[[], None]:
+    """Forget the settings of the process's first run, as a new process would."""
+    return lambda: AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_mixed_precision_is_not_left_out_in_silence(tiny_recipe: TinyRecipe, two_domains: Path, restart: Callable[[], None]) -> None:
+    losses = []
+    for precision in ("no", "bf16"):
+        restart()
+        run = start(tiny_recipe(name=precision, training__precision=precision), two_domains)
+        losses.append(logged(run, "train/fields/supervised")[0])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+def test_a_tracker_receives_the_metrics(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    run = start(tiny_recipe(training__trackers=["tensorboard"]), two_domains)
+    assert any(path.name.startswith("events.out.tfevents") and path.stat().st_size > 500 for path in run.rglob("*"))
+
+
+def test_a_tracker_that_is_not_installed_is_refused(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    with pytest.raises(ValueError, match="training.trackers names 'tensorbored'. Installed: .*tensorboard"):
+        start(tiny_recipe(training__trackers=["tensorbored"]), two_domains)
 
 
 def test_alternating_domains_take_turns(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
@@ -234,6 +260,9 @@ def test_checkpoints_beyond_the_newest_and_the_best_are_removed(tiny_recipe: Tin
         ({"domains": {"feilds": {}}}, r'names the domain "feilds".*Did you mean "fields"'),
         ({"domains": {"fields": {"val_split": "test"}}}, r"fields has no test shards. Make them: python -m multidomain_cct pack fields"),
         ({"encoder__name": "resnet5"}, r"which timm does not know"),
+        pytest.param(
+            {"training__precision": "fp16"}, r"Use `bf16` or `no`", marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works here")
+        ),
     ],
 )
 def test_mistakes_are_found_before_anything_is_written(tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object], message: str) -> None:
