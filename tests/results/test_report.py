@@ -207,7 +207,7 @@ def test_data_is_shown_as_text(tiny_training: Callable[..., Path], tiny_domain: 
     record = Shards.open(folder, "train").read(0)
     with ShardWriter(folder, "val") as writer:
         writer.write("<script>key", image=record.image, mask=record.mask, meta=b"{}")
-    run = tiny_training(tmp_path, f"{script}b>", classes, training={"steps": 1})
+    run = tiny_training(tmp_path, "plain", classes, training={"steps": 1}).rename(tmp_path / "runs" / f"{script}b>")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2, "train/fields/<i>\x1b[31m\n": 1.0}) + "\n")
     environment = json.loads((run / "env.json").read_text())
