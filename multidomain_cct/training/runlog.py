@@ -8,7 +8,8 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from multidomain_cct import __version__
+from multidomain_cct.data.loader import Batch
 
 
 class RunLog:
@@ -75,6 +77,53 @@ class RunLog:
         """One line that stays."""
         if self.enabled:
             self.console.print(text, markup=False)
+
+
+class Window:
+    """Sums since the last line of metrics."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.sums: dict[str, float] = defaultdict(float)
+        self.counts: dict[str, int] = defaultdict(int)
+        self.images = 0
+        self.waited = 0.0
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave what happened between two steps (evaluation, saving) out of the rates."""
+        self.started = time.perf_counter()
+        self.images, self.waited = 0, 0.0
+
+    def timed_next(self, micro_batches: Iterator[dict[str, Batch]]) -> dict[str, Batch]:
+        """The next micro-batch, and the time that waiting for it took."""
+        before = time.perf_counter()
+        batches = next(micro_batches)
+        self.waited += time.perf_counter() - before
+        return batches
+
+    def add(self, losses: Mapping[str, float], batches: Mapping[str, Batch]) -> None:
+        """Count the losses and images of a micro-batch."""
+        for term, value in losses.items():
+            self.sums[term] += value
+            self.counts[term] += 1
+        self.images += self.world * sum(len(batch.images) + len(batch.unlabelled) for batch in batches.values())
+
+    def metrics(self, device: torch.device) -> dict[str, float]:
+        """What goes into metrics.jsonl: mean losses and the run's speed."""
+        seconds = max(1e-9, time.perf_counter() - self.started)
+        losses = {f"train/{term}": total / self.counts[term] for term, total in self.sums.items()}
+        return losses | {"sys/images_per_s": self.images / seconds, "sys/peak_mib": peak_mib(device), "sys/data_wait_fraction": self.waited / seconds}
+
+    def text(self, device: torch.device) -> str:
+        """Losses by domain, speed, waiting for data, memory."""
+        domains: dict[str, list[str]] = defaultdict(list)
+        for term, total in self.sums.items():
+            name, _, kind = term.partition("/")
+            domains[name].append(f"{kind[:3]} {total / self.counts[term]:.3f}")
+        values = self.metrics(device)
+        losses = " | ".join(f"{name} {' '.join(terms)}" for name, terms in domains.items())
+        return f"{losses}  {values['sys/images_per_s']:.1f} img/s  wait {values['sys/data_wait_fraction']:.0%}  {values['sys/peak_mib']:.0f} MiB"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

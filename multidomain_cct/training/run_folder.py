@@ -1,0 +1,62 @@
+"""A run's folder: what is written into it before the first step, and whether a run in it may be continued."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.loader import DomainStreams
+from multidomain_cct.training.checkpoint import newest_checkpoint, read_state
+from multidomain_cct.training.recipe import Recipe, differences, read_recipe
+
+
+def resumable_checkpoint(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams]) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, or None for a new run, and what the user should know of it.
+
+    Raises ValueError rather than touch a folder that holds another run.
+    """
+    folder = recipe.folder
+    if not folder.exists() or not any(folder.iterdir()):
+        return None, []
+    if recipe.resume == "never":
+        raise ValueError(f"{folder} exists. Continue it with resume=auto, or start another run with name=OTHER.")
+    if not (folder / "recipe.yaml").is_file():
+        raise ValueError(f"{folder} exists and is not a run (it has no recipe.yaml). Choose another name=.")
+    changed = differences(read_recipe(folder / "recipe.yaml"), recipe)
+    for name, domain in domains.items():
+        spec = folder / "domains" / f"{name}.yaml"
+        if spec.is_file() and spec.read_text(encoding="utf-8") != domain.to_yaml():
+            changed.append(f"the specification of {name}")
+    if changed:
+        more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise ValueError(f"{folder} is a run of another recipe: {', '.join(changed[:4])}{more}. Take these back, or start another run with name=OTHER.")
+    checkpoint, warnings = newest_checkpoint(folder / "checkpoints")
+    if checkpoint is not None:
+        old, new = read_state(checkpoint).fingerprints, fingerprints(recipe, streams)
+        for split in new:
+            if old.get(split) != new[split]:
+                raise ValueError(
+                    f"{folder} was trained on other shards of {split}: {old.get(split)} -> {new[split]}. Restore them, or start another run with name=OTHER."
+                )
+    return checkpoint, warnings
+
+
+def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], env: Mapping[str, object]) -> None:
+    """Write what a reader, and `evaluate`, need to know of the run: recipe, domains as used, environment."""
+    (recipe.folder / "domains").mkdir(parents=True, exist_ok=True)
+    (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    (recipe.folder / "env.json").write_text(json.dumps(env, indent=1), encoding="utf-8")
+    for name, domain in domains.items():
+        (recipe.folder / "domains" / f"{name}.yaml").write_text(domain.to_yaml(), encoding="utf-8")
+
+
+def fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, str]:
+    """Contents of the shards a run trains on, by domain/split."""
+    found = {}
+    for stream in streams:
+        choice = recipe.domains[stream.domain.name]
+        for split, shards in zip([choice.train_split, *choice.unlabelled_splits], stream.sources, strict=False):
+            found[f"{stream.domain.name}/{split}"] = shards.fingerprint
+    return found
