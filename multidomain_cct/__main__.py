@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -262,9 +263,17 @@ def run_predict(options: argparse.Namespace) -> int:
 
 
 def run_report(options: argparse.Namespace) -> int:
-    from multidomain_cct.results.report import write_report
+    from multidomain_cct.results.report import last_scores, write_report
 
-    Console().print(f"report: {write_report(options.folders, options.out)}", markup=False, highlight=False, soft_wrap=True)
+    page = write_report(options.folders, options.out)
+    scores = {folder: last_scores(folder) for folder in options.folders}
+    table = Table("val mIoU", *(escape(folder.resolve().name) for folder in scores))
+    for name in dict.fromkeys(name for found in scores.values() for name in found):
+        table.add_row(name, *(f"{100 * found[name]:.1f}" if name in found else "" for found in scores.values()))
+    console = Console(highlight=False)
+    if table.row_count:
+        console.print(table)
+    console.print(f"report: {page}", markup=False, soft_wrap=True)
     return DONE
 
 

@@ -105,6 +105,16 @@ def test_predict_skips_and_reports_what_it_cannot_read(tiny_run: Path, yard: Pat
     assert "error: skipped " in printed.err and "broken.jpg" in printed.err
 
 
+def test_report_prints_the_runs_beside_each_other(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(tiny_run, tmp_path / "other[red]")
+    assert main(["report", str(tiny_run), str(other), "--out", str(tmp_path / "page.html")]) == 0
+    printed = capsys.readouterr().out
+    score = json.loads((tiny_run / "metrics.jsonl").read_text().splitlines()[-1])["val/fields/miou"]
+    assert "other[red]" in printed and "tiny" in printed and "mean" in printed
+    assert next(line for line in printed.splitlines() if "fields" in line).count(f"{100 * score:.1f}") == 2
+    assert f"report: {tmp_path / 'page.html'}" in printed and (tmp_path / "page.html").is_file()
+
+
 def test_index_makes_foreign_shards_usable(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with tarfile.open(yard / "train-00000.tar", "w") as tar:
         tar.add("raw/images/0.jpg", "zero.jpg")

@@ -110,6 +110,14 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, device: torch
     return out
 
 
+def last_scores(run: Path) -> dict[str, float]:
+    """The newest val mIoU of each domain, 0 to 1, and their mean; empty before the first evaluation."""
+    (facts,) = _read_runs([run])
+    newest = facts.evaluations[-1] if facts.evaluations else {}
+    scores = {name: newest[f"val/{name}/miou"] for name in facts.domains if f"val/{name}/miou" in newest}
+    return scores | ({"mean": newest["val/mean_miou"]} if len(scores) > 1 else {})
+
+
 def _read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     for folder in folders:
         if not (folder / "recipe.yaml").is_file():
