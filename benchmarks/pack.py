@@ -1,6 +1,6 @@
 """How fast `pack` is, beside one process that decodes, resizes and encodes the same files with Pillow in a plain loop.
 
-python benchmarks/pack.py [--images 400] [--workers N] [--repeats 3] [--json]
+python benchmarks/pack.py [--images 1000] [--workers N] [--repeats 3] [--json]
 
 Draws photographs of 1280x960 with masks, stored by both at 640x480. The two take turns; medians are compared. Efficiency is pack's rate / (workers x the
 plain rate).
@@ -26,7 +26,6 @@ from rich.console import Console
 from rich.table import Table
 
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.pack import pack
 
 SIZE, STORED = (1280, 960), (640, 480)
 COLORS = np.random.default_rng(1).integers(0, 255, (8, 3))
@@ -68,11 +67,14 @@ def seconds(run: object, *arguments: object, **options: object) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=400)
+    parser.add_argument("--images", type=int, default=1000)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    # Not at the top: pack's workers import this file anew, as they do the command's, and need none of what writing shards needs.
+    from multidomain_cct.data.pack import pack
+
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "raw", Path(folder) / "out"
         draw(raw, options.images)

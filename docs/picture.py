@@ -33,7 +33,7 @@ def main() -> None:
         for number in numbers:
             image, mask = decode(shards.read(number), domain)
             assert mask is not None
-            answers = [predicted_ids(run.model, image, domain, run.recipe.evaluation, torch.device("cpu")) for run in runs]
+            answers = [predicted_ids(run.model, image, name, run.recipe.evaluation, torch.device("cpu")) for run in runs]
             rows.append([image, *(overlay(image, ids, domain, 0.75) for ids in answers), colored(np.asarray(mask), domain)])
     width, height = rows[0][0].width * SCALE, rows[0][0].height * SCALE
     sheet = Image.new("RGB", (len(TITLES) * (width + GAP) - GAP, HEADING + len(rows) * (height + GAP) - GAP), "white")
@@ -43,7 +43,9 @@ def main() -> None:
         for row, pictures in enumerate(rows):
             picture = pictures[column].resize((width, height), Image.Resampling.NEAREST if column == 3 else Image.Resampling.LANCZOS)
             sheet.paste(picture, (column * (width + GAP), HEADING + row * (height + GAP)))
-    sheet.save(Path(__file__).with_name("images") / "demo.png", optimize=True)
+    folder = Path(__file__).with_name("images")
+    folder.mkdir(exist_ok=True)
+    sheet.quantize(256, dither=Image.Dither.NONE).save(folder / "demo.png", optimize=True)
 
 
 if __name__ == "__main__":

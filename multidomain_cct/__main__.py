@@ -10,7 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -20,6 +20,9 @@ from rich.table import Table
 from multidomain_cct import __version__
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.specification import domain_folders, find_domain, known_domains, read_domain
+
+if TYPE_CHECKING:
+    from multidomain_cct.data.pack import Summary
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 SHARDS = "data/shards"
@@ -124,7 +127,9 @@ def run_train(options: argparse.Namespace) -> int:
     try:
         run = train(recipe, domain_folders(options.domains, options.recipe), command=command, named_by=str(options.recipe))
     except RunFailed as error:
-        complain(str(error))
+        # All processes skip the same steps and give up together.
+        if os.environ.get("RANK", "0") == "0":
+            complain(str(error))
         return FAILED
     if os.environ.get("RANK", "0") == "0":
         Console().print(f"report: {write_report([run])}", markup=False, highlight=False, soft_wrap=True)
@@ -171,7 +176,7 @@ def _present_splits(domain: Domain, raw: Path) -> list[str]:
     return present
 
 
-def _print_summary(domain: Domain, split: str, summary: Any, folder: Path) -> None:
+def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -> None:
     from multidomain_cct.data.pack import ignored_share
 
     console = Console(highlight=False)
@@ -187,7 +192,7 @@ def _print_summary(domain: Domain, split: str, summary: Any, folder: Path) -> No
     table = Table("train id", "class", "share of pixels")
     total = max(1, int(summary.pixels.sum()))
     for train_id, label in enumerate(domain.classes):
-        table.add_row(str(train_id), label.name, f"{100 * summary.pixels[train_id] / total:.2f} %")
+        table.add_row(str(train_id), escape(label.name), f"{100 * summary.pixels[train_id] / total:.2f} %")
     table.add_row(str(IGNORE), "ignored", f"{100 * ignored_share(summary):.2f} %")
     console.print(table)
     if summary.unknown:
@@ -289,7 +294,7 @@ def run_domains(options: argparse.Namespace) -> int:
             broken.append(str(error))
             continue
         packed = [f"{split} ({len(shard_paths(options.shards / name, split))})" for split in domain.splits if shard_paths(options.shards / name, split)]
-        table.add_row(name, str(domain.num_classes), domain.title, ", ".join(packed) or "none", str(path))
+        table.add_row(name, str(domain.num_classes), escape(domain.title), ", ".join(packed) or "none", escape(str(path)))
     Console().print(table)
     for line in broken:
         complain(line)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +19,6 @@ IGNORE = 255
 """Train id of a pixel that has no class: never trained on, never scored."""
 
 LAYOUTS = ("folder", "cityscapes", "camvid", "sun_rgbd", "voc", "toy")
-_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from multidomain_cct.data.masks import read_mask
 from multidomain_cct.data.raw_files import RawSample
 
 JPEG_QUALITY = 95
+_UNREADABLE = (Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, RuntimeError, AttributeError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises for damaged files, found by damaging files of every format."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +96,14 @@ def load_image(source: bytes | Path, name: str) -> Image.Image:
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                upright = ImageOps.exif_transpose(image)
-        if upright.mode.startswith("I"):
-            # Pillow clips 16 bits to 255 instead of scaling them.
-            upright = Image.fromarray((np.asarray(upright).astype(np.uint32) >> 8).astype(np.uint8))
-        return upright.convert("RGB")
-    except (UnidentifiedImageError, Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, struct.error) as error:
+                image.load()
+                ImageOps.exif_transpose(image, in_place=True)
+                if image.mode.startswith("I"):
+                    # Pillow clips 16 bits to 255 instead of scaling them.
+                    return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+                # Both give an image of its own, which outlives the file.
+                return image.convert("RGB")
+    except _UNREADABLE as error:
         reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"{name}: the image cannot be read ({reason}).") from None
 

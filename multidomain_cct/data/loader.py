@@ -55,6 +55,9 @@ class DomainSettings:
     def __post_init__(self) -> None:
         if self.unlabelled not in UNLABELLED:
             raise ValueError(f"unlabelled is {self.unlabelled!r}; it is one of {', '.join(UNLABELLED)}.")
+        for name, value in (("weight", self.weight), ("consistency_weight", self.consistency_weight)):
+            if value is not None and value < 0:
+                raise ValueError(f"a domain's {name} is {value}; it is 0 or more.")
         if self.labelled == "0":
             raise ValueError("labelled is 0; a domain needs at least one labelled image.")
         for name, batch in (("labelled_batch", self.labelled_batch), ("unlabelled_batch", self.unlabelled_batch)):

@@ -44,6 +44,9 @@ def read_mask(mask: MaskFile, domain: Domain) -> tuple[np.ndarray, dict[str, int
 def _ids_to_train_ids(ids: np.ndarray, domain: Domain) -> tuple[np.ndarray, np.ndarray]:
     """Train ids, and whether the table knows the id, both (H, W)."""
     train, known = domain.id_lookup
+    if ids.dtype == np.uint8:
+        # The usual case, and where packing spends its time: short tables stay in the fastest cache.
+        return train[:256].take(ids), known[:256].take(ids)
     if ids.dtype.itemsize <= 2 and ids.dtype.kind == "u":
         return train[ids], known[ids]
     inside = (ids >= 0) & (ids < len(train))

@@ -49,21 +49,23 @@ class _EachInTurn(torch.autograd.Function):
         leaf = features.detach().requires_grad_()
         half = torch.is_autocast_enabled(features.device.type) and torch.get_autocast_dtype(features.device.type) == torch.float16
         scale = FP16_LOSS_SCALE if half else 1.0
-        feature_gradient = torch.zeros_like(features)
+        # Sums stay scaled, in 32 bits, until backward: taking the scale out of 16-bit numbers would flush most of them to 0.
+        feature_gradient = torch.zeros_like(features, dtype=torch.promote_types(features.dtype, torch.float32))
         gradients: list[Tensor] = []
         total = features.new_zeros((), dtype=torch.float32 if features.itemsize < 4 else features.dtype)
         for auxiliary in auxiliaries:
             with torch.enable_grad():
                 loss = distance(auxiliary(leaf)) / len(auxiliaries)
                 first, *rest = torch.autograd.grad(loss * scale, [leaf, *auxiliary.parameters()])
-            feature_gradient += first / scale
-            gradients += [gradient / scale for gradient in rest]
+            feature_gradient += first
+            gradients += rest
             total += loss.detach()
         ctx.save_for_backward(feature_gradient, *gradients)
+        ctx.scale, ctx.dtype = scale, features.dtype
         return total
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (factor,) = outputs
+        factor = outputs[0] / ctx.scale
         feature_gradient, *gradients = ctx.saved_tensors
-        return (feature_gradient * factor.to(feature_gradient.dtype), None, None, *(gradient * factor for gradient in gradients))
+        return ((feature_gradient * factor).to(ctx.dtype), None, None, *(gradient * factor for gradient in gradients))

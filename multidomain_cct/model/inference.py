@@ -42,7 +42,8 @@ def predict_probabilities(model: CCT, image: Tensor, domain: str, size: tuple[in
     for scale in settings.scales:
         scaled = image[None]
         if scale != 1.0:
-            resized = F.interpolate(scaled.float(), scale_factor=scale, mode="bilinear", align_corners=False, antialias=True)
+            smaller = [max(1, round(side * scale)) for side in image.shape[-2:]]
+            resized = F.interpolate(scaled.float(), size=smaller, mode="bilinear", align_corners=False, antialias=True)
             scaled = resized.round().clamp(0, 255).to(torch.uint8)
         for mirrored in (False, True) if settings.flip else (False,):
             view = scaled.flip(-1) if mirrored else scaled

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from multidomain_cct.data.shards import Shards
@@ -63,13 +64,13 @@ def override(settings: InferenceSettings, *, window: list[int] | None, scales: l
 def print_scores(console: Console, run: LoadedRun, scores: Sequence[Score]) -> None:
     """A table per domain: IoU per class, mIoU, pixel accuracy, and how the numbers were made."""
     for result in scores:
-        table = Table(title=f"{result.domain.name}: {result.domain.title or result.split}", title_justify="left")
+        table = Table(title=escape(f"{result.domain.name}: {result.domain.title or result.split}"), title_justify="left")
         table.add_column("class")
         table.add_column("IoU", justify="right")
         table.add_column("share of pixels", justify="right")
         truth = result.confusion.sum(axis=1) / max(1, result.confusion.sum())
         for share, (label, iou) in zip(truth, result.iou.items(), strict=True):
-            table.add_row(label, "absent" if iou is None else f"{100 * iou:.1f}", f"{100 * share:.1f} %")
+            table.add_row(escape(label), "absent" if iou is None else f"{100 * iou:.1f}", f"{100 * share:.1f} %")
         table.add_section()
         table.add_row("mIoU", f"{100 * result.miou:.1f}", style="bold")
         table.add_row("pixel accuracy", f"{100 * result.pixel_accuracy:.1f}")

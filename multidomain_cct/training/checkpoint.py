@@ -12,8 +12,9 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -54,7 +55,7 @@ def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Ma
             weight=recipe.domains[name].weight,
             consistency_weight=recipe.consistency_weight(name),
         )
-    encoder = recipe.encoder if pretrained else type(recipe.encoder)(**{**asdict(recipe.encoder), "weights": "none"})
+    encoder = recipe.encoder if pretrained else replace(recipe.encoder, weights="none")
     return CCT(encoder, heads, decoder=recipe.decoder, seed=recipe.seed)
 
 
@@ -86,8 +87,9 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    newest = checkpoints(folder)
-    for old in newest[:-keep]:
+    # Later steps can only be damaged ones that a resume passed over; they must not push this one out.
+    own = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.name <= target.name]
+    for old in own[:-keep]:
         if old.name != f"step-{state.best_step:08d}":
             _discard(old)
     return target
@@ -235,7 +237,7 @@ def load_initial_weights(run: Path, model: CCT, domains: Mapping[str, Domain]) -
             taken[name] = tensor
         else:
             left_out.append(f"{name}: {'another shape' if name in own else 'not in this model'}")
-    missing = [name for name in own if name.startswith("encoder.") and name not in taken and not any(f".{domain}." in name for domain in domains)]
+    missing = [name for name in own if name.startswith("encoder.") and name not in taken and not any(f".norms.{domain}." in name for domain in domains)]
     if missing:
         raise ValueError(
             f"init_from: the encoder of {run} is another one ({missing[0]} does not fit, and {len(missing) - 1} more). Use the same encoder settings."
@@ -244,8 +246,8 @@ def load_initial_weights(run: Path, model: CCT, domains: Mapping[str, Domain]) -
     return left_out
 
 
-def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """The optimiser's tensors and plain numbers, under the names of the parameters they belong to."""
+def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The optimiser's tensors, under the names of the parameters they belong to, and what of its state is no tensor."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     tensors, numbers = {}, {}
     for parameter, values in optimiser.state.items():
@@ -255,23 +257,25 @@ def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> tu
                 tensors[entry] = value.detach().cpu().contiguous()
             elif value is not None:
                 numbers[entry] = value
-    return tensors, numbers
+    # A parameter has no state before its first gradient: the heads of a domain whose turn has not come.
+    return tensors, {"numbers": numbers, "entries": sorted([*tensors, *numbers])}
 
 
-def _restore_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, float], where: str) -> None:
+def _restore_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], saved: Mapping[str, Any], where: str) -> None:
     parameters = dict(model.named_parameters())
     optimised = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+    found = {**tensors, **saved["numbers"]}
+    missing = [entry for entry in saved["entries"] if entry not in found]
+    if missing:
+        raise ValueError(f"{where}: the optimiser's {missing[0]} is missing, and {len(missing) - 1} more.")
     optimiser.state.clear()
-    for entry, value in {**tensors, **numbers}.items():
+    for entry, value in found.items():
         name, _, key = entry.rpartition("/")
         if name not in parameters or id(parameters[name]) not in optimised:
             raise ValueError(f"{where}: the optimiser holds {entry}, which this model does not train.")
         parameter = parameters[name]
         # Counters stay on the CPU, where the optimisers keep them; moments live with their parameter.
         optimiser.state[parameter][key] = value.to(parameter.device) if isinstance(value, Tensor) and value.shape == parameter.shape else value
-    missing = [name for name, parameter in parameters.items() if id(parameter) in optimised and not optimiser.state.get(parameter)]
-    if missing and len(optimiser.state) > 0:
-        raise ValueError(f"{where}: the optimiser's state of {missing[0]} is missing, and of {len(missing) - 1} more.")
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import broadcast
+from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
 from multidomain_cct.data.domain import Domain
@@ -87,7 +88,12 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     with RunLog(recipe.folder, first_step=state.step, num_steps=recipe.training.steps, enabled=accelerator.is_main_process) as log:
         for notice in notices:
             log.notice(notice)
-        _loop(run, state, log)
+        try:
+            _loop(run, state, log)
+        except (ValueError, OSError) as error:
+            # One process's data may be at fault; the others end without a word of their own.
+            where = f"rank {accelerator.process_index}: " if accelerator.num_processes > 1 else ""
+            raise ValueError(f"{where}{error}") from None
     accelerator.end_training()
     return recipe.folder
 
@@ -161,25 +167,25 @@ def _optimise(run: _Run, micro_batches: Iterator[dict[str, Batch]], ramp: float,
     statistics = [buffer.clone() for buffer in model.buffers()]
     for micro in range(accumulation):
         batches = {name: batch.to(accelerator.device) for name, batch in window.timed_next(micro_batches).items()}
-        if trouble is not None:
-            continue
         synchronised = micro == accumulation - 1
-        with _no_sync(accelerator, model, synchronised):
+        with nullcontext() if synchronised else accelerator.no_sync(model):
             losses: dict[str, Tensor] = model(batches, ramp=ramp)
             values = accelerator.reduce(torch.stack([loss.detach().float() for loss in losses.values()]), reduction="mean").tolist()
-            window.add(dict(zip(losses, values, strict=True)), batches)
             broken = [term for term, value in zip(losses, values, strict=True) if not math.isfinite(value)]
-            if broken:
-                trouble = f"{broken[0]} is {values[list(losses).index(broken[0])]}; keys {', '.join(batches[broken[0].split('/')[0]].keys)}"
-                continue
+            if not broken:
+                window.add(dict(zip(losses, values, strict=True)), batches)
+            elif trouble is None:
+                value = values[list(losses).index(broken[0])]
+                trouble = f"{broken[0]} is {value}; keys {', '.join(_broken_keys(broken[0], losses, batches))}"
+            # Also when the step will be skipped: every forward pass of a wrapped model is answered by a backward pass.
             accelerator.backward(torch.stack(list(losses.values())).sum() / accumulation)
     if trouble is None:
         limit = run.recipe.training.clip or math.inf
         norm = float(accelerator.clip_grad_norm_(model.parameters(), limit))
-        # A GradScaler skips such steps itself and lowers its scale.
-        if not math.isfinite(norm) and accelerator.scaler is None:
+        if not math.isfinite(norm):
             trouble = f"the gradient's norm is {norm}"
-        else:
+        # A GradScaler must see such a step too: it leaves it out itself, and lowers its scale.
+        if trouble is None or accelerator.scaler is not None:
             run.optimiser.step()
     run.optimiser.zero_grad()
     if trouble is not None:
@@ -188,9 +194,11 @@ def _optimise(run: _Run, micro_batches: Iterator[dict[str, Batch]], ramp: float,
     return trouble
 
 
-def _no_sync(accelerator: Accelerator, model: torch.nn.Module, synchronised: bool) -> torch.autograd.grad_mode.enable_grad:
-    context: torch.autograd.grad_mode.enable_grad = torch.enable_grad() if synchronised else accelerator.no_sync(model)
-    return context
+def _broken_keys(term: str, losses: Mapping[str, Tensor], batches: Mapping[str, Batch]) -> list[str]:
+    """Keys of the images, on whichever processes, whose loss was not finite."""
+    own = [] if math.isfinite(float(losses[term])) else list(batches[term.split("/")[0]].keys)
+    keys: list[str] = gather_object(own)
+    return keys
 
 
 def _evaluate(run: _Run, log: RunLog, step: int) -> float:
@@ -200,20 +208,20 @@ def _evaluate(run: _Run, log: RunLog, step: int) -> float:
         # Each process has its own running statistics; what is scored are those that are saved, the first one's.
         buffer.copy_(broadcast(buffer.clone()))
     scores: dict[str, Score] = {}
+    # In 32 bits whatever the precision of training, so that `evaluate` finds the same numbers.
     for name, shards in run.scored.items():
-        with accelerator.autocast():
-            scores[name] = score(
-                model,
-                shards,
-                run.domains[name],
-                recipe.domains[name].val_split,
-                recipe.evaluation,
-                device=accelerator.device,
-                workers=min(1, recipe.data.workers),
-                rank=accelerator.process_index,
-                world=accelerator.num_processes,
-                total=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
-            )
+        scores[name] = score(
+            model,
+            shards,
+            run.domains[name],
+            recipe.domains[name].val_split,
+            recipe.evaluation,
+            device=accelerator.device,
+            workers=min(1, recipe.data.workers),
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            total=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+        )
     _record(run, log, step, _score_metrics(scores))
     log.notice(f"step {step}: " + "  ".join(f"{name} mIoU {100 * result.miou:.1f}" for name, result in scores.items()))
     return arithmetic_and_harmonic([result.miou for result in scores.values()])[0]

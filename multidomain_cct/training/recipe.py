@@ -54,6 +54,8 @@ class TrainingSettings:
         for name in ("steps", "accumulation", "log_every", "evaluate_every", "save_every", "keep", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"training.{name} is {getattr(self, name)}; it is at least 1.")
+        if self.clip < 0:
+            raise ValueError(f"training.clip is {self.clip}; it is 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,13 @@ class Recipe:
             raise ValueError(f"resume is {self.resume!r}; it is `never` or `auto`.")
         if self.decoder not in DECODERS:
             raise ValueError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
+        for name, choice in self.domains.items():
+            if choice.val_split == "test":
+                raise ValueError(
+                    f"domains.{name}.val_split is `test`; `best` is chosen on it, and nothing is chosen on a test split. Use `val`, or leave it empty."
+                )
+            if choice.train_split in choice.unlabelled_splits or len(set(choice.unlabelled_splits)) < len(choice.unlabelled_splits):
+                raise ValueError(f"domains.{name}.unlabelled_splits names a split twice, or the train_split: `unlabelled` says what is taken of that one.")
         crops = {"data.crop": self.data.crop} | {f"domains.{name}.crop": d.crop for name, d in self.domains.items() if d.crop is not None}
         for where, crop in crops.items():
             if len(crop) != 2 or min(crop) < 1:

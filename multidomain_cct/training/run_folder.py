@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,7 +20,7 @@ def resumable_checkpoint(recipe: Recipe, domains: Mapping[str, Domain], streams:
     Raises ValueError rather than touch a folder that holds another run.
     """
     folder = recipe.folder
-    if not folder.exists() or not any(folder.iterdir()):
+    if not folder.exists() or _never_began(folder):
         return None, []
     if recipe.resume == "never":
         raise ValueError(f"{folder} exists. Continue it with resume=auto, or start another run with name=OTHER.")
@@ -38,25 +40,45 @@ def resumable_checkpoint(recipe: Recipe, domains: Mapping[str, Domain], streams:
         for split in new:
             if old.get(split) != new[split]:
                 raise ValueError(
-                    f"{folder} was trained on other shards of {split}: {old.get(split)} -> {new[split]}. Restore them, or start another run with name=OTHER."
+                    f"{folder} was trained on other data in {split}: {old.get(split)} -> {new[split]}. Restore them, or start another run with name=OTHER."
                 )
     return checkpoint, warnings
 
 
-def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], env: Mapping[str, object]) -> None:
-    """Write what a reader, and `evaluate`, need to know of the run: recipe, domains as used, environment."""
+def _never_began(folder: Path) -> bool:
+    """Whether the folder is empty, or holds only what a run writes before its first step."""
+    before = {"recipe.yaml", "env.json", "domains", "metrics.jsonl"}
+    metrics = folder / "metrics.jsonl"
+    return {path.name for path in folder.iterdir()} <= before and not (metrics.is_file() and metrics.stat().st_size)
+
+
+def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], environment: Mapping[str, object]) -> None:
+    """Write what a reader, and `evaluate`, need to know of the run: recipe, domains as used, environment of each start."""
     (recipe.folder / "domains").mkdir(parents=True, exist_ok=True)
-    (recipe.folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    (recipe.folder / "env.json").write_text(json.dumps(env, indent=1), encoding="utf-8")
+    _write(recipe.folder / "recipe.yaml", recipe.to_yaml())
     for name, domain in domains.items():
-        (recipe.folder / "domains" / f"{name}.yaml").write_text(domain.to_yaml(), encoding="utf-8")
+        _write(recipe.folder / "domains" / f"{name}.yaml", domain.to_yaml())
+    path = recipe.folder / "env.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # The first start is what made the run; later ones are listed under it.
+    content = earlier | {"resumed": [*earlier.get("resumed", []), environment]} if earlier else environment
+    _write(path, json.dumps(content, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file as a whole: a crash leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, str]:
-    """Contents of the shards a run trains on, by domain/split."""
+    """Contents of the shards a run trains on, by domain/split, and which of their images are labelled, by domain/labelled."""
     found = {}
     for stream in streams:
         choice = recipe.domains[stream.domain.name]
         for split, shards in zip([choice.train_split, *choice.unlabelled_splits], stream.sources, strict=False):
             found[f"{stream.domain.name}/{split}"] = shards.fingerprint
+        keys = [stream.sources[source].keys[number] for source, number in stream.labelled]
+        found[f"{stream.domain.name}/labelled"] = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
     return found

@@ -38,7 +38,9 @@ class RunLog:
             return
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.is_file() else []
-        path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary = path.with_name(".metrics.jsonl.tmp")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
         if self.console.is_terminal:
             columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=20), TimeRemainingColumn(), TextColumn("{task.description}"))
@@ -127,13 +129,13 @@ class Window:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line that was cut off by a crash is left out."""
+    """The lines of a metrics.jsonl; a line that a crash cut off is left out."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
         except ValueError:
-            break
+            continue
     return lines
 
 

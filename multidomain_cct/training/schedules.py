@@ -41,6 +41,11 @@ class OptimiserSettings:
             raise ValueError(f"optimiser.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
         if not self.lr > 0:
             raise ValueError(f"optimiser.lr is {self.lr}; it is above 0.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"optimiser.momentum is {self.momentum}; it lies in 0 to below 1.")
+        for name, value in (("trunk_factor", self.trunk_factor), ("weight_decay", self.weight_decay), ("power", self.power), ("warmup", self.warmup)):
+            if value < 0:
+                raise ValueError(f"optimiser.{name} is {value}; it is 0 or more.")
 
 
 @dataclass(frozen=True)

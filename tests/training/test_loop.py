@@ -240,7 +240,7 @@ def test_other_shards_are_noticed_on_resuming(tiny_recipe: TinyRecipe, two_domai
     for path in (copy / "shapes").glob("val-*"):
         path.rename(path.with_name(path.name.replace("val", "train")))
     shutil.copytree(two_domains / "shapes", copy / "shapes", dirs_exist_ok=True, ignore=shutil.ignore_patterns("train*"))
-    with pytest.raises(ValueError, match="was trained on other shards of shapes/train"):
+    with pytest.raises(ValueError, match="was trained on other data in shapes/train"):
         start(recipe, two_domains)
 
 
