@@ -34,7 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser, commands = build_parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         arguments.insert(0, "train")
-    options = parser.parse_args(arguments)
+    options, extra = parser.parse_known_args(arguments)
+    # Overrides may stand behind an option, where argparse does not look for them.
+    if extra and (options.run is not run_train or not all("=" in word and not word.startswith("-") for word in extra)):
+        parser.error(f"unknown argument {extra[0]!r}")
+    options.extra = extra
     try:
         code: int = options.run(options)
         return code
@@ -122,7 +126,7 @@ def run_train(options: argparse.Namespace) -> int:
     from multidomain_cct.training.loop import RunFailed, train
     from multidomain_cct.training.recipe import read_recipe
 
-    recipe = read_recipe(options.recipe, options.overrides)
+    recipe = read_recipe(options.recipe, [*options.overrides, *options.extra])
     command = shlex.join(["multidomain_cct", *sys.argv[1:]])
     try:
         run = train(recipe, domain_folders(options.domains, options.recipe), command=command, named_by=str(options.recipe))
@@ -239,12 +243,13 @@ def run_evaluate(options: argparse.Namespace) -> int:
     run = load_run(options.folder, options.checkpoint)
     settings = override(run.recipe.evaluation, window=options.window, scales=options.scales, flip=options.flip)
     scores = evaluate(run, options.domain, options.split, settings, shards=options.shards)
+    written = write_scores(run, scores)
     if options.json:
         print(json.dumps(scores_as_json(run, scores), indent=1))
     else:
         console = Console()
         print_scores(console, run, scores)
-        console.print(f"written to {write_scores(run, scores)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"written to {written}", markup=False, highlight=False, soft_wrap=True)
     return DONE
 
 

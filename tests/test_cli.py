@@ -115,6 +115,32 @@ def test_report_prints_the_runs_beside_each_other(tiny_run: Path, tmp_path: Path
     assert f"report: {tmp_path / 'page.html'}" in printed and (tmp_path / "page.html").is_file()
 
 
+def test_scores_of_other_domains_and_settings_have_files_of_their_own(tiny_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    for more in ([], ["--domain", "fields"], ["--flip"], ["--flip", "--json"]):
+        assert main(["evaluate", str(run), *more]) == 0
+    assert len(list(run.glob("evaluation-val-step-*.json"))) == 3
+
+
+def test_the_checkpoint_of_another_run_is_refused(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    other = next((tiny_run / "checkpoints").iterdir())
+    assert "is not a checkpoint of" in mistake(capsys, "evaluate", run, "--checkpoint", other)
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (yard / "domains/yard.yaml").write_text(SPEC.replace("name: cat", 'name: "cat [front] [/]"').replace("layout:", 'title: "Yard [small]"\nlayout:'))
+    assert main(["pack", "yard", "--raw", "raw", "--workers", "1"]) == 0
+    assert "cat [front] [/]" in capsys.readouterr().out
+
+
+def test_overrides_may_stand_behind_options(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (yard / "r.yaml").write_text("domains: {yard: {}}\n")
+    assert 'unknown key "data.crpo"' in mistake(capsys, "r.yaml", "--domains", "domains", "data.crpo=1")
+    with pytest.raises(SystemExit):
+        main(["r.yaml", "--speed", "3"])
+
+
 def test_index_makes_foreign_shards_usable(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with tarfile.open(yard / "train-00000.tar", "w") as tar:
         tar.add("raw/images/0.jpg", "zero.jpg")

@@ -90,7 +90,7 @@ def pack(
     current = Summary()
 
     def note() -> dict[str, Any]:
-        return {"plan": plan, "summary": current.as_json()}
+        return {"plan": plan, "summary": current.as_json(), "total": len(samples)}
 
     encoded = _encode_all(Encoder(domain, raw, split), remaining, workers or os.cpu_count() or 1)
     with ShardWriter(folder, split, first_shard=shards_done, max_bytes=max_shard_bytes, note=note) as writer:
@@ -108,7 +108,7 @@ def pack(
 
 
 def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_shard_bytes: int) -> str:
-    """Digest of everything that decides the bytes of the shards, but for the contents of the raw files."""
+    """Digest of everything that decides the bytes of the shards; raw files stand in it with their sizes, not their contents."""
     labels = [(label.name, label.ids, label.colors, label.color) for label in domain.classes]
     facts: list[Any] = [
         domain.name,
@@ -122,7 +122,10 @@ def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_s
         seed,
         max_shard_bytes,
     ]
-    facts += [JPEG_QUALITY, PIL.__version__, [(sample.key, sample.mask is not None and [sample.mask.train_ids]) for sample in samples]]
+    facts += [JPEG_QUALITY, PIL.__version__]
+    for sample in samples:
+        mask = sample.mask
+        facts.append([sample.key, sample.image.stat().st_size, mask is not None and [mask.train_ids, mask.path.stat().st_size]])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

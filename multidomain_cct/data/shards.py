@@ -14,7 +14,8 @@ import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -163,8 +164,13 @@ def _require_end_marker(path: Path, tail: bytes, end: int) -> None:
 
 
 def index_shard(path: Path, *, extensions: Extensions | None = None) -> ShardIndex:
-    """Build the index beside a shard that somebody else wrote."""
+    """Build the index beside a shard that somebody else wrote. What `pack` noted of its own shard stays, as long as the contents are the same."""
     index = scan_shard(path, extensions=extensions)
+    if index_path(path).is_file():
+        with suppress(ValueError):
+            old = ShardIndex.load(index_path(path))
+            if old.keys == index.keys and np.array_equal(old.crc32, index.crc32):
+                index = replace(index, notes=old.notes)
     temporary = index_path(path).with_name(f".{path.name}.idx.tmp")
     index.save(temporary)
     os.replace(temporary, index_path(path))
@@ -242,6 +248,7 @@ class Shards:
         self.paths = tuple(paths)
         indexes = [_checked_index(path) for path in self.paths]
         self.keys: list[str] = [key for index in indexes for key in index.keys]
+        _require_finished(self.paths, indexes)
         self._shard = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])
         self._offset = np.concatenate([index.offset for index in indexes])
         self._size = np.concatenate([index.size for index in indexes])
@@ -306,6 +313,18 @@ class Shards:
 def shard_paths(folder: Path, split: str) -> list[Path]:
     """The finished shards of a split, in order."""
     return sorted(path for path in folder.glob(f"{split}-*.tar") if path.name[len(split) + 1 : -4].isdigit())
+
+
+def _require_finished(paths: Sequence[Path], indexes: Sequence[ShardIndex]) -> None:
+    """Refuse the shards of a packing that was interrupted: half a data set trains as quietly as a whole one."""
+    totals = {index.notes["total"] for index in indexes if "total" in index.notes}
+    found = sum(len(index.keys) for index in indexes)
+    if totals and totals != {found}:
+        folder, split = paths[0].parent, paths[0].name.rpartition("-")[0]
+        raise ValueError(
+            f"{folder}: the {split} shards hold {found} of {max(totals)} images; packing was interrupted, or a shard is missing. "
+            f"Go on with it: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
+        )
 
 
 def _checked_index(path: Path) -> ShardIndex:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -95,29 +95,55 @@ def build_trunk(settings: EncoderSettings) -> Any:
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
         raise ValueError(f"encoder.name is {settings.name!r}, which timm does not know. Nearest: {', '.join(near) or 'none'}. All: timm.list_models().")
-    options: dict[str, Any] = {"features_only": True} | _pretrained(settings)
     with torch.device("meta"):
-        probe = _create(settings, {"features_only": True})
-    reductions = probe.feature_info.reduction()
-    if len(set(reductions)) == 1:
-        _require_vit_settings(settings, reductions[0])
-        return _create(settings, options | {"out_indices": (-1,), "dynamic_img_size": True})
+        facts = _create(settings, {"features_only": True}).feature_info
+    reductions: list[int] = facts.reduction()
+    options = {"features_only": True} | _level_options(settings, dict(zip(facts.out_indices, reductions, strict=True))) | _pretrained(settings)
+    trunk = _create(settings, options)
+    if trunk.feature_info.reduction()[0 if settings.context == "fpn" else -1] != settings.stride:
+        raise ValueError(f"{settings.name} cannot give stride {settings.stride}: its strides are {reductions}. Use context `fpn`, or another stride.")
+    _try_out(trunk, settings)
+    return trunk
+
+
+def _level_options(settings: EncoderSettings, levels: Mapping[int, int]) -> dict[str, Any]:
+    """What timm is asked for, given the stride of each of its levels."""
+    if len(set(levels.values())) == 1:
+        _require_vit_settings(settings, next(iter(levels.values())))
+        return {"out_indices": (-1,), "dynamic_img_size": True}
     if settings.context == "fpn":
-        levels = tuple(i for i, reduction in enumerate(reductions) if settings.stride <= reduction <= 32)
-        if not levels or reductions[levels[0]] != settings.stride:
+        chosen = tuple(index for index, stride in levels.items() if settings.stride <= stride <= 32)
+        if not chosen or levels[chosen[0]] != settings.stride:
+            strides = list(levels.values())
             raise ValueError(
-                f"encoder.stride is {settings.stride}, but {settings.name} has levels at the strides {reductions}. With context `fpn` choose one of these, at"
+                f"encoder.stride is {settings.stride}, but {settings.name} has levels at the strides {strides}. With context `fpn` choose one of these, at"
                 " most 32."
             )
-        return _create(settings, options | {"out_indices": levels})
+        return {"out_indices": chosen}
     if settings.stride not in (8, 16, 32):
         raise ValueError(f"encoder.stride is {settings.stride}; a CNN has 8, 16 or 32.")
-    trunk = _create(settings, options | {"out_indices": (-1,)} | ({} if settings.stride == 32 else {"output_stride": settings.stride}))
-    if trunk.feature_info.reduction()[-1] != settings.stride:
-        raise ValueError(
-            f"{settings.name} gives stride {trunk.feature_info.reduction()[-1]} where {settings.stride} was asked for. Use context `fpn`, or that stride."
-        )
-    return trunk
+    return {"out_indices": (-1,)} | ({} if settings.stride == 32 else {"output_stride": settings.stride})
+
+
+def _try_out(trunk: nn.Module, settings: EncoderSettings) -> None:
+    """Pass a blank image through: refuse encoders without (B, D, h, w) maps at any size, and freeze parameters that reach no map (DDP waits for them)."""
+    info: Any = trunk.feature_info
+    unit = max(32, settings.stride) if settings.stride & (settings.stride - 1) == 0 else settings.stride
+    height, width = 4 * unit, 6 * unit
+    wanted = [(1, channels, height // stride, width // stride) for channels, stride in zip(info.channels(), info.reduction(), strict=True)]
+    trunk.eval()
+    try:
+        maps = trunk(torch.zeros(1, 3, height, width))
+    except (AssertionError, RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(f"encoder.name is {settings.name!r}: it takes images of one size only ({str(error)[:120]}). Use another encoder.") from None
+    found = [tuple(level.shape) for level in maps]
+    if found != wanted:
+        raise ValueError(f"encoder.name is {settings.name!r}: its features have the shapes {found}, not {wanted}. Use another encoder.")
+    parameters = list(trunk.parameters())
+    gradients = torch.autograd.grad(sum(level.float().sum() for level in maps), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    trunk.train()
 
 
 def _require_vit_settings(settings: EncoderSettings, patch: int) -> None:
@@ -142,10 +168,11 @@ def _create(settings: EncoderSettings, options: dict[str, Any]) -> Any:
             return timm.create_model(settings.name, **options)
     except TypeError as error:
         # Constructors refuse options they do not have, above all output_stride.
-        raise ValueError(f"{where}: it cannot be built with stride {settings.stride} ({error}). Use context `fpn`, stride 32, or another encoder.") from None
+        raise ValueError(f"{where}: it cannot be built with stride {settings.stride} ({error}). Use context `fpn`, stride 32 or another encoder.") from None
     except (NotImplementedError, AssertionError) as error:
         raise ValueError(
-            f"{where}: it cannot be built with stride {settings.stride} ({error or 'unsupported'}). Use context `fpn`, stride 32, or another encoder."
+            f"{where}: it cannot be built with stride {settings.stride} ({str(error) or type(error).__name__}). Use context `fpn`, stride 32 or another"
+            " encoder."
         ) from None
     except (OSError, RuntimeError) as error:
         if settings.weights != "timm" or "pretrained" not in options:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -96,7 +97,12 @@ def scores_as_json(run: LoadedRun, scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def write_scores(run: LoadedRun, scores: Sequence[Score]) -> Path:
-    """Keep the scores in the run's folder, one file per split and checkpoint; returns the file."""
-    path = run.folder / f"evaluation-{scores[0].split}-{run.checkpoint.name}.json"
+    """Keep the scores in the run's folder and return the file; other splits, checkpoints, domains or settings have files of their own."""
+    parts = ["evaluation", *dict.fromkeys(result.split for result in scores), run.checkpoint.name]
+    if len(scores) < len(run.domains):
+        parts += [result.domain.name for result in scores]
+    if scores[0].settings != run.recipe.evaluation:
+        parts.append(hashlib.sha256(repr(scores[0].settings).encode()).hexdigest()[:6])
+    path = run.folder / f"{'-'.join(parts)}.json"
     path.write_text(json.dumps(scores_as_json(run, scores), indent=1), encoding="utf-8")
     return path

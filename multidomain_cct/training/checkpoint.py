@@ -152,6 +152,8 @@ def choose_checkpoint(run: Path, which: str) -> Path:
             raise FileNotFoundError(
                 f"{checkpoint}: there is no such checkpoint; it is `last`, `best` or a folder such as {run / 'checkpoints' / 'step-00000100'}."
             )
+        if run.resolve() not in checkpoint.resolve().parents:
+            raise ValueError(f"{checkpoint} is not a checkpoint of {run}. Name the run that it belongs to.")
     _require_whole(checkpoint)
     return checkpoint
 

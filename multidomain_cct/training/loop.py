@@ -196,7 +196,7 @@ def _optimise(run: _Run, micro_batches: Iterator[dict[str, Batch]], ramp: float,
 
 def _broken_keys(term: str, losses: Mapping[str, Tensor], batches: Mapping[str, Batch]) -> list[str]:
     """Keys of the images, on whichever processes, whose loss was not finite."""
-    own = [] if math.isfinite(float(losses[term])) else list(batches[term.split("/")[0]].keys)
+    own = [] if math.isfinite(losses[term].item()) else list(batches[term.split("/")[0]].keys)
     keys: list[str] = gather_object(own)
     return keys
 

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from multidomain_cct import __version__
 from multidomain_cct.data.loader import Batch
@@ -43,8 +44,11 @@ class RunLog:
         os.replace(temporary, path)
         self._file = path.open("a", encoding="utf-8")
         if self.console.is_terminal:
-            columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=20), TimeRemainingColumn(), TextColumn("{task.description}"))
-            self._progress = Progress(*columns, console=self.console)
+            # On a narrow terminal the losses, at the end, are what is cut.
+            count = TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=2 * len(str(num_steps)) + 1))
+            left = TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
+            rest = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            self._progress = Progress(count, BarColumn(bar_width=10), left, rest, console=self.console, expand=True)
             self._task = self._progress.add_task("starting", total=num_steps, completed=first_step)
 
     def __enter__(self) -> RunLog:
@@ -73,7 +77,7 @@ class RunLog:
             self._progress.update(self._task, completed=step, description=escape(text))
         elif plain:
             seconds = (time.monotonic() - self._started) / max(1, step - self.first_step) * (self.num_steps - step)
-            self.console.print(f"step {step}/{self.num_steps}  {text}  ETA {int(seconds) // 60}:{int(seconds) % 60:02d}", markup=False)
+            self.console.print(f"step {step}/{self.num_steps}  ETA {int(seconds) // 60}:{int(seconds) % 60:02d}  {text}", markup=False)
 
     def notice(self, text: str) -> None:
         """One line that stays."""
@@ -118,14 +122,14 @@ class Window:
         return losses | {"sys/images_per_s": self.images / seconds, "sys/peak_mib": peak_mib(device), "sys/data_wait_fraction": self.waited / seconds}
 
     def text(self, device: torch.device) -> str:
-        """Losses by domain, speed, waiting for data, memory."""
+        """Speed, waiting for data, memory, and the losses by domain."""
         domains: dict[str, list[str]] = defaultdict(list)
         for term, total in self.sums.items():
             name, _, kind = term.partition("/")
             domains[name].append(f"{kind[:3]} {total / self.counts[term]:.3f}")
         values = self.metrics(device)
         losses = " | ".join(f"{name} {' '.join(terms)}" for name, terms in domains.items())
-        return f"{losses}  {values['sys/images_per_s']:.1f} img/s  wait {values['sys/data_wait_fraction']:.0%}  {values['sys/peak_mib']:.0f} MiB"
+        return f"{values['sys/images_per_s']:.1f} img/s  wait {values['sys/data_wait_fraction']:.0%}  {values['sys/peak_mib']:.0f} MiB  {losses}"
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

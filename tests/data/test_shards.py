@@ -191,3 +191,22 @@ def test_the_fingerprint_changes_with_content(tmp_path: Path) -> None:
     write_split(tmp_path / "b", 4)
     prints = {Shards.open(tmp_path / name, "train").fingerprint for name in "ab"}
     assert len(prints) == 2
+
+
+def test_the_shards_of_an_interrupted_packing_are_refused_with_the_command_that_goes_on(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path / "yard", "train", note=lambda: {"total": 5}) as writer:
+        for number in range(3):
+            writer.write(f"image_{number}", image=jpeg(number), mask=None, meta=b"{}")
+    with pytest.raises(ValueError, match=r"hold 3 of 5 images; packing was interrupted.*python -m multidomain_cct pack yard --raw FOLDER --split train"):
+        Shards.open(tmp_path / "yard", "train")
+
+
+def test_indexing_again_keeps_what_the_writer_noted_unless_the_contents_changed(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "train", note=lambda: {"plan": "abc"}) as writer:
+        writer.write("a", image=jpeg(1), mask=None, meta=b"{}")
+    path = writer.finished[0]
+    assert index_shard(path).notes == {"plan": "abc"}
+    content = bytearray(path.read_bytes())
+    content[600] ^= 1
+    path.write_bytes(content)
+    assert index_shard(path).notes == {}

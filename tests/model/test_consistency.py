@@ -178,3 +178,24 @@ def test_small_gradients_do_not_vanish_in_16_bit_floats() -> None:
         (gradient,) = torch.autograd.grad(loss, leaf)
         found.append(gradient)
     assert (found[0] - found[1]).norm() <= 0.02 * found[0].norm()
+
+
+def test_sixteen_bit_feature_gradients_do_not_vanish_or_overflow() -> None:
+    """Against float64, at the outer scale a GradScaler starts with."""
+    torch.manual_seed(0)
+    auxiliaries = nn.ModuleList(AuxiliaryDecoder(Dropout(), nn.Conv2d(16, 21, 1)) for _ in range(6))
+    features = torch.rand(4, 16, 64, 64)
+    target = torch.rand(4, 21, 64, 64).softmax(dim=1)
+
+    def gradient(leaf: Tensor, scale: float) -> Tensor:
+        torch.manual_seed(1)
+        valid = torch.ones(4, 64, 64, dtype=torch.bool)
+        loss = consistency_loss(leaf, auxiliaries, lambda logits: squared_distance(logits, target.to(torch.promote_types(logits.dtype, torch.float32)), valid))
+        (found,) = torch.autograd.grad(loss * scale, leaf)
+        return found.double() / scale
+
+    with torch.autocast("cpu", dtype=torch.float16):
+        half = gradient(features.half().requires_grad_(), 65536.0)
+    exact = gradient(features.clone().requires_grad_(), 1.0)
+    assert torch.isfinite(half).all()
+    assert (half - exact).norm() / exact.norm() < 0.02

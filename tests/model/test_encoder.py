@@ -218,5 +218,16 @@ def test_settings_that_do_not_fit_are_refused_with_the_remedy(settings: dict[str
 def test_a_trunk_that_cannot_be_dilated_is_refused_with_the_remedy(name: str) -> None:
     message = refused(name=name, stride=8)
     assert message.startswith(f"encoder.name is {name!r}: it cannot be built with stride 8")
-    assert message.endswith("Use context `fpn`, stride 32, or another encoder.")
-    assert encoder(name=name, stride=8, context="fpn").stride == 8
+    assert message.endswith("Use context `fpn`, stride 32 or another encoder.")
+
+
+@pytest.mark.parametrize(("name", "message"), [("test_mambaout", "its features have the shapes"), ("test_maxvit", "it takes images of one size only")])
+def test_a_trunk_whose_maps_cannot_be_used_is_refused_before_training(name: str, message: str) -> None:
+    assert message in refused(name=name, stride=8, context="fpn")
+
+
+def test_parameters_that_reach_no_map_are_frozen() -> None:
+    built = encoder(name="hrnet_w18_small", stride=8, context="fpn", width=32)
+    built(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), [("a", 1)]).sum().backward()
+    assert all((parameter.grad is not None) == parameter.requires_grad for parameter in built.parameters())
+    assert not all(parameter.requires_grad for parameter in built.parameters())

@@ -175,6 +175,51 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tiny_recipe: 
     assert (checkpoints(run / "checkpoints")[-1] / "model.safetensors").read_bytes() == whole
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_a_new_one(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    training = {"steps": 4, "save_every": 2, "keep": 9}
+    run = start(tiny_recipe(training=training), two_domains)
+    (checkpoints(run / "checkpoints")[-1] / "model.safetensors").write_bytes(b"")
+    start(tiny_recipe(training=training | {"keep": 1, "save_every": 1}, resume="auto"), two_domains)
+    assert load_run(run).state.step == 4
+
+
+@pytest.mark.parametrize("optimiser", [{"name": "adamw", "lr": 1e-3}, {"name": "sgd"}])
+def test_a_run_resumes_before_every_domain_had_its_turn(tiny_recipe: TinyRecipe, two_domains: Path, optimiser: dict[str, object]) -> None:
+    settings = {"optimiser": optimiser, "data__schedule": "alternate", "training": {"steps": 4, "save_every": 1, "keep": 9, "log_every": 1}}
+    straight, again = (start(tiny_recipe(name=name, **settings), two_domains) for name in ("straight", "again"))
+    for checkpoint in checkpoints(again / "checkpoints")[1:]:
+        for path in checkpoint.iterdir():
+            path.unlink()
+        checkpoint.rmdir()
+    start(tiny_recipe(name="again", resume="auto", **settings), two_domains)
+    assert largest_difference(weights(straight), weights(again)) == 0
+
+
+def test_other_labelled_images_are_noticed_on_resuming(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.txt"
+    keys.write_text("train_000\ntrain_001\n")
+    settings = {"domains": {"shapes": {"labelled": str(keys)}}, "resume": "auto"}
+    start(tiny_recipe(**settings), two_domains)
+    keys.write_text("train_000\ntrain_002\n")
+    with pytest.raises(ValueError, match="was trained on other data in shapes/labelled"):
+        start(tiny_recipe(**settings), two_domains)
+
+
+def test_a_start_that_failed_does_not_stand_in_the_way(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    one_image = {"labelled_batch": 1, "unlabelled_batch": 1}
+    recipe = tiny_recipe(domains={"shapes": {"labelled": "4", "unlabelled": "none", **one_image}}, encoder__context="psp")
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        start(recipe, two_domains)
+    assert start(tiny_recipe(), two_domains) == recipe.folder
+
+
+def test_resuming_keeps_the_record_of_the_first_start(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    run = train(tiny_recipe(), [two_domains / "domains"], command="first")
+    train(tiny_recipe(resume="auto"), [two_domains / "domains"], command="second")
+    written = json.loads((run / "env.json").read_text())
+    assert written["command"] == "first" and [later["command"] for later in written["resumed"]] == ["second"]
+
+
 def test_an_existing_run_is_never_overwritten(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
     run = start(tiny_recipe(), two_domains)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -258,7 +303,7 @@ def test_checkpoints_beyond_the_newest_and_the_best_are_removed(tiny_recipe: Tin
         ({"domains": {"fields": {"labelled": "11"}}}, r"domains.fields.labelled asks for 11 labelled images; there are 10"),
         ({"data__labelled_batch": 3, "training": {"steps": 1, "accumulation": 2}}, r"fields: labelled_batch is 3.*multiple of 2"),
         ({"domains": {"feilds": {}}}, r'names the domain "feilds".*Did you mean "fields"'),
-        ({"domains": {"fields": {"val_split": "test"}}}, r"fields has no test shards. Make them: python -m multidomain_cct pack fields"),
+        ({"domains": {"fields": {"val_split": "hard"}}}, r"fields has no hard shards. Make them: python -m multidomain_cct pack fields"),
         ({"encoder__name": "resnet5"}, r"which timm does not know"),
         pytest.param(
             {"training__precision": "fp16"}, r"Use `bf16` or `no`", marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works here")
