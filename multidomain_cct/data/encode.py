@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.masks import read_mask
+from multidomain_cct.data.masks import mask_picture
 from multidomain_cct.data.raw_files import RawSample
 
 JPEG_QUALITY = 95
@@ -60,16 +60,15 @@ class Encoder:
         mask = None
         stored = fitted_size(original, self.domain.size)
         if sample.mask is not None:
-            ids, unknown = read_mask(sample.mask, self.domain)
-            if (ids.shape[1], ids.shape[0]) != original:
+            picture, unknown = mask_picture(sample.mask, self.domain)
+            if picture.size != original:
                 raise ValueError(
-                    f"{sample.mask.path}: the mask is {ids.shape[1]}x{ids.shape[0]} but its image {sample.image} is {original[0]}x{original[1]}. "
+                    f"{sample.mask.path}: the mask is {picture.width}x{picture.height} but its image {sample.image} is {original[0]}x{original[1]}. "
                     "Export the mask at the image's size."
                 )
-            picture = Image.fromarray(ids)
             if self.split not in self.domain.score_at_full_size and stored != original:
                 picture = picture.resize(stored, Image.Resampling.NEAREST)
-            pixels = np.bincount(np.asarray(picture).ravel(), minlength=256)
+            pixels = np.array(picture.histogram(), dtype=np.int64)
             mask = _png(picture)
         if stored != original:
             content = _jpeg(image.resize(stored, Image.Resampling.BICUBIC))
@@ -101,8 +100,8 @@ def load_image(source: bytes | Path, name: str) -> Image.Image:
                 if image.mode.startswith("I"):
                     # Pillow clips 16 bits to 255 instead of scaling them.
                     return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-                # Both give an image of its own, which outlives the file.
-                return image.convert("RGB")
+                # Loaded, it outlives its file.
+                return image if image.mode == "RGB" else image.convert("RGB")
     except _UNREADABLE as error:
         reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"{name}: the image cannot be read ({reason}).") from None

@@ -84,25 +84,46 @@ def _codes(colors: np.ndarray) -> np.ndarray:
     return codes
 
 
+def mask_picture(mask: MaskFile, domain: Domain) -> tuple[Image.Image, dict[str, int]]:
+    """What `read_mask` gives, with the ids as an 8-bit picture.
+
+    Grey 8-bit masks whose ids are all known stay in Pillow, which is where packing saves its time.
+    """
+    if mask.cell is None and not mask.train_ids:
+        image, step = _open(mask.path)
+        train, known = domain.id_lookup
+        if image.mode == "L" and step == 1 and known[:256][np.array(image.histogram()) > 0].all():
+            return image.point(train[:256].tolist()), {}
+    train_ids, unknown = read_mask(mask, domain)
+    return Image.fromarray(train_ids), unknown
+
+
 def _read_pixels(path: Path) -> np.ndarray:
     """Raw ids (H, W) or raw colours (H, W, 3) of an image file."""
+    image, step = _open(path)
+    pixels: np.ndarray = np.asarray(image)
+    if image.mode in _COLOR_MODES:
+        return pixels[..., :3]
+    if image.mode == "1":
+        return pixels.astype(np.uint8)
+    return pixels if step == 1 else pixels // np.uint8(step)
+
+
+def _open(path: Path) -> tuple[Image.Image, int]:
+    """The decoded image, and what its pixels have to be divided by."""
     try:
         with warnings.catch_warnings():
             # Pillow only warns of a file that would fill the memory until it is twice as large.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_FORMATS) as image:
                 step = _grey_step(image)
-                pixels: np.ndarray = np.asarray(image)
+                image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{path}: the mask is too large to be read safely ({error}). Cut image and mask into tiles.") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
         raise ValueError(f"{path}: the mask cannot be read ({error}). Masks are PNG, BMP, TIFF or GIF files; fetch or export it again.") from None
     _refuse_unusable(image, path)
-    if image.mode in _COLOR_MODES:
-        return pixels[..., :3]
-    if image.mode == "1":
-        return pixels.astype(np.uint8)
-    return pixels if step == 1 else pixels // np.uint8(step)
+    return image, step
 
 
 def _grey_step(image: Image.Image) -> int:
