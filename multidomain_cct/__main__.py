@@ -172,11 +172,11 @@ def _present_splits(domain: Domain, raw: Path) -> list[str]:
             raw_samples(domain, raw, split)
             present.append(split)
         except FileNotFoundError as error:
-            errors.append(f"split {split} is left out: {error}")
+            errors.append(str(error))
     if not present:
         raise FileNotFoundError(errors[0])
     for line in errors:
-        complain(line)
+        Console(stderr=True, soft_wrap=True).print(f"left out: {line}", markup=False, highlight=False)
     return present
 
 

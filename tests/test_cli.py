@@ -166,6 +166,15 @@ def test_mistakes_about_domains_and_raw_data(yard: Path, capsys: pytest.CaptureF
     assert not list(yard.glob("data/shards/**/*.tar"))
 
 
+def test_a_raw_folder_that_lacks_a_split(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(yard / "raw/more")
+    assert "split more of yard needs more/*.jpg" in mistake(capsys, "pack", "yard", "--raw", "raw", "--split", "more")
+    assert main(["pack", "yard", "--raw", "raw", "--workers", "1"]) == 0
+    assert "left out: raw: split more of yard needs more/*.jpg" in capsys.readouterr().err
+    shutil.rmtree(yard / "raw/images")
+    assert "split train of yard needs images/*.jpg" in mistake(capsys, "pack", "yard", "--raw", "raw")
+
+
 def test_a_raw_id_without_class_is_an_error_when_the_spec_says_so(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (yard / "domains/yard.yaml").write_text(SPEC + "unknown: error\n")
     line = mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "1")
