@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,10 @@ class RunState:
     best_step: int = 0
     """Step with the best mean mIoU so far; 0 before the first evaluation."""
     best_miou: float = -1.0
+    recipe: str = ""
+    """The recipe as YAML, so that a checkpoint tells what it is without its run's folder."""
+    domains: dict[str, str] = field(default_factory=dict)
+    """The domains' specifications as YAML, by name."""
     schema: int = SCHEMA
 
 

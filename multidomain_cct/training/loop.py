@@ -74,9 +74,11 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     optimiser = build_optimiser(recipe.optimiser, model.encoder.trunk, model)
     prepared_model, prepared_optimiser = accelerator.prepare(model, optimiser)
     run = _Run(recipe, accelerator, prepared_model, prepared_optimiser, data, domains, scored)
-    state = RunState(step=0, fingerprints=fingerprints(recipe, streams))
+    specifications = {name: domain.to_yaml() for name, domain in domains.items()}
+    state = RunState(step=0, fingerprints=fingerprints(recipe, streams), recipe=recipe.to_yaml(), domains=specifications)
     if resumed is not None:
-        state = load_checkpoint(resumed, run.bare_model, run.optimiser.optimizer, accelerator.scaler)
+        saved = load_checkpoint(resumed, run.bare_model, run.optimiser.optimizer, accelerator.scaler)
+        state = replace(saved, recipe=state.recipe, domains=state.domains)
         notices.append(f"{recipe.folder}: going on from step {state.step}.")
     # The other processes look for an earlier run before the first one writes this one.
     accelerator.wait_for_everyone()

@@ -147,8 +147,9 @@ def test_alternating_domains_take_turns(tiny_recipe: TinyRecipe, two_domains: Pa
 )
 def test_other_settings_train_and_can_be_loaded(tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object]) -> None:
     run = start(tiny_recipe(**changes), two_domains)
-    assert all(value > 0 for value in logged(run, "train/fields/supervised"))
-    assert load_run(run).state.step == 2
+    assert len(losses := logged(run, "train/fields/supervised")) == 2 and min(losses) > 0
+    state = load_run(run).state
+    assert state.step == 2 and state.recipe == (run / "recipe.yaml").read_text() and set(state.domains) == {"fields", "shapes"}
 
 
 @pytest.mark.parametrize("optimiser", [{"name": "adamw", "lr": 1e-3}, {"name": "sgd"}])
