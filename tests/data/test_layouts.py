@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.layouts import raw_samples
+from multidomain_cct.data.domain import LAYOUTS, Domain, LabelClass, Split
+from multidomain_cct.data.layouts import _LAYOUTS, raw_samples
 from multidomain_cct.data.masks import read_mask
 from multidomain_cct.data.raw_files import LONGEST_KEY, RawSample
 from multidomain_cct.data.specification import find_domain
@@ -508,3 +508,7 @@ def test_a_voc_list_that_the_files_do_not_bear_out_is_refused(tmp_path: Path) ->
     assert message.startswith(f"{tmp_path}/JPEGImages/2007_000004.jpg: has no mask; expected {tmp_path}/SegmentationClass/2007_000004.png.")
     (tmp_path / "JPEGImages" / "2007_000004.jpg").unlink()
     assert "train.txt: names 2007_000004, and " in refused(ValueError, published("pascal_voc"), tmp_path)
+
+
+def test_every_layout_that_a_specification_may_name_can_be_read() -> None:
+    assert set(_LAYOUTS) == set(LAYOUTS)
