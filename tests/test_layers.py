@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "multidomain_cct"
-FLOORS = ("data", "model", "training", "results", "__main__")
+FLOORS = ("data", "model", "methods", "training", "results", "commands", "__main__")
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

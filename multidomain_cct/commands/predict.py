@@ -1,0 +1,36 @@
+"""`predict`: segment images."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, prediction_options, progress_bar, say
+
+
+def register(words: Words) -> None:
+    command = words.add_parser("predict", parents=[prediction_options()], help="segment images")
+    command.add_argument("folder", type=Path, metavar="RUN")
+    command.add_argument("--domain", required=True, metavar="D", help="whose classes to predict")
+    command.add_argument("--out", required=True, type=Path, metavar="DIR", help="receives index/, color/ and overlay/")
+    command.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
+    command.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    import torch
+
+    from multidomain_cct.results.evaluate import override
+    from multidomain_cct.results.predict import predict
+    from multidomain_cct.training.checkpoint import load_run
+
+    trained = load_run(options.folder, options.checkpoint)
+    settings = override(trained.recipe.evaluation, window=options.window, scales=options.scales, flip=options.flip)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with progress_bar("predict") as progress:
+        summary = predict(trained, options.domain, options.images, options.out, settings, device=device, progress=progress)
+    for line in summary.unreadable:
+        complain(f"skipped {line}")
+    unreadable = f", {len(summary.unreadable)} skipped" if summary.unreadable else ""
+    say(f"{summary.written} image(s) written to {options.out}{unreadable}")
+    return FAILED if summary.unreadable else DONE

@@ -1,0 +1,77 @@
+"""What commands share: exit codes, the parser's common options, one-line errors, a progress bar."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+DONE, FAILED, MISTAKE = 0, 1, 2
+SHARDS = "data/shards"
+Words = Any
+"""argparse's sub-parsers, whose class has no public name."""
+
+
+def complain(message: str) -> None:
+    """One line on standard error."""
+    Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
+
+
+def say(text: str) -> None:
+    """One line on standard output, as it is."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def domain_options() -> argparse.ArgumentParser:
+    """The option of all commands that look for domains by name."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--domains", metavar="DIR", type=Path, action="append", default=[], help="folder of domain files, looked at first; may be repeated")
+    return parser
+
+
+def prediction_options() -> argparse.ArgumentParser:
+    """The options of all commands that predict whole images."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--checkpoint", default="last", help="last, best or a checkpoint's folder (default: last)")
+    parser.add_argument("--window", type=numbers(int, 2), metavar="W,H", help="sliding window for images larger than this")
+    parser.add_argument("--scales", type=numbers(float), metavar="S,...", help="image scales to average over, for example 0.75,1,1.25")
+    parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
+    return parser
+
+
+def numbers(kind: type[int] | type[float], length: int | None = None) -> Any:
+    """A reader of numbers with commas between them, for argparse."""
+
+    def parse(text: str) -> list[Any]:
+        values = [kind(part) for part in text.split(",")]
+        if length is not None and len(values) != length:
+            raise argparse.ArgumentTypeError(f"{text!r} is not {length} numbers with a comma between them")
+        return values
+
+    return parse
+
+
+class progress_bar:
+    """A bar with rate and time left, as the wrapper of an iteration that `pack` asks for."""
+
+    def __init__(self, title: str) -> None:
+        rate = TextColumn("{task.fields[rate]}")
+        self._bar = Progress(TextColumn(title, markup=False), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=Console(stderr=True))
+
+    def __enter__(self) -> progress_bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, items: Iterable[Any], total: int) -> Iterator[Any]:
+        task = self._bar.add_task("", total=total, rate="")
+        for item in items:
+            yield item
+            speed = self._bar.tasks[task].speed
+            self._bar.update(task, advance=1, rate=f"{speed:.0f} images/s" if speed else "")
