@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 
 from multidomain_cct import __version__
-from multidomain_cct.commands import domains, evaluate, index, pack, predict, report, train
+from multidomain_cct.commands import compare, domains, evaluate, index, pack, predict, report, smoothness, train, weaklabels
 from multidomain_cct.commands.terminal import FAILED, MISTAKE, complain
 
-COMMANDS = (train, pack, index, evaluate, predict, report, domains)
+COMMANDS = (train, pack, index, evaluate, predict, report, compare, smoothness, weaklabels, domains)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -68,11 +68,20 @@ def decode(record: Record, domain: Domain) -> tuple[Image.Image, Image.Image | N
     return image, Image.fromarray(ids)
 
 
-def training_view(image: Image.Image, mask: Image.Image | None, augment: Augment, crop: tuple[int, int], rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """A random view: (3, H, W) uint8 image and (H, W) uint8 train ids; crop is (width, height).
+@dataclass(frozen=True)
+class View:
+    """A training view of one image."""
 
-    Where the scaled image is smaller than the crop, the rest is padding and its id 255. Without a mask the ids are 0 on the image and 255 on the padding.
-    """
+    image: Tensor
+    """(3, H, W) uint8."""
+    ids: Tensor
+    """(H, W) uint8 train ids; 255 on padding, and everywhere without a mask."""
+    inside: Tensor
+    """(H, W) bool, False on padding."""
+
+
+def training_view(image: Image.Image, mask: Image.Image | None, augment: Augment, crop: tuple[int, int], rng: np.random.Generator) -> View:
+    """A random view; crop is (width, height). Where the scaled image is smaller than the crop, the rest is padding."""
     factor = float(rng.uniform(augment.scale[0], augment.scale[1]))
     if augment.long_side:
         factor = float(rng.uniform(augment.long_side[0], augment.long_side[1])) / max(image.size)
@@ -87,9 +96,12 @@ def training_view(image: Image.Image, mask: Image.Image | None, augment: Augment
     pixels = Image.new("RGB", crop, PAD)
     pixels.paste(image.resize((kept[0], kept[1]), Image.Resampling.BILINEAR, box=box))
     ids = Image.new("L", crop, IGNORE)
-    ids.paste(0 if mask is None else mask.resize((kept[0], kept[1]), Image.Resampling.NEAREST, box=box), (0, 0, kept[0], kept[1]))
+    if mask is not None:
+        ids.paste(mask.resize((kept[0], kept[1]), Image.Resampling.NEAREST, box=box))
+    inside = torch.zeros(crop[1], crop[0], dtype=torch.bool)
+    inside[: kept[1], : kept[0]] = True
     view, target = F.pil_to_tensor(pixels), F.pil_to_tensor(ids)[0]
-    return (F.horizontal_flip(view), target.flip(-1)) if flip else (view, target)
+    return View(F.horizontal_flip(view), target.flip(-1), inside.flip(-1)) if flip else View(view, target, inside)
 
 
 def whole_view(image: Image.Image) -> Tensor:

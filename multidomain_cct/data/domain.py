@@ -55,6 +55,8 @@ class Domain:
     """How the raw tree is laid out; one of LAYOUTS."""
     splits: dict[str, Split]
     classes: tuple[LabelClass, ...]
+    labels_of: str = ""
+    """Another domain whose label space this one has: it is trained and predicted with that domain's head. Empty: its own."""
     title: str = ""
     licence: str = ""
     source: str = ""

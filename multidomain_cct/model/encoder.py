@@ -10,7 +10,7 @@ import difflib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -76,6 +76,8 @@ class Encoder(nn.Module):
         if settings.norm == "per_domain":
             _split_batch_norms(self, tuple(domains), self.segments)
         facts = timm.data.resolve_model_data_config(self.trunk)
+        # Convolutions, depthwise ones above all, are faster with channels last (benchmarks/step.py).
+        self.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(facts["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("deviation", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -293,3 +295,57 @@ class Projection(nn.Module):
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         projected: Tensor = self.project(levels[-1])
         return projected
+
+
+class Stages(nn.Module):
+    """Every level of a trunk, where an encoder reads only those that its context module needs. Always in evaluation mode, one image at a time."""
+
+    mean: Tensor
+    deviation: Tensor
+
+    def __init__(self, trunk: Any) -> None:
+        super().__init__()
+        self.trunk = trunk.eval().requires_grad_(False)
+        self.strides: tuple[int, ...] = tuple(trunk.feature_info.reduction())
+        self.channels: tuple[int, ...] = tuple(trunk.feature_info.channels())
+        facts = timm.data.resolve_model_data_config(trunk)
+        # Convolutions, depthwise ones above all, are faster with channels last (benchmarks/step.py).
+        self.to(memory_format=torch.channels_last)
+        self.register_buffer("mean", torch.tensor(facts["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("deviation", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(1, D, h, w) features of each level, the finest first, of a (1, 3, H, W) uint8 image; H and W are multiples of every stride."""
+        levels: list[Tensor] = self.trunk((images.to(self.mean.dtype) - self.mean) / self.deviation)
+        return levels
+
+
+def model_stages(name: str, weights: str) -> Stages:
+    """The levels of a timm model as it is published: no dilation; of a plain ViT, every block. `weights` as in EncoderSettings.
+
+    Raises ValueError, with the remedy, for a model without feature maps and for weights that do not fit. timm must know the name.
+    """
+    settings = EncoderSettings(name=name, weights=weights, stride=32, context="none")
+    with torch.device("meta"):
+        info = _create(settings, {"features_only": True}).feature_info
+    strides: list[int] = info.reduction()
+    blocks = {"out_indices": tuple(range(len(info.info))), "dynamic_img_size": True} if len(set(strides)) == 1 else {}
+    trunk = _create(settings, {"features_only": True} | blocks | _pretrained(settings))
+    _try_out(trunk, replace(settings, stride=strides[-1]))
+    return Stages(trunk)
+
+
+def encoder_stages(encoder: Encoder, settings: EncoderSettings, *, domain: str, domains: Iterable[str]) -> Stages:
+    """The levels of an encoder's trunk up to the last that it reads: copies of its weights, its dilation, and of per-domain norms those of `domain`."""
+    info = encoder.trunk.feature_info
+    last = info.out_indices[-1] % len(info.info)
+    options = _level_options(settings, dict(enumerate(level["reduction"] for level in info.info)))
+    trunk = _create(replace(settings, weights="none"), {"features_only": True} | options | {"out_indices": tuple(range(last + 1))})
+    if settings.norm == "frozen":
+        trunk = freeze_batch_norm_2d(trunk)
+    if settings.norm == "per_domain":
+        segments = Segments()
+        segments.parts = ((domain, 1),)
+        _split_batch_norms(trunk, tuple(domains), segments)
+    trunk.load_state_dict(encoder.trunk.state_dict())
+    return Stages(trunk)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multidomain_cct.model.network import CCT
+from multidomain_cct.model.network import Segmenter
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class InferenceSettings:
             raise ValueError(f"the scales are {self.scales}; at least one, each above 0.")
 
 
-def predict_probabilities(model: CCT, image: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings) -> Tensor:
+def predict_probabilities(model: Segmenter, image: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings) -> Tensor:
     """(C, H', W') class probabilities of a (3, H, W) uint8 image, at `size` = (H', W')."""
     total: Tensor | None = None
     for scale in settings.scales:
@@ -57,7 +57,7 @@ def predict_probabilities(model: CCT, image: Tensor, domain: str, size: tuple[in
     return total / (len(settings.scales) * (2 if settings.flip else 1))
 
 
-def _window_logits(model: CCT, image: Tensor, domain: str, settings: InferenceSettings) -> Tensor:
+def _window_logits(model: Segmenter, image: Tensor, domain: str, settings: InferenceSettings) -> Tensor:
     """(1, C, H, W) logits, averaged where windows overlap."""
     height, width = image.shape[-2:]
     if settings.window is None or (width <= settings.window[0] and height <= settings.window[1]):

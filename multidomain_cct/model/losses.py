@@ -9,16 +9,114 @@ Shapes: B images, C classes of the domain, H W image size.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE
+from multidomain_cct.model.ramps import RAMPS, ramp_at
+
+WEIGHT_UNITS = ("pixel", "authors")
+
+
+@dataclass(frozen=True)
+class SupervisedSettings:
+    """The loss on labelled images."""
+
+    loss: str = "ce"
+    """`ce`: cross-entropy; `ab_ce`: annealed bootstrapped cross-entropy, which leaves out pixels that are already right with confidence (CCT section 3.1)."""
+    ab_fraction: float = 0.4
+    """`ab_ce`: share of the run over which its threshold rises, 0 to 1."""
+    ab_high: float = 0.9
+    """`ab_ce`: the threshold at the end; it starts at 1/C."""
+
+    def __post_init__(self) -> None:
+        if self.loss not in ("ce", "ab_ce"):
+            raise ValueError(f"supervised.loss is {self.loss!r}; it is `ce` or `ab_ce`.")
+        for name, value in (("ab_fraction", self.ab_fraction), ("ab_high", self.ab_high)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"supervised.{name} is {value}; it lies in 0 to 1.")
+
+
+@dataclass(frozen=True)
+class ConsistencySettings:
+    """The loss on unlabelled images. A domain's own section replaces single keys of it."""
+
+    weight: float = 30 / 21
+    """Weight after the ramp; 0 trains with supervision only, without auxiliary decoders. The default is the authors' 30 at 21 classes."""
+    weight_unit: str = "pixel"
+    """`pixel`: the distance is a sum over classes, so a weight means the same in every domain; `authors`: a mean over classes, so 30 there is 30/C here."""
+    distance: str = "mse"
+    """Between the main and an auxiliary decoder's class probabilities: `mse`, `kl` (of the auxiliary from the main one) or `js` (Jensen-Shannon)."""
+    confidence: float = 0.0
+    """Pixels whose main prediction has a smaller largest probability do not count, 0 to below 1."""
+    ramp: str = "exp"
+    """How the weight rises: `exp`, weight * exp(-5 (1 - t/T)^2); `linear`; `cosine`; `log`, weight * (1 - exp(-5 t/T)); `none`."""
+    ramp_fraction: float = 0.1
+    """T as a share of the run, 0 to 1."""
+    weak_weight: float = 0.4
+    """Weight, under the same ramp, of the cross-entropy of the auxiliary decoders on pseudo-labels (of a domain with `weak_split`)."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("weight", self.weight), ("weak_weight", self.weak_weight)):
+            if not value >= 0:
+                raise ValueError(f"consistency.{name} is {value}; it is 0 or more.")
+        for name, allowed in (("weight_unit", WEIGHT_UNITS), ("distance", tuple(DISTANCES)), ("ramp", RAMPS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"consistency.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
+        if not 0 <= self.confidence < 1:
+            raise ValueError(f"consistency.confidence is {self.confidence}; a probability that can be exceeded lies in 0 to below 1.")
+        if not 0 <= self.ramp_fraction <= 1:
+            raise ValueError(f"consistency.ramp_fraction is {self.ramp_fraction}; it lies in 0 to 1.")
+
+    def ramp_at(self, progress: float) -> float:
+        """Factor on the weights when `progress` (0 to 1) of the run is done."""
+        return ramp_at(self.ramp, self.ramp_fraction, progress)
+
+    def weight_per_pixel(self, num_classes: int) -> float:
+        """The weight of a distance that is a sum over classes."""
+        return self.weight / num_classes if self.weight_unit == "authors" else self.weight
+
+
+def supervised_loss(logits: Tensor, masks: Tensor, settings: SupervisedSettings, progress: float) -> Tensor:
+    """Scalar: the chosen loss of (B, C, H, W) logits on (B, H, W) train ids when `progress` (0 to 1) of the run is done."""
+    if settings.loss == "ce":
+        return cross_entropy(logits, masks)
+    return bootstrapped_cross_entropy(logits, masks, ab_threshold(settings, logits.shape[1], progress))
 
 
 def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     """Scalar: cross-entropy of (B, C, H, W) logits with (B, H, W) train ids, in nats; pixels of id 255 do not count."""
-    pixels = F.cross_entropy(_at_least_float32(logits), masks.long(), ignore_index=IGNORE, reduction="none")
-    return mean_over_valid(pixels, masks != IGNORE)
+    return mean_over_valid(pixel_cross_entropy(logits, masks), masks != IGNORE)
+
+
+def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
+    """(B, H, W): cross-entropy in nats; 0 at pixels of id 255."""
+    return F.cross_entropy(at_least_float32(logits), masks.long(), ignore_index=IGNORE, reduction="none")
+
+
+def bootstrapped_cross_entropy(logits: Tensor, masks: Tensor, threshold: float) -> Tensor:
+    """Scalar: cross-entropy over the pixels whose true class has a probability under `threshold` (ab-CE, CCT equation 3).
+
+    At least one pixel of each image counts, the one with the smallest probability.
+    """
+    pixels = pixel_cross_entropy(logits, masks)  # -log of the true class's probability
+    valid = masks != IGNORE
+    hardest = pixels.detach().where(valid, -math.inf).amax(dim=(1, 2), keepdim=True)  # (B, 1, 1)
+    # Equal to the hardest only when it is the hardest: of several equal ones all count.
+    # Not the same as `>`: a pixel that is nan counts, so that the loss shows it.
+    hard = ~(pixels.detach() <= (-math.log(threshold) if threshold > 0 else math.inf)) | (pixels.detach() == hardest)
+    return mean_over_valid(pixels, valid & hard)
+
+
+def ab_threshold(settings: SupervisedSettings, num_classes: int, progress: float) -> float:
+    """Threshold of `ab_ce`, from 1/C to `ab_high`: 1/C + (high - 1/C)(1 - exp(-5 t/T))."""
+    low = 1 / num_classes
+    return low + (settings.ab_high - low) * ramp_at("log", settings.ab_fraction, progress)
 
 
 def squared_distance(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -26,8 +124,37 @@ def squared_distance(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
     The authors take the mean over classes too, so that the same weight weighs domains of many classes less; here it does not.
     """
-    probabilities = _at_least_float32(logits).softmax(dim=1)
+    probabilities = at_least_float32(logits).softmax(dim=1)
     return mean_over_valid((probabilities - target).square().sum(dim=1), valid)
+
+
+def kl_divergence(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Scalar: KL(target || softmax(logits)) in nats, 0 or more. The authors' masked and unmasked forms differ by a factor C; this is the textbook one."""
+    own = at_least_float32(logits).log_softmax(dim=1)
+    return mean_over_valid(F.kl_div(own, target, reduction="none").sum(dim=1), valid)
+
+
+def jensen_shannon(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+    """Scalar: Jensen-Shannon divergence of softmax(logits) and target in nats, symmetric, between 0 and ln 2.
+
+    It is the mean of both divergences *from* their mixture; the authors' code takes those *of* the mixture, which have no bound.
+    """
+    own_log = at_least_float32(logits).log_softmax(dim=1)
+    own = own_log.exp()
+    # Where both probabilities underflow, the logarithm must stay finite for 0 * log 0 to be 0.
+    mixture_log = ((own + target) / 2).clamp(min=torch.finfo(own.dtype).tiny).log()
+    pixels = (own * (own_log - mixture_log) + torch.xlogy(target, target) - target * mixture_log).sum(dim=1) / 2
+    return mean_over_valid(pixels, valid)
+
+
+Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
+DISTANCES: dict[str, Distance] = {"mse": squared_distance, "kl": kl_divergence, "js": jensen_shannon}
+"""By name in the recipe: (logits, target probabilities, valid) -> scalar."""
+
+
+def confident(target: Tensor, valid: Tensor, threshold: float) -> Tensor:
+    """(B, H, W) bool: the valid pixels whose largest target probability reaches the threshold."""
+    return valid if threshold == 0 else valid & (target.amax(dim=1) >= threshold)
 
 
 def mean_over_valid(pixels: Tensor, valid: Tensor) -> Tensor:
@@ -38,5 +165,6 @@ def mean_over_valid(pixels: Tensor, valid: Tensor) -> Tensor:
     return (total / weight.sum(dim=(1, 2)).clamp(min=1)).mean()
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
+def at_least_float32(logits: Tensor) -> Tensor:
+    """The logits in 32 bits or more."""
     return logits.float() if logits.itemsize < 4 else logits

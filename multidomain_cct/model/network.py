@@ -1,4 +1,4 @@
-"""CCT: one shared encoder, heads by domain name; a forward pass is one step's losses.
+"""Segmenter: one shared encoder, heads by name. What all methods have in common; a method adds the losses on unlabelled images.
 
 Shapes: B labelled images, U unlabelled images, C classes of the domain, D feature channels, H W image size, h w feature size.
 """
@@ -6,8 +6,7 @@ Shapes: B labelled images, U unlabelled images, C classes of the domain, D featu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -15,106 +14,129 @@ from torch import Tensor, nn
 from multidomain_cct.data.augment import PAD
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.data.order import seed_from
-from multidomain_cct.model.consistency import AuxiliaryDecoder, consistency_loss
+from multidomain_cct.model.consistency import AuxiliaryDecoder
 from multidomain_cct.model.decoders import build_decoder
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
-from multidomain_cct.model.losses import cross_entropy, squared_distance
+from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings, at_least_float32, supervised_loss
 from multidomain_cct.model.perturbations import Perturbation
+
+Features = Mapping[tuple[str, str], Tensor]
+"""(B, D, h, w) features by domain name and kind of image (`labelled`, `unlabelled`, ...); what a step does not have is not in it."""
 
 
 @dataclass(frozen=True)
-class HeadSettings:
-    """What one domain's head is built for."""
+class Task:
+    """What one domain asks of the model."""
 
-    num_classes: int
+    things: tuple[bool, ...]
+    """For each class, whether it is a countable object."""
+    head: str = ""
+    """Whose head the domain uses; empty: its own."""
     perturbations: tuple[Perturbation, ...] = ()
-    """One auxiliary decoder each; empty trains the domain with supervision only."""
+    """One auxiliary decoder of the domain's own head each."""
     weight: float = 1.0
     """Factor on all losses of the domain."""
-    consistency_weight: float = 0.0
-    """Factor on the consistency loss, after the ramp."""
+    supervised: SupervisedSettings = field(default_factory=SupervisedSettings)
+    consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.things)
 
 
 class Head(nn.Module):
-    """A domain's main decoder and auxiliary decoders."""
+    """A main decoder and auxiliary decoders for one label space."""
 
-    def __init__(self, settings: HeadSettings, decoder: str, encoder: Encoder, seed: int) -> None:
+    def __init__(self, task: Task, decoder: str, encoder: Encoder, seed: int) -> None:
         super().__init__()
-        self.settings = settings
 
         def build(name: str) -> nn.Module:
             # Each decoder has its own seed, so a supervised run starts from the same main decoder as CCT.
             torch.manual_seed(seed_from(seed, name))
-            return build_decoder(decoder, encoder.channels, settings.num_classes, encoder.stride)
+            return build_decoder(decoder, encoder.channels, task.num_classes, encoder.stride)
 
         self.main = build("main")
-        self.auxiliaries = nn.ModuleList(AuxiliaryDecoder(kind, build(f"auxiliary {number}")) for number, kind in enumerate(settings.perturbations))
+        self.auxiliaries = nn.ModuleList(AuxiliaryDecoder(kind, build(f"auxiliary {number}")) for number, kind in enumerate(task.perturbations))
 
 
-class CCT(nn.Module):
-    """Cross-consistency training over any number of domains (CCT sections 3.1 and 3.4)."""
+class Segmenter(nn.Module):
+    """A shared encoder and heads by name, trained with whatever losses a method makes of them."""
 
-    def __init__(self, encoder: EncoderSettings, heads: Mapping[str, HeadSettings], *, decoder: str = "pixelshuffle", seed: int = 0) -> None:
+    def __init__(self, encoder: EncoderSettings, tasks: Mapping[str, Task], *, decoder: str = "pixelshuffle", seed: int = 0) -> None:
         """Raises ValueError when encoder, stride and decoder do not fit each other."""
         super().__init__()
-        for name in heads:
+        for name in tasks:
             if hasattr(nn.ModuleDict(), name):
                 raise ValueError(f'a domain is named "{name}", which torch reserves for modules. Rename the domain and its YAML file.')
+        self.tasks = dict(tasks)
         # Building draws random numbers; the caller's generator is left as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(seed, "encoder"))
-            self.encoder = Encoder(encoder, heads)
-            self.heads = nn.ModuleDict({name: Head(settings, decoder, self.encoder, seed_from(seed, name)) for name, settings in heads.items()})
+            self.encoder = Encoder(encoder, tasks)
+            own = {name: task for name, task in tasks.items() if task.head in ("", name)}
+            self.heads = nn.ModuleDict({name: Head(task, decoder, self.encoder, seed_from(seed, name)) for name, task in own.items()})
 
-    def forward(self, batches: Mapping[str, Batch], ramp: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses, `<domain>/<term>` -> scalar: their sum is optimised and they are what is logged. `ramp` scales the consistency terms.
+    def head(self, domain: str) -> Head:
+        """The head that the domain uses, its own or a borrowed one."""
+        head = self.heads[self.tasks[domain].head or domain]
+        assert isinstance(head, Head)
+        return head
 
-        Gradients: main decoders learn from the supervised term only, auxiliary decoders from the consistency term only, the encoder from both.
+    def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
+        """The step's losses, `<domain>/<term>` -> scalar: their sum is optimised and they are what is logged.
+
+        `progress` is the share of the run that is done, 0 to 1; ramps hang on it. Here: the supervised losses; methods add theirs.
         """
-        features = self._encode(batches)
-        losses: dict[str, Tensor] = {}
+        return self.supervised_losses(self.encode(labelled_images(batches)), batches, progress)
+
+    def after_step(self) -> None:
+        """What follows an optimiser step that was taken."""
+
+    def supervised_losses(self, features: Features, batches: Mapping[str, Batch], progress: float) -> dict[str, Tensor]:
+        """`<domain>/supervised` for every domain with labelled images in the step."""
+        losses = {}
         for name, batch in batches.items():
-            head = self.heads[name]
-            assert isinstance(head, Head)
-            labelled, unlabelled = features[name]
-            losses[f"{name}/supervised"] = head.settings.weight * cross_entropy(head.main(labelled), batch.masks)
-            if head.settings.perturbations and unlabelled is not None:
-                with torch.no_grad():
-                    logits = head.main(unlabelled)
-                    target = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)  # (U, C, H, W)
-                distance = partial(squared_distance, target=target, valid=batch.valid)
-                factor = head.settings.weight * head.settings.consistency_weight * ramp
-                losses[f"{name}/consistency"] = factor * consistency_loss(unlabelled, head.auxiliaries, distance)
+            if (name, "labelled") in features:
+                task, logits = self.tasks[name], self.head(name).main(features[name, "labelled"])
+                losses[f"{name}/supervised"] = task.weight * supervised_loss(logits, batch.masks, task.supervised, progress)
         return losses
 
-    def _encode(self, batches: Mapping[str, Batch]) -> dict[str, tuple[Tensor, Tensor | None]]:
-        """Per domain, (B, D, h, w) and (U, D, h, w) features.
+    @torch.no_grad()
+    def target(self, features: Tensor, domain: str) -> Tensor:
+        """(U, C, H, W) class probabilities of the main decoder, in 32 bits or more, without gradient."""
+        return at_least_float32(self.head(domain).main(features)).softmax(dim=1)
+
+    def encode(self, images: Mapping[tuple[str, str], Tensor]) -> Features:
+        """The features of (B, 3, H, W) uint8 images by domain and kind; empty batches have none.
 
         Images of equal crop go through the encoder together: with shared batch statistics, separate passes make training and evaluation disagree.
         """
-        pieces: list[tuple[str, Tensor]] = []
-        for name, batch in batches.items():
-            pieces += [(name, batch.images), (name, batch.unlabelled)]
-        features: dict[str, list[Tensor | None]] = {name: [None, None] for name in batches}
-        for size in {images.shape[-2:]: None for _, images in pieces}:
-            group = [number for number, (_, images) in enumerate(pieces) if images.shape[-2:] == size and len(images)]
-            joined = self.encoder(torch.cat([pieces[n][1] for n in group]), [(pieces[n][0], len(pieces[n][1])) for n in group])
-            for number, part in zip(group, torch.split(joined, [len(pieces[n][1]) for n in group]), strict=True):
-                features[pieces[number][0]][number % 2] = part
-        return {name: (labelled, unlabelled) for name, (labelled, unlabelled) in features.items() if labelled is not None}
+        present = {key: batch for key, batch in images.items() if len(batch)}
+        found: dict[tuple[str, str], Tensor] = {}
+        for size in dict.fromkeys(batch.shape[-2:] for batch in present.values()):
+            group = {key: batch for key, batch in present.items() if batch.shape[-2:] == size}
+            joined = self.encoder(torch.cat(list(group.values())), [(domain, len(batch)) for (domain, _), batch in group.items()])
+            found |= zip(group, torch.split(joined, [len(batch) for batch in group.values()]), strict=True)
+        return found
 
     def logits(self, images: Tensor, domain: str) -> Tensor:
         """(B, C, H, W) logits of the domain's main decoder for (B, 3, H, W) uint8 images of any size."""
-        height, width = images.shape[-2:]
-        stride = self.encoder.stride
-        missing = (-height % stride, -width % stride)
-        if any(missing):
-            padded = (
-                torch.tensor(PAD, dtype=images.dtype, device=images.device).view(1, 3, 1, 1).repeat(len(images), 1, height + missing[0], width + missing[1])
-            )
-            padded[..., :height, :width] = images
-            images = padded
-        head = self.heads[domain]
-        assert isinstance(head, Head)
-        logits: Tensor = head.main(self.encoder(images, [(domain, len(images))]))
-        return logits[..., :height, :width]
+        return whole_image_logits(self.encoder, self.head(domain).main, images, domain)
+
+
+def labelled_images(batches: Mapping[str, Batch]) -> dict[tuple[str, str], Tensor]:
+    """The labelled images of a step, for `encode`."""
+    return {(name, "labelled"): batch.images for name, batch in batches.items()}
+
+
+def whole_image_logits(encoder: nn.Module, decoder: nn.Module, images: Tensor, domain: str) -> Tensor:
+    """(B, C, H, W) logits for (B, 3, H, W) uint8 images of any size, which are padded to the encoder's stride for it."""
+    assert isinstance(encoder, Encoder)
+    height, width = images.shape[-2:]
+    missing = (-height % encoder.stride, -width % encoder.stride)
+    if any(missing):
+        padded = torch.tensor(PAD, dtype=images.dtype, device=images.device).view(1, 3, 1, 1).repeat(len(images), 1, height + missing[0], width + missing[1])
+        padded[..., :height, :width] = images
+        images = padded
+    logits: Tensor = decoder(encoder(images, [(domain, len(images))]))
+    return logits[..., :height, :width]

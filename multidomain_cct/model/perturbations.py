@@ -1,28 +1,37 @@
 """Perturbations of the encoder's features.
 
-Each is a frozen dataclass: its fields are its section of the recipe, calling it gives perturbed features. Every image of a batch is perturbed on its own.
-Randomness comes from torch's global generator, which the training loop seeds from (seed, step, rank).
+Each is a frozen dataclass: its fields are its section of the recipe; called with the features, a guide (where the main decoder sees objects) and the auxiliary
+decoder that will see the result, it gives perturbed features. Every image of a batch is perturbed on its own. Randomness comes from torch's global generator,
+which the training loop seeds from (seed, step, rank).
 
-Shapes: B images, D feature channels, h w feature size.
+Shapes: B images, D feature channels, h w feature size, N object regions of the whole batch.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from multidomain_cct.model.guides import Guide
+
+SMALLEST_XI = 1e-2
+"""Below it, adversarial noise loses its direction to rounding."""
 
 
 class Perturbation(Protocol):
     """What all perturbations have in common."""
 
+    needs_objects: ClassVar[bool]
+    """Whether it needs to know where objects are; a domain whose class table tells no things from stuff cannot use it."""
+
     @property
     def count(self) -> int: ...
 
-    def __call__(self, features: Tensor) -> Tensor: ...
+    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -36,13 +45,14 @@ class FeatureNoise:
     """Auxiliary decoders that use it."""
     amplitude: float = 0.3
     """N is uniform between minus and plus this."""
+    needs_objects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_count("feature_noise", self.count)
         if not self.amplitude > 0:
             raise ValueError(f"perturbations.feature_noise.amplitude is {self.amplitude}; it is above 0.")
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
         noise = torch.empty_like(features).uniform_(-self.amplitude, self.amplitude)
         return features * noise + features
 
@@ -67,6 +77,7 @@ class FeatureDrop:
     """`quantile`: smallest share of the positions that is dropped, 0 to 1."""
     area_high: float = 0.4
     """`quantile`: largest share of the positions that is dropped, 0 to 1."""
+    needs_objects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_count("feature_drop", self.count)
@@ -76,7 +87,7 @@ class FeatureDrop:
             if not 0 <= low <= high <= 1:
                 raise ValueError(f"perturbations.feature_drop has the range {low} to {high}; both lie in 0 to 1, the smaller one first.")
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
         activity = features.detach().float().mean(dim=1, keepdim=True)  # (B, 1, h, w)
         images = activity.shape[0]
         if self.mode == "max":
@@ -98,19 +109,137 @@ class Dropout:
     """Auxiliary decoders that use it."""
     probability: float = 0.5
     """Share of the channels that is dropped, 0 to below 1."""
+    needs_objects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _check_count("dropout", self.count)
         if not 0 < self.probability < 1:
             raise ValueError(f"perturbations.dropout.probability is {self.probability}; it lies between 0 and 1.")
 
-    def __call__(self, features: Tensor) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
         return F.dropout2d(features, self.probability, training=True)
 
 
 @dataclass(frozen=True)
+class ObjectMask:
+    """Hide the objects: z * (1 - M), with M where the main decoder predicts a `thing` (Obj-Msk, CCT section 3.2).
+
+    It draws nothing at random: a second decoder of this kind is only another initialisation. The authors take class 0 as background, which is right for
+    PASCAL VOC alone.
+    """
+
+    count: int = 2
+    """Auxiliary decoders that use it."""
+    needs_objects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_count("object_mask", self.count)
+
+    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+        return features * ~guide.objects
+
+
+@dataclass(frozen=True)
+class ContextMask:
+    """Hide what surrounds the objects: z * M (Con-Msk, CCT section 3.2). Like the object mask it draws nothing at random."""
+
+    count: int = 2
+    """Auxiliary decoders that use it."""
+    needs_objects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_count("context_mask", self.count)
+
+    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+        return features * guide.objects
+
+
+@dataclass(frozen=True)
+class GuidedCutout:
+    """Zero one rectangle at a random place in the bounding box of each object region (G-Cutout, CCT section 3.2).
+
+    The authors find contours with OpenCV on the CPU and leave out those of fewer than 50 points, so that a plain rectangle, whose contour has 4, is never
+    cut. Here regions are found at feature resolution on the features' device, and small ones are left out by area.
+    """
+
+    count: int = 6
+    """Auxiliary decoders that use it."""
+    side: float = 0.4
+    """Sides of the rectangle as a share of the box's, above 0 to 1; rounded to whole feature positions, at least one."""
+    min_area: int = 4
+    """Smallest region that is cut, in feature positions."""
+    needs_objects: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_count("guided_cutout", self.count)
+        if not 0 < self.side <= 1:
+            raise ValueError(f"perturbations.guided_cutout.side is {self.side}; it lies above 0 and is at most 1.")
+        if self.min_area < 1:
+            raise ValueError(f"perturbations.guided_cutout.min_area is {self.min_area}; it is at least 1 feature position.")
+
+    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+        regions = guide.regions
+        large = regions.area >= self.min_area
+        rows = self._span(regions.top[large], regions.bottom[large], features.shape[2])  # (N, h)
+        columns = self._span(regions.left[large], regions.right[large], features.shape[3])  # (N, w)
+        cuts = features.new_zeros(len(features), *features.shape[2:], dtype=torch.float32)  # (B, h, w)
+        cuts.index_add_(0, regions.image[large], (rows[:, :, None] & columns[:, None, :]).float())
+        return features * (cuts == 0).unsqueeze(1)
+
+    def _span(self, start: Tensor, end: Tensor, length: int) -> Tensor:
+        """(N, length) bool: for each box a random interval within it along one axis."""
+        extent = end - start
+        size = (extent * self.side).round().long().clamp(min=1)
+        first = start + (torch.rand(len(start), device=start.device) * (extent - size + 1)).long()
+        position = torch.arange(length, device=start.device)
+        return (position >= first[:, None]) & (position < (first + size)[:, None])
+
+
+@dataclass(frozen=True)
+class AdversarialNoise:
+    """Add the noise of a given norm that changes the auxiliary decoder's prediction most (I-VAT; Miyato et al. 2018, CCT section 3.2).
+
+    One power iteration: with d a random direction of unit norm per image, the gradient with respect to d of KL(p(z) || p(z + xi d)) is followed. The authors
+    take xi = 1e-6, at which the difference rounds away in 32 bits and the noise that is left is a thousandth of what was meant.
+    """
+
+    count: int = 2
+    """Auxiliary decoders that use it."""
+    xi: float = 0.1
+    """Norm of the trial step, at least 0.01; 32-bit numbers lose smaller ones."""
+    eps_relative: float = 0.1
+    """Norm of the noise as a share of the norm of the image's features."""
+    eps: float = 0.0
+    """Norm of the noise over the whole map, in place of `eps_relative` when above 0. The authors' is 2; what it does depends on the crop."""
+    needs_objects: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_count("adversarial_noise", self.count)
+        if not self.xi >= SMALLEST_XI:
+            raise ValueError(f"perturbations.adversarial_noise.xi is {self.xi}, which 32-bit numbers lose; it is at least {SMALLEST_XI}.")
+        if not (self.eps >= 0 and self.eps_relative >= 0) or self.eps == self.eps_relative == 0:
+            raise ValueError(
+                f"perturbations.adversarial_noise has eps {self.eps} and eps_relative {self.eps_relative}; both are 0 or more, and one of them is above 0."
+            )
+
+    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+        # In 32 bits or more: the trial step is lost in 16. torch.autograd.grad, because the parameters' gradients are being collected at this moment.
+        with torch.autocast(features.device.type, enabled=False), torch.enable_grad():
+            still = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+            direction = _unit(torch.empty_like(still).uniform_(-0.5, 0.5)).requires_grad_()
+            with torch.no_grad():
+                target = decoder(still).softmax(dim=1)
+            moved = decoder(still + self.xi * direction).log_softmax(dim=1)
+            divergence = F.kl_div(moved, target, reduction="none").sum(dim=1).mean()
+            (gradient,) = torch.autograd.grad(divergence, direction)
+            strength = self.eps if self.eps > 0 else self.eps_relative * _norm(still)
+            noise = strength * _unit(gradient)
+        return features + noise.to(features.dtype)
+
+
+@dataclass(frozen=True)
 class Perturbations:
-    """The mix: each kind with its count of auxiliary decoders, 0 for none."""
+    """The mix: each kind with its count of auxiliary decoders, 0 for none. The defaults are the authors' 30."""
 
     feature_noise: FeatureNoise = field(default_factory=FeatureNoise)
     """Random noise on every activation."""
@@ -118,13 +247,35 @@ class Perturbations:
     """The most active region removed."""
     dropout: Dropout = field(default_factory=Dropout)
     """Random channels removed."""
+    object_mask: ObjectMask = field(default_factory=ObjectMask)
+    """Objects removed."""
+    context_mask: ContextMask = field(default_factory=ContextMask)
+    """Everything but objects removed."""
+    guided_cutout: GuidedCutout = field(default_factory=GuidedCutout)
+    """A part of each object removed."""
+    adversarial_noise: AdversarialNoise = field(default_factory=AdversarialNoise)
+    """Noise in the direction that changes the prediction most."""
 
-    def each(self) -> list[Perturbation]:
-        """One entry per auxiliary decoder."""
+    def each(self, *, objects: bool = True) -> list[Perturbation]:
+        """One entry per auxiliary decoder; without `objects`, those kinds are left out that need to know where objects are."""
         kinds: list[Perturbation] = [getattr(self, kind.name) for kind in fields(self)]
-        return [kind for kind in kinds for _ in range(kind.count)]
+        return [kind for kind in kinds if objects or not kind.needs_objects for _ in range(kind.count)]
 
 
 def _check_count(name: str, count: int) -> None:
     if count < 0:
         raise ValueError(f"perturbations.{name}.count is {count}; it is 0 or more.")
+
+
+def _norm(maps: Tensor) -> Tensor:
+    """(B, 1, 1, 1): Euclidean norm of each image's whole map."""
+    norms: Tensor = torch.linalg.vector_norm(maps, dim=(1, 2, 3), keepdim=True)
+    return norms
+
+
+def _unit(maps: Tensor) -> Tensor:
+    """The maps, scaled to norm 1 per image; a map of zeros stays."""
+    tiny = torch.finfo(maps.dtype).tiny
+    # By the largest entry first: where a decoder is certain, its gradients are so small that their squares are 0 in 32 bits, and the norm would be too.
+    scaled = maps / maps.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=tiny)
+    return scaled / _norm(scaled).clamp(min=tiny)

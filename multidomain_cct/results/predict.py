@@ -17,7 +17,7 @@ from multidomain_cct.data.augment import whole_view
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.encode import load_image
 from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
-from multidomain_cct.model.network import CCT
+from multidomain_cct.model.network import Segmenter
 from multidomain_cct.results.evaluate import require_head
 from multidomain_cct.results.pictures import colored, indexed, legend, overlay, with_legend
 from multidomain_cct.training.checkpoint import LoadedRun
@@ -79,7 +79,7 @@ def predict(
 
 
 @torch.inference_mode()
-def predicted_ids(model: CCT, image: Image.Image, domain: str, settings: InferenceSettings, device: torch.device) -> np.ndarray:
+def predicted_ids(model: Segmenter, image: Image.Image, domain: str, settings: InferenceSettings, device: torch.device) -> np.ndarray:
     """(H, W) uint8 train ids of an RGB image, at its size."""
     probabilities = predict_probabilities(model, whole_view(image).to(device), domain, (image.height, image.width), settings)
     ids: np.ndarray = probabilities.argmax(dim=0).to(torch.uint8).cpu().numpy()

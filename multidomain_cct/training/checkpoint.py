@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.specification import read_domain
-from multidomain_cct.model.network import CCT, HeadSettings
+from multidomain_cct.model.network import Segmenter
+from multidomain_cct.training.assembly import build_model
 from multidomain_cct.training.recipe import Recipe, read_recipe
 
 SCHEMA = 1
@@ -46,21 +47,6 @@ class RunState:
     domains: dict[str, str] = field(default_factory=dict)
     """The domains' specifications as YAML, by name."""
     schema: int = SCHEMA
-
-
-def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Mapping[str, bool] | None = None, pretrained: bool = True) -> CCT:
-    """The recipe's network. `unlabelled` says which domains have unlabelled images; those without, and all when it is None, get no auxiliary decoders."""
-    heads = {}
-    for name, domain in domains.items():
-        consistent = unlabelled is not None and unlabelled[name] and recipe.uses_consistency(name)
-        heads[name] = HeadSettings(
-            num_classes=domain.num_classes,
-            perturbations=tuple(recipe.perturbations.each()) if consistent else (),
-            weight=recipe.domains[name].weight,
-            consistency_weight=recipe.consistency_weight(name),
-        )
-    encoder = recipe.encoder if pretrained else replace(recipe.encoder, weights="none")
-    return CCT(encoder, heads, decoder=recipe.decoder, seed=recipe.seed)
 
 
 def save_checkpoint(
@@ -201,7 +187,7 @@ class LoadedRun:
     folder: Path
     recipe: Recipe
     domains: dict[str, Domain]
-    model: CCT
+    model: Segmenter
     """In evaluation mode, with main decoders only."""
     checkpoint: Path
     state: RunState
@@ -220,7 +206,7 @@ def load_run(run: Path, which: str = "last") -> LoadedRun:
     return LoadedRun(run, recipe, domains, model.eval(), checkpoint, read_state(checkpoint))
 
 
-def load_initial_weights(run: Path, model: CCT, domains: Mapping[str, Domain]) -> list[str]:
+def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Domain]) -> list[str]:
     """Start `model` from another run's last checkpoint: the encoder, and the heads whose names and classes match. Returns one line per thing that was left out.
 
     Raises ValueError when the encoders differ.

@@ -16,16 +16,19 @@ from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.loader import Batch, TrainingSet, open_streams, steps
+from multidomain_cct.data.loader import Batch, TrainingSet, steps
 from multidomain_cct.data.order import seed_from
 from multidomain_cct.data.shards import Shards
 from multidomain_cct.data.specification import find_domain
-from multidomain_cct.model.network import CCT
-from multidomain_cct.training.checkpoint import RunState, build_model, load_checkpoint, load_initial_weights, save_checkpoint
+from multidomain_cct.data.streams import open_streams
+from multidomain_cct.model.network import Segmenter
+from multidomain_cct.training.assembly import build_model
+from multidomain_cct.training.assembly import notices as model_notices
+from multidomain_cct.training.checkpoint import RunState, load_checkpoint, load_initial_weights, save_checkpoint
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.run_folder import fingerprints, resumable_checkpoint, write_run_folder
 from multidomain_cct.training.runlog import RunLog, Window, environment
-from multidomain_cct.training.schedules import build_optimiser, learning_rate, ramp_at, set_learning_rate
+from multidomain_cct.training.schedules import build_optimiser, learning_rate, set_learning_rate
 from multidomain_cct.training.scoring import Score, arithmetic_and_harmonic, score
 
 
@@ -49,8 +52,8 @@ class _Run:
     """Val shards by domain."""
 
     @property
-    def bare_model(self) -> CCT:
-        model: CCT = self.accelerator.unwrap_model(self.model)
+    def bare_model(self) -> Segmenter:
+        model: Segmenter = self.accelerator.unwrap_model(self.model)
         return model
 
 
@@ -61,16 +64,18 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     """
     accelerator = _accelerator(recipe)
     domains = {name: find_domain(name, folders, named_by=named_by) for name in recipe.domains}
-    streams = [open_streams(domain, recipe.domains[name], recipe.data, use_unlabelled=recipe.uses_consistency(name)) for name, domain in domains.items()]
+    streams = [open_streams(domain, recipe.domains[name], recipe.data, use_unlabelled=recipe.uses_unlabelled(name)) for name, domain in domains.items()]
     world = {"rank": accelerator.process_index, "world": accelerator.num_processes, "accumulation": recipe.training.accumulation}
-    data = TrainingSet(streams, seed=recipe.seed, augment=recipe.data.augment, schedule=recipe.data.schedule, **world)
+    # A borrowed label space may add nothing to a supervised run; it is scored all the same.
+    training = [stream for stream in streams if stream.labelled or stream.unlabelled]
+    data = TrainingSet(training, seed=recipe.seed, augment=recipe.data.augment, schedule=recipe.data.schedule, **world)
     scored = {name: Shards.open(Path(recipe.data.shards) / name, choice.val_split) for name, choice in recipe.domains.items() if choice.val_split}
     resumed, notices = resumable_checkpoint(recipe, domains, streams)
     model = build_model(recipe, domains, unlabelled={stream.domain.name: bool(stream.unlabelled) for stream in streams})
-    if resumed is None and recipe.init_from is not None:
-        notices += [f"init_from: {line}" for line in load_initial_weights(Path(recipe.init_from), model, domains)]
-    elif resumed is None and (recipe.encoder.norm, recipe.encoder.weights) == ("frozen", "none"):
-        notices.append("encoder.norm=frozen with encoder.weights=none freezes norms that were never trained; norm=shared, or pretrained weights, train better.")
+    if resumed is None:
+        notices += model_notices(recipe, domains)
+        if recipe.init_from is not None:
+            notices += [f"init_from: {line}" for line in load_initial_weights(Path(recipe.init_from), model, domains)]
     optimiser = build_optimiser(recipe.optimiser, model.encoder.trunk, model)
     prepared_model, prepared_optimiser = accelerator.prepare(model, optimiser)
     run = _Run(recipe, accelerator, prepared_model, prepared_optimiser, data, domains, scored)
@@ -129,7 +134,7 @@ def _loop(run: _Run, state: RunState, log: RunLog) -> None:
         torch.manual_seed(seed_from(recipe.seed, step, run.accelerator.process_index, "step"))
         lr = learning_rate(recipe.optimiser, step, settings.steps)
         set_learning_rate(run.optimiser, lr)
-        trouble = _optimise(run, micro_batches, ramp_at(recipe.consistency, step, settings.steps), window)
+        trouble = _optimise(run, micro_batches, step / settings.steps, window)
         done, last = step + 1, step + 1 == settings.steps
         if trouble is None:
             skipped, last_finite = 0, done
@@ -158,7 +163,7 @@ def _loop(run: _Run, state: RunState, log: RunLog) -> None:
             window.restart_clock()
 
 
-def _optimise(run: _Run, micro_batches: Iterator[dict[str, Batch]], ramp: float, window: Window) -> str | None:
+def _optimise(run: _Run, micro_batches: Iterator[dict[str, Batch]], progress: float, window: Window) -> str | None:
     """One optimiser step. Returns what was not finite, and then nothing has changed.
 
     Whether to skip is decided on losses that are summed over the processes, so all of them skip the same step.
@@ -171,7 +176,7 @@ def _optimise(run: _Run, micro_batches: Iterator[dict[str, Batch]], ramp: float,
         batches = {name: batch.to(accelerator.device) for name, batch in window.timed_next(micro_batches).items()}
         synchronised = micro == accumulation - 1
         with nullcontext() if synchronised else accelerator.no_sync(model):
-            losses: dict[str, Tensor] = model(batches, ramp=ramp)
+            losses: dict[str, Tensor] = model(batches, progress=progress)
             values = accelerator.reduce(torch.stack([loss.detach().float() for loss in losses.values()]), reduction="mean").tolist()
             broken = [term for term, value in zip(losses, values, strict=True) if not math.isfinite(value)]
             if not broken:
@@ -189,6 +194,8 @@ def _optimise(run: _Run, micro_batches: Iterator[dict[str, Batch]], ramp: float,
         # A GradScaler must see such a step too: it leaves it out itself, and lowers its scale.
         if trouble is None or accelerator.scaler is not None:
             run.optimiser.step()
+        if trouble is None:
+            run.bare_model.after_step()
     run.optimiser.zero_grad()
     if trouble is not None:
         for buffer, before in zip(model.buffers(), statistics, strict=True):

@@ -6,21 +6,30 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
+from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from multidomain_cct.data.loader import DataSettings, DomainSettings
+from multidomain_cct.data.streams import DataSettings, DomainSettings
 from multidomain_cct.data.strict_yaml import StrictLoader, did_you_mean, read_yaml
+from multidomain_cct.methods.mean_teacher import MeanTeacherSettings
+from multidomain_cct.methods.unimatch import UniMatchSettings
+from multidomain_cct.methods.usss import UsssSettings
+from multidomain_cct.model.cams import PseudoLabelSettings
 from multidomain_cct.model.decoders import DECODERS
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.inference import InferenceSettings
+from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings
 from multidomain_cct.model.perturbations import Perturbations
-from multidomain_cct.training.schedules import ConsistencySettings, OptimiserSettings
+from multidomain_cct.training.schedules import OptimiserSettings
 
 PRECISIONS = ("no", "bf16", "fp16")
+METHODS = ("cct", "supervised", "mean_teacher", "unimatch", "usss")
+INHERITED = ("consistency", "perturbations")
+"""Sections that a domain may have too: its keys replace those of the recipe's section, the others stay."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,16 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class DomainRecipe(DomainSettings):
+    """What the recipe takes of one domain, and what it asks of the model for it."""
+
+    consistency: ConsistencySettings | None = None
+    """The unsupervised loss of this domain; keys left out are those of the recipe's `consistency`."""
+    perturbations: Perturbations | None = None
+    """The auxiliary decoders of this domain; keys left out are those of the recipe's `perturbations`."""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A run, complete."""
 
@@ -72,7 +91,9 @@ class Recipe:
     """`never`: refuse a run folder that exists; `auto`: go on from its newest checkpoint, or start when there is none."""
     init_from: str | None = None
     """Run folder whose weights a new run starts from: the encoder, and the heads whose names and classes match."""
-    domains: dict[str, DomainSettings] = field(default_factory=dict)
+    method: str = "cct"
+    """What is made of unlabelled images: `cct`, `supervised` (nothing), `mean_teacher`, `unimatch`, or `usss` (entropy across label spaces)."""
+    domains: dict[str, DomainRecipe] = field(default_factory=dict)
     """The domains, by name, each with its settings."""
     data: DataSettings = field(default_factory=DataSettings)
     """Shards, batches, views."""
@@ -82,14 +103,24 @@ class Recipe:
     """`pixelshuffle` (the paper) or `bilinear`."""
     perturbations: Perturbations = field(default_factory=Perturbations)
     """The auxiliary decoders of every domain."""
+    supervised: SupervisedSettings = field(default_factory=SupervisedSettings)
+    """The loss on labelled images."""
     consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
-    """The unsupervised loss."""
+    """The loss on unlabelled images, of `cct` and `mean_teacher`."""
+    mean_teacher: MeanTeacherSettings = field(default_factory=MeanTeacherSettings)
+    """Of `method: mean_teacher`."""
+    unimatch: UniMatchSettings = field(default_factory=UniMatchSettings)
+    """Of `method: unimatch`."""
+    usss: UsssSettings = field(default_factory=UsssSettings)
+    """Of `method: usss`."""
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     """Optimiser and learning rate."""
     training: TrainingSettings = field(default_factory=TrainingSettings)
     """Length and bookkeeping."""
     evaluation: InferenceSettings = field(default_factory=InferenceSettings)
     """How val images are predicted."""
+    pseudo_labels: PseudoLabelSettings = field(default_factory=PseudoLabelSettings)
+    """How `weaklabels` makes pseudo-labels of image-level labels."""
 
     def __post_init__(self) -> None:
         if not self.domains:
@@ -98,6 +129,10 @@ class Recipe:
             raise ValueError(f"name is {self.name!r}; a run's name holds letters, digits, and . _ + - only, and does not start with a dot.")
         if self.resume not in ("never", "auto"):
             raise ValueError(f"resume is {self.resume!r}; it is `never` or `auto`.")
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; it is one of {', '.join(METHODS)}.{did_you_mean(self.method, METHODS)}")
+        if self.method == "usss" and len(self.domains) < 2:
+            raise ValueError("method is `usss`, which compares label spaces, but there is one domain. Add a domain, or choose another method.")
         if self.decoder not in DECODERS:
             raise ValueError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
         for name, choice in self.domains.items():
@@ -105,8 +140,9 @@ class Recipe:
                 raise ValueError(
                     f"domains.{name}.val_split is `test`; `best` is chosen on it, and nothing is chosen on a test split. Use `val`, or leave it empty."
                 )
-            if choice.train_split in choice.unlabelled_splits or len(set(choice.unlabelled_splits)) < len(choice.unlabelled_splits):
-                raise ValueError(f"domains.{name}.unlabelled_splits names a split twice, or the train_split: `unlabelled` says what is taken of that one.")
+            extra = [*choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
+            if choice.train_split in choice.unlabelled_splits or len(set(extra)) < len(extra):
+                raise ValueError(f"domains.{name}.unlabelled_splits names a split twice, or the train_split or weak_split, which have their own keys.")
         crops = {"data.crop": self.data.crop} | {f"domains.{name}.crop": d.crop for name, d in self.domains.items() if d.crop is not None}
         for where, crop in crops.items():
             if len(crop) != 2 or min(crop) < 1:
@@ -120,14 +156,22 @@ class Recipe:
         """The run's folder."""
         return Path(self.runs) / self.name
 
-    def uses_consistency(self, domain: str) -> bool:
+    def uses_unlabelled(self, domain: str) -> bool:
         """Whether the domain's unlabelled images enter the loss."""
-        return self.consistency_weight(domain) > 0 and bool(self.perturbations.each())
+        if self.method == "cct":
+            settings = self.consistency_of(domain)
+            weak = settings.weak_weight > 0 and bool(self.domains[domain].weak_split)
+            return (settings.weight > 0 or weak) and bool(self.perturbations_of(domain).each())
+        return self.method != "supervised"
 
-    def consistency_weight(self, domain: str) -> float:
-        """The domain's weight after the ramp. consistency.weight=0 turns every domain's consistency off."""
-        own = self.domains[domain].consistency_weight
-        return self.consistency.weight if own is None or self.consistency.weight == 0 else own
+    def consistency_of(self, domain: str) -> ConsistencySettings:
+        """The domain's own settings. A recipe's consistency.weight=0 turns every domain's consistency off."""
+        own = self.domains[domain].consistency
+        return self.consistency if own is None or self.consistency.weight == 0 else own
+
+    def perturbations_of(self, domain: str) -> Perturbations:
+        """The domain's own mix, or the recipe's."""
+        return self.domains[domain].perturbations or self.perturbations
 
     def to_yaml(self) -> str:
         """Every setting, with defaults filled in; reading it back gives an equal Recipe."""
@@ -164,6 +208,7 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
         raise ValueError(f"{where}: domains is {domains!r}; it is a mapping, for example `domains: {{camvid: {{labelled: 50}}}}`.")
     plain = {**plain, "domains": {name: value or {} for name, value in domains.items()}}
     _check_keys(plain, Recipe, where, ())
+    plain["domains"] = {name: _with_inherited(choice, plain) for name, choice in plain["domains"].items()}
     try:
         recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(plain)))
     except OmegaConfBaseException as error:
@@ -175,6 +220,17 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
         raise ValueError(f"{where}: {error}") from None
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def _with_inherited(choice: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
+    """A domain's plain values, in which the sections it has are completed by the recipe's."""
+
+    def completed(own: Any, general: Any) -> Any:
+        if not isinstance(own, dict) or not isinstance(general, dict):
+            return own
+        return general | {key: completed(value, general.get(key)) for key, value in own.items()}
+
+    return choice | {name: completed(choice[name], recipe.get(name)) for name in INHERITED if choice.get(name) is not None}
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -216,10 +272,13 @@ def _check_keys(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> Non
     here = ".".join(path)
     if isinstance(value, str) and "${" in value:
         raise ValueError(f"{where}: {here} is {value!r}; recipes hold plain values, without ${{...}}.")
+    if get_origin(kind) is UnionType and value is not None:
+        kind = get_args(kind)[0]
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: {here} is {value!r}; it is a section with the keys {', '.join(f.name for f in fields(kind))}.")
-        hints = get_type_hints(kind)
+        types = get_type_hints(kind)
+        hints = {f.name: types[f.name] for f in fields(kind)}
         for key, item in value.items():
             if key not in hints:
                 full = ".".join((*path, str(key)))

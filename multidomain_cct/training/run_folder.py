@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.loader import DomainStreams
+from multidomain_cct.data.streams import DomainStreams
 from multidomain_cct.training.checkpoint import newest_checkpoint, read_state
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe
 
@@ -77,7 +77,8 @@ def fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, 
     found = {}
     for stream in streams:
         choice = recipe.domains[stream.domain.name]
-        for split, shards in zip([choice.train_split, *choice.unlabelled_splits], stream.sources, strict=False):
+        splits = [choice.train_split, *choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
+        for split, shards in zip(splits, stream.sources, strict=False):
             found[f"{stream.domain.name}/{split}"] = shards.fingerprint
         keys = [stream.sources[source].keys[number] for source, number in stream.labelled]
         found[f"{stream.domain.name}/labelled"] = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]

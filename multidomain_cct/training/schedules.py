@@ -1,4 +1,4 @@
-"""Learning rate and consistency ramp as functions of the step, and the optimiser they drive. No state: resuming needs the step only."""
+"""The learning rate as a function of the step, and the optimiser that it drives. No state: resuming needs the step only."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-RAMPS = ("exp", "linear", "cosine", "none")
 SCHEDULES = ("poly", "cosine", "constant")
 
 
@@ -46,39 +45,6 @@ class OptimiserSettings:
         for name, value in (("trunk_factor", self.trunk_factor), ("weight_decay", self.weight_decay), ("power", self.power), ("warmup", self.warmup)):
             if value < 0:
                 raise ValueError(f"optimiser.{name} is {value}; it is 0 or more.")
-
-
-@dataclass(frozen=True)
-class ConsistencySettings:
-    """The weight of the unsupervised loss."""
-
-    weight: float = 30 / 21
-    """Weight after the ramp; 0 trains with supervision only, without auxiliary decoders. The authors' 30 is per pixel and class: 30/21 per pixel at 21
-    classes.
-    """
-    ramp: str = "exp"
-    """How the weight rises: `exp`, weight * exp(-5 (1 - t/T)^2); `linear`; `cosine`; `none`."""
-    ramp_fraction: float = 0.1
-    """T as a share of the run, 0 to 1."""
-
-    def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise ValueError(f"consistency.weight is {self.weight}; it is 0 or more.")
-        if self.ramp not in RAMPS:
-            raise ValueError(f"consistency.ramp is {self.ramp!r}; it is one of {', '.join(RAMPS)}.")
-        if not 0 <= self.ramp_fraction <= 1:
-            raise ValueError(f"consistency.ramp_fraction is {self.ramp_fraction}; it lies in 0 to 1.")
-
-
-def ramp_at(settings: ConsistencySettings, step: int, num_steps: int) -> float:
-    """Factor on the consistency weight at a step, 0 to 1 (Laine and Aila 2017 for `exp`)."""
-    end = settings.ramp_fraction * num_steps
-    if settings.ramp == "none" or step >= end:
-        return 1.0
-    t = step / end
-    if settings.ramp == "exp":
-        return math.exp(-5 * (1 - t) ** 2)
-    return t if settings.ramp == "linear" else (1 - math.cos(math.pi * t)) / 2
 
 
 def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> float:

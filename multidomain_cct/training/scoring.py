@@ -17,7 +17,7 @@ from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.loader import scored_images
 from multidomain_cct.data.shards import Shards
 from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
-from multidomain_cct.model.network import CCT
+from multidomain_cct.model.network import Segmenter
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def arithmetic_and_harmonic(values: list[float]) -> tuple[float, float]:
 
 @torch.inference_mode()
 def score(
-    model: CCT,
+    model: Segmenter,
     shards: Shards,
     domain: Domain,
     split: str,

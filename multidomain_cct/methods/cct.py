@@ -1,0 +1,57 @@
+"""Cross-consistency training: auxiliary decoders that see perturbed features are to agree with the main decoder (Ouali, Hudelot, Tami, CVPR 2020).
+
+Shapes: U unlabelled images, C classes of the domain, D feature channels, H W image size, h w feature size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from multidomain_cct.data.domain import IGNORE
+from multidomain_cct.data.loader import Batch
+from multidomain_cct.model.consistency import auxiliary_losses
+from multidomain_cct.model.guides import Guide, objects_of
+from multidomain_cct.model.losses import DISTANCES, confident, mean_over_valid, pixel_cross_entropy
+from multidomain_cct.model.network import Segmenter, labelled_images
+
+
+class CCT(Segmenter):
+    """L = L_s + w_u L_u + w_w L_w, in every domain (CCT sections 3.1 to 3.4)."""
+
+    def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
+        """The step's losses, `<domain>/<term>` -> scalar: their sum is optimised and they are what is logged. `progress` (0 to 1) decides the ramps.
+
+        Gradients: main decoders learn from the supervised term only, auxiliary decoders from the other terms only, the encoder from all.
+        """
+        features = self.encode(labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()})
+        losses = self.supervised_losses(features, batches, progress)
+        for name, batch in batches.items():
+            if (name, "unlabelled") in features and len(self.head(name).auxiliaries):
+                losses |= self._unsupervised_losses(name, features[name, "unlabelled"], batch, progress)
+        return losses
+
+    def _unsupervised_losses(self, name: str, features: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
+        """Consistency with the main decoder's prediction and, where the batch has pseudo-labels, agreement of the auxiliary decoders with them."""
+        task, settings = self.tasks[name], self.tasks[name].consistency
+        target = self.target(features, name)  # (U, C, H, W)
+        counted = confident(target, batch.valid, settings.confidence)
+        distance, pseudo_labels = DISTANCES[settings.distance], batch.pseudo_labels
+
+        def terms(logits: Tensor, kept: Tensor) -> Tensor:
+            # An image of whose features nothing was left says nothing, and counts as 0.
+            valid = kept[:, None, None]
+            found = [distance(logits, target, counted & valid)]
+            if pseudo_labels is not None:
+                found.append(mean_over_valid(pixel_cross_entropy(logits, pseudo_labels), (pseudo_labels != IGNORE) & valid))
+            return torch.stack(found)
+
+        guide = Guide(objects_of(target, batch.valid, task.things, self.encoder.stride))
+        losses = auxiliary_losses(features, self.head(name).auxiliaries, guide, terms)
+        factor = task.weight * settings.ramp_at(progress)
+        found = {f"{name}/consistency": factor * settings.weight_per_pixel(task.num_classes) * losses[0]}
+        if pseudo_labels is not None:
+            found[f"{name}/weak"] = factor * settings.weak_weight * losses[1]
+        return found

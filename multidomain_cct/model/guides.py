@@ -1,0 +1,89 @@
+"""What the main decoder's prediction says about the images of a step: where objects are. Computed once per step, shared by all perturbations.
+
+Shapes: B images, C classes, h w feature size, N object regions of the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Regions:
+    """Connected object regions of a batch, at feature resolution. Every field is (N,) int64; ends are exclusive."""
+
+    image: Tensor
+    area: Tensor
+    """Feature positions."""
+    top: Tensor
+    bottom: Tensor
+    left: Tensor
+    right: Tensor
+
+
+@dataclass(frozen=True)
+class Guide:
+    """What a perturbation may know of the images besides their features."""
+
+    objects: Tensor
+    """(B, 1, h, w) bool: the main decoder predicts a `thing` there."""
+
+    @cached_property
+    def regions(self) -> Regions:
+        """The connected regions of `objects`; found when first asked for."""
+        return regions_of(self.objects[:, 0])
+
+
+def objects_of(target: Tensor, valid: Tensor, things: Sequence[bool], stride: int) -> Tensor:
+    """(B, 1, h, w) bool: where (B, C, H, W) class probabilities are largest for a class that is a thing, at the pixel in the middle of each position.
+
+    Positions whose middle is not valid, in (B, H, W), hold no object.
+    """
+    middle = (..., slice(stride // 2, None, stride), slice(stride // 2, None, stride))
+    table = torch.tensor(list(things), device=target.device)
+    found: Tensor = (table[target[middle].argmax(dim=1)] & valid[middle]).unsqueeze(1)
+    return found
+
+
+def components(mask: Tensor) -> Tensor:
+    """(B, h, w) int64: for each True position of a (B, h, w) mask a number, the same within a region connected through edges or corners; 0 elsewhere.
+
+    The largest position number spreads over its region; following the numbers as pointers makes the steps few.
+    """
+    count = mask.shape[1] * mask.shape[2]
+    # In floats, which max pooling wants; 64 bits hold any position exactly.
+    inside = mask.double()
+    labels = inside * torch.arange(1, count + 1, device=mask.device, dtype=torch.float64).view(1, *mask.shape[1:])
+    while True:
+        spread = F.max_pool2d(labels.unsqueeze(1), 3, stride=1, padding=1).squeeze(1) * inside
+        pointers = F.pad(spread.flatten(1), (1, 0))
+        spread = pointers.gather(1, spread.flatten(1).long()).view_as(labels)
+        if torch.equal(spread, labels):
+            return labels.long()
+        labels = spread
+
+
+def regions_of(mask: Tensor) -> Regions:
+    """The connected regions of a (B, h, w) bool mask, through edges or corners, with their bounding boxes."""
+    labels = components(mask)
+    image, row, column = mask.nonzero(as_tuple=True)
+    codes = labels[image, row, column] + image * (labels[0].numel() + 1)
+    _, member, area = torch.unique(codes, return_inverse=True, return_counts=True)
+
+    def over_region(values: Tensor, reduce: str) -> Tensor:
+        return torch.zeros_like(area).scatter_reduce(0, member, values, reduce, include_self=False)
+
+    return Regions(
+        image=over_region(image, "amax"),
+        area=area,
+        top=over_region(row, "amin"),
+        bottom=over_region(row, "amax") + 1,
+        left=over_region(column, "amin"),
+        right=over_region(column, "amax") + 1,
+    )

@@ -1,0 +1,316 @@
+"""Image-level labels -> shards of pseudo-labels: train a classifier on the shared encoder, write what its activation maps are sure of, and say how good it is.
+
+Shapes: C classes of the domain, K classified classes, H W image size.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from multidomain_cct.data.augment import decode, whole_view
+from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.image_labels import TaggedImages, background_class, classified, open_tagged
+from multidomain_cct.data.loader import TrainingSet, steps
+from multidomain_cct.data.order import seed_from
+from multidomain_cct.data.shards import ShardWriter, index_path, shard_paths
+from multidomain_cct.data.specification import find_domain
+from multidomain_cct.data.strict_yaml import did_you_mean
+from multidomain_cct.model.cams import Classifier, activation_maps, confident_labels, multilabel_loss, pseudo_labels
+from multidomain_cct.results.pictures import legend, overlay, with_legend
+from multidomain_cct.training.loop import RunFailed
+from multidomain_cct.training.recipe import Recipe
+from multidomain_cct.training.schedules import build_optimiser, learning_rate, set_learning_rate
+from multidomain_cct.training.scoring import confusion_of, mean_iou
+
+Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+SHEET_ROWS, SHEET_CELL = 10, 260
+"""Images on a contact sheet, and the longer side of each picture there in pixels."""
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How pseudo-labels compare with the true masks, over the pixels that have both."""
+
+    confusion: np.ndarray
+    """(C, C) int64 pixels; rows are the truth, columns the pseudo-label."""
+
+    @property
+    def precision(self) -> float:
+        """Share of the labelled pixels that are right, 0 to 1."""
+        return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
+
+    @property
+    def miou(self) -> float:
+        """Mean intersection over union, 0 to 1; unsure pixels count neither as right nor as missed."""
+        return mean_iou(self.confusion)
+
+
+@dataclass
+class _Tally:
+    """Pixel counts of pseudo-labels, image by image."""
+
+    domain: Domain
+    pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
+    confusion: np.ndarray | None = None
+
+    def add(self, ids: Tensor, truth: Tensor | None) -> None:
+        self.pixels += np.bincount(ids.cpu().numpy().ravel(), minlength=256)
+        if truth is not None:
+            sure = torch.where(ids == IGNORE, IGNORE, truth)
+            found = confusion_of(sure, ids, self.domain.num_classes).cpu().numpy()
+            self.confusion = found if self.confusion is None else self.confusion + found
+
+    @property
+    def labelled(self) -> float:
+        """Share of the pixels with a pseudo-label, 0 to 1."""
+        return 1 - float(self.pixels[IGNORE]) / max(1, int(self.pixels.sum()))
+
+    @property
+    def quality(self) -> Quality | None:
+        return None if self.confusion is None else Quality(self.confusion)
+
+
+@dataclass(frozen=True)
+class WeakSummary:
+    """What was written for one domain."""
+
+    domain: Domain
+    split: str
+    images: int
+    shown: np.ndarray
+    """(C,) int64: images that show the class, as their image-level labels say."""
+    precision: np.ndarray
+    """(C,) average precision of the classifier over these images; nan where all or none show the class, and for the background."""
+    maps: _Tally
+    """Pseudo-labels straight from the activation maps."""
+    refined: _Tally
+    """Pseudo-labels as they were written, after the random field."""
+    shards: tuple[Path, ...]
+    sheet: Path
+
+    @property
+    def mean_precision(self) -> float:
+        """Mean average precision over the classes that have one, 0 to 1; nan when none has."""
+        known = self.precision[~np.isnan(self.precision)]
+        return float(known.mean()) if len(known) else math.nan
+
+
+def weak_split(train_split: str) -> str:
+    """The split of pseudo-label shards that `weaklabels` writes."""
+    return f"{train_split}_weak"
+
+
+def tagged_domains(recipe: Recipe, folders: Sequence[Path], names: Sequence[str], *, named_by: str, force: bool = False) -> list[TaggedImages]:
+    """The images with image-level labels of the named domains, or of all that have such labels.
+
+    Raises ValueError or FileNotFoundError for domains without image-level labels, for lists that do not fit, and, unless `force`, when their pseudo-labels
+    are there already.
+    """
+    for name in names:
+        if name not in recipe.domains:
+            raise ValueError(f'--domain is "{name}". {named_by} has: {", ".join(recipe.domains)}.{did_you_mean(name, recipe.domains)}')
+    chosen = list(dict.fromkeys(names)) or [name for name, choice in recipe.domains.items() if choice.image_labels]
+    without = [name for name in chosen or recipe.domains if not recipe.domains[name].image_labels]
+    if without:
+        raise ValueError(f"{named_by}: domains.{without[0]}.image_labels is empty. Name a text or JSON list of image-level labels, or `masks`.")
+    domains = {name: find_domain(name, folders, named_by=named_by) for name in chosen}
+    for name, domain in domains.items():
+        split = weak_split(recipe.domains[name].train_split)
+        there = shard_paths(Path(recipe.data.shards) / name, split)
+        if there and not force:
+            raise ValueError(f"{there[0]} is there already. Train with it: domains.{name}.weak_split={split}; or make it anew with --force.")
+        if not classified(domain):
+            raise ValueError(f"{name} has no class beside its background, so image-level labels tell nothing. Add classes to the domain.")
+    least_share = recipe.pseudo_labels.least_share
+    return [open_tagged(domain, recipe.domains[name], recipe.data, least_share=least_share) for name, domain in domains.items()]
+
+
+def train_classifier(
+    recipe: Recipe, tagged: Sequence[TaggedImages], *, device: torch.device, progress: Progress | None = None
+) -> tuple[Classifier, list[float]]:
+    """The classifier, trained in 32 bits on the images of all these domains, and its loss at each step.
+
+    Order, augmentation and initial weights hang on the recipe's seed alone. Raises RunFailed when the loss is not finite.
+    """
+    settings = recipe.pseudo_labels
+    optimisation = replace(recipe.optimiser, name="sgd", lr=settings.lr, schedule="poly", warmup=0)
+    streams = [images.streams(recipe.data, recipe.domains[images.domain.name], settings.batch) for images in tagged]
+    data = TrainingSet(streams, seed=seed_from(recipe.seed, "weaklabels"), augment=recipe.data.augment)
+    targets = {images.domain.name: _targets(images, device) for images in tagged}
+    model = Classifier(recipe.encoder, {images.domain.name: len(classified(images.domain)) for images in tagged}, seed=recipe.seed).to(device).train()
+    optimiser = build_optimiser(optimisation, model.encoder.trunk, model)
+    losses: list[float] = []
+    batches = steps(data, 0, settings.steps, workers=recipe.data.workers, prefetch=recipe.data.prefetch, pin_memory=device.type == "cuda")
+    for step, batch in enumerate(batches if progress is None else progress(batches, settings.steps)):
+        torch.manual_seed(seed_from(recipe.seed, step, "weaklabels"))
+        set_learning_rate(optimiser, learning_rate(optimisation, step, settings.steps))
+        here = {name: part.to(device) for name, part in batch.items()}
+        logits = model({name: part.unlabelled for name, part in here.items()}, {name: part.valid for name, part in here.items()})
+        loss = torch.stack([multilabel_loss(logits[name], torch.stack([targets[name][key] for key in part.keys])) for name, part in here.items()]).sum()
+        losses.append(float(loss.detach()))
+        if not math.isfinite(losses[-1]):
+            raise RunFailed(f"step {step + 1}: the classifier's loss is {losses[-1]}. Lower pseudo_labels.lr.")
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        optimiser.step()
+    return model.eval(), losses
+
+
+def _targets(images: TaggedImages, device: torch.device) -> dict[str, Tensor]:
+    """(K,) zeros and ones by key."""
+    ids = classified(images.domain)
+    return {key: torch.tensor([float(train_id in shown) for train_id in ids], device=device) for key, shown in images.classes.items()}
+
+
+def write_pseudo_labels(recipe: Recipe, images: TaggedImages, model: Classifier, *, device: torch.device, progress: Progress | None = None) -> WeakSummary:
+    """Write a labelled sample for every image with image-level labels, and a contact sheet; `progress(keys, total)` wraps the iteration.
+
+    Everything is written beside its place and moved there at the end, so what was there stays until the new is whole.
+    """
+    domain, split = images.domain, weak_split(recipe.domains[images.domain.name].train_split)
+    folder = Path(recipe.data.shards) / domain.name
+    temporary = folder / f".{split}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    maps, refined = _Tally(domain), _Tally(domain)
+    scores: list[np.ndarray] = []
+    rows: list[list[Image.Image]] = []
+    notes = {"total": len(images.listed), "pseudo_labels": asdict(recipe.pseudo_labels), "recipe": recipe.name, "seed": recipe.seed}
+    try:
+        with ShardWriter(temporary, split, note=lambda: notes) as writer:
+            for key in images.listed if progress is None else progress(images.listed, len(images.listed)):
+                made = _pseudo_labelled(recipe, images, key, model, device)
+                maps.add(made.from_maps, made.truth)
+                refined.add(made.ids, made.truth)
+                scores.append(made.logits)
+                if len(rows) < SHEET_ROWS:
+                    rows.append(_sheet_row(made, domain))
+                mask = _png(made.ids)
+                if writer.is_full(len(made.stored) + len(mask)):
+                    writer.publish()
+                names = [domain.classes[train_id].name for train_id in sorted(images.classes[key])]
+                writer.write(key, image=made.stored, mask=mask, meta=json.dumps({"image_labels": names}).encode())
+        contact_sheet(rows, domain, refined.pixels).save(temporary / f"{domain.name}-{split}.png")
+        shards = _move_into_place(temporary, folder, split)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    truth = np.array([[train_id in images.classes[key] for train_id in classified(domain)] for key in images.listed])
+    shown, precision = np.zeros(domain.num_classes, dtype=np.int64), np.full(domain.num_classes, np.nan)
+    shown[list(classified(domain))] = truth.sum(axis=0)
+    precision[list(classified(domain))] = average_precision(np.stack(scores), truth)
+    return WeakSummary(domain, split, len(images.listed), shown, precision, maps, refined, shards, folder / f"{domain.name}-{split}.png")
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One image and what became of it; labels are (H, W) uint8 train ids."""
+
+    stored: bytes
+    picture: Image.Image
+    logits: np.ndarray
+    """(K,)"""
+    from_maps: Tensor
+    ids: Tensor
+    truth: Tensor | None
+
+
+def _pseudo_labelled(recipe: Recipe, images: TaggedImages, key: str, model: Classifier, device: torch.device) -> _Made:
+    domain, settings = images.domain, recipe.pseudo_labels
+    source, number = images.samples[key]
+    record = images.sources[source].read(number)
+    picture, mask = decode(record, domain)
+    pixels = whole_view(picture).to(device)
+    present = sorted(images.classes[key])
+    places = [classified(domain).index(train_id) for train_id in present]
+    activations, logits = activation_maps(model, pixels, domain.name, present=places, scales=settings.scales)
+    background = background_class(domain)
+    truth = None
+    if mask is not None:
+        truth = torch.from_numpy(np.array(mask.resize(picture.size, Image.Resampling.NEAREST))).to(device)
+    return _Made(
+        stored=record.image,
+        picture=picture,
+        logits=logits.cpu().numpy(),
+        from_maps=confident_labels(activations, present, settings, background=background),
+        ids=pseudo_labels(activations, pixels, present, settings, background=background),
+        truth=truth,
+    )
+
+
+def _png(ids: Tensor) -> bytes:
+    blob = io.BytesIO()
+    Image.fromarray(ids.cpu().numpy()).save(blob, "PNG")
+    return blob.getvalue()
+
+
+def _move_into_place(temporary: Path, folder: Path, split: str) -> tuple[Path, ...]:
+    """Replace the split's shards and contact sheet. Old shards go first: an index that counts on more shards than there are is refused, a mixture is not."""
+    for path in shard_paths(folder, split):
+        path.unlink()
+        index_path(path).unlink(missing_ok=True)
+    for picture in temporary.glob("*.png"):
+        os.replace(picture, folder / picture.name)
+    moved = []
+    for path in shard_paths(temporary, split):
+        os.replace(index_path(path), folder / index_path(path).name)
+        os.replace(path, folder / path.name)
+        moved.append(folder / path.name)
+    return tuple(moved)
+
+
+def average_precision(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """(K,) average precision, 0 to 1, of (n, K) scores against (n, K) bool truth: the mean, over the positives, of the precision at their rank.
+
+    nan for a class with no positive or no negative. Of equal scores the positive stands last, so that a constant score earns nothing.
+    """
+    found = np.full(truth.shape[1], np.nan)
+    for column, (score, positive) in enumerate(zip(scores.T, truth.T, strict=True)):
+        if positive.any() and not positive.all():
+            hits = positive[np.lexsort((positive, -score))]
+            found[column] = (np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean()
+    return found
+
+
+def _sheet_row(made: _Made, domain: Domain) -> list[Image.Image]:
+    """The image, its labels from the maps, after the random field, and true ones if there are any."""
+    labels = [made.from_maps, made.ids, *([] if made.truth is None else [made.truth])]
+    row = [made.picture, *(overlay(made.picture, ids.cpu().numpy(), domain, opacity=0.65) for ids in labels)]
+    factor = SHEET_CELL / max(made.picture.size)
+    return [cell.resize((max(1, round(cell.width * factor)), max(1, round(cell.height * factor)))) for cell in row]
+
+
+def contact_sheet(rows: Sequence[Sequence[Image.Image]], domain: Domain, pixels: np.ndarray) -> Image.Image:
+    """The rows under each other, with a title over each column and a legend below; `pixels` counts those of each train id. Unsure pixels show the image."""
+    titles = ("image", "activation maps", "pseudo-labels", "truth")[: max(len(row) for row in rows)]
+    gap, head = 6, 24
+    widths = [max(row[column].width for row in rows if column < len(row)) for column in range(len(titles))]
+    lefts = [gap + sum(widths[:column]) + gap * column for column in range(len(titles))]
+    sheet = Image.new("RGB", (sum(widths) + gap * (len(titles) + 1), head + sum(row[0].height + gap for row in rows)), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    for left, title in zip(lefts, titles, strict=True):
+        draw.text((left, head // 2), title, fill="black", font=font, anchor="lm")
+    top = head
+    for row in rows:
+        for left, cell in zip(lefts, row, strict=False):
+            sheet.paste(cell, (left, top))
+        top += row[0].height + gap
+    present = [int(train_id) for train_id in np.flatnonzero(pixels[: domain.num_classes])]
+    return with_legend(sheet, legend(domain, present, width=sheet.width))
+
+
+def loss_ends(losses: Sequence[float]) -> tuple[float, float]:
+    """The mean loss over the first and over the last tenth of the steps."""
+    tenth = max(1, len(losses) // 10)
+    return float(np.mean(losses[:tenth])), float(np.mean(losses[-tenth:]))
