@@ -1,53 +1,68 @@
 """Two gloo processes stand in for two GPUs."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
-from multidomain_cct.data.loader import open_streams
 from multidomain_cct.data.order import Stream
 from multidomain_cct.data.specification import read_domain
-from multidomain_cct.training.recipe import Recipe
+from multidomain_cct.data.streams import open_streams
+from multidomain_cct.training.checkpoint import checkpoints
+from multidomain_cct.training.recipe import Recipe, recipe_from
 from multidomain_cct.training.runlog import read_metrics
 
 TinyRecipe = Callable[..., Recipe]
 SCRIPT = """
-import json, os, sys
+import hashlib, json, sys
 from pathlib import Path
-import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from multidomain_cct.data import loader
-from multidomain_cct.training.loop import train
+from multidomain_cct.training import loop
 from multidomain_cct.training.recipe import read_recipe
 
-recipe, domains, out = Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3])
+count, domains, out, *recipes = int(sys.argv[1]), *map(Path, sys.argv[2:])
 state = PartialState(cpu=True)
-assert state.num_processes == int(sys.argv[4]), f"world size {state.num_processes}"
-seen = []
+assert state.num_processes == count, f"world size {state.num_processes}"
+# At the end of a run it takes the processes' group down; here another run follows.
+Accelerator.end_training = lambda self: None
+seen, models = [], []
 inner = loader.TrainingSet.__getitem__
 def remember(self, number):
     item = inner(self, number)
     seen.append([number, {name: list(batch.keys) for name, batch in item.items()}])
     return item
 loader.TrainingSet.__getitem__ = remember
-train(read_recipe(recipe), [domains])
-(out / f"keys-{state.num_processes}-{state.process_index}.json").write_text(json.dumps(seen))
+build = loop.build_model
+def keep(*arguments, **options):
+    models.append(build(*arguments, **options))
+    return models[-1]
+loop.build_model = keep
+for recipe in recipes:
+    seen.clear()
+    loop.train(read_recipe(recipe), [domains])
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in models[-1].state_dict().values())).hexdigest()
+    found = {"seen": seen, "weights": digest}
+    (out / f"{recipe.stem}-{state.process_index}.json").write_text(json.dumps(found))
 """
-
+"""Trains recipes one after the other; each process writes what it has seen of each and a digest of its model at the end."""
 
 BATCH_OF_FOUR = {"crop": [64, 64], "labelled_batch": 4, "unlabelled_batch": 4, "workers": 0}
 SPOIL = """
-from multidomain_cct.model.network import CCT
+from multidomain_cct.methods.cct import CCT
 forward, calls = CCT.forward, [0]
-def spoilt(self, batches, ramp=1.0):
+def spoilt(self, batches, progress=1.0):
     calls[0] += 1
-    losses = forward(self, batches, ramp)
+    losses = forward(self, batches, progress)
     # Step 2 of two micro-batches each: the fourth forward pass.
     if calls[0] == 4 and state.process_index == 1:
         (out / "spoilt.json").write_text(json.dumps(list(batches["shapes"].keys)))
@@ -57,61 +72,134 @@ CCT.forward = spoilt
 """
 
 
-def run_processes(count: int, recipe: Recipe, shards: Path, folder: Path, *, spoil: bool = False, command: bool = False) -> subprocess.CompletedProcess[str]:
+# Nothing random but the data: frozen norms and a perturbation without randomness. Draws of the other perturbations differ by process, as designed.
+DETERMINISTIC: dict[str, Any] = {
+    "encoder": {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "frozen"},
+    "perturbations": {
+        **{kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")},
+        "feature_drop": {"count": 2, "low": 0.7, "high": 0.7},
+    },
+    "training": {"steps": 5, "log_every": 1, "evaluate_every": 100, "save_every": 100},
+}
+
+
+def run_processes(
+    count: int, recipes: Recipe | list[Recipe], shards: Path, folder: Path, *, spoil: bool = False, command: bool = False
+) -> subprocess.CompletedProcess[str]:
     """Train in `count` processes: by the script above, with a loss made nan on the second process, or by the command itself."""
-    if command:
-        (folder / f"{recipe.name}.yaml").write_text(recipe.to_yaml())
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count), "-m", "multidomain_cct"]
-        arguments = [*launcher, str(folder / f"{recipe.name}.yaml"), "--domains", str(shards / "domains")]
-        return subprocess.run(arguments, capture_output=True, text=True, timeout=300)
-    (folder / "script.py").write_text(SCRIPT.replace("train(read_recipe", SPOIL + "train(read_recipe") if spoil else SCRIPT)
-    (folder / f"{recipe.name}.yaml").write_text(recipe.to_yaml())
+    paths = []
+    for recipe in [recipes] if isinstance(recipes, Recipe) else recipes:
+        paths.append(str(folder / f"{recipe.name}.yaml"))
+        Path(paths[-1]).write_text(recipe.to_yaml())
     launcher = [sys.executable] if count == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command = [*launcher, str(folder / "script.py"), str(folder / f"{recipe.name}.yaml"), str(shards / "domains"), str(folder), str(count)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    if command:
+        arguments = [*launcher, "-m", "multidomain_cct", *paths, "--domains", str(shards / "domains")]
+    else:
+        (folder / "script.py").write_text(SCRIPT.replace("for recipe in", SPOIL + "for recipe in") if spoil else SCRIPT)
+        arguments = [*launcher, str(folder / "script.py"), str(count), str(shards / "domains"), str(folder), *paths]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=600)
 
 
-@pytest.fixture
-def settings() -> dict[str, Any]:
-    """Nothing random but the data: frozen norms and a perturbation without randomness. Draws of the other perturbations differ by process, as designed."""
-    return {
-        "encoder": {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "frozen"},
-        "perturbations": {"feature_noise": {"count": 0}, "dropout": {"count": 0}, "feature_drop": {"count": 2, "low": 0.7, "high": 0.7}},
-        "training": {"steps": 5, "log_every": 1, "evaluate_every": 100, "save_every": 100},
-    }
+# Without randomness of its own a method computes in two processes what it computes in one; the others draw for each process apart.
+SAME = {
+    "cct_together": {"schedule": "together"},
+    "cct_alternate": {"schedule": "alternate"},
+    "supervised": {"method": "supervised"},
+    "usss": {"method": "usss"},
+    # Without weight, what the strong views draw does not matter, and what is left is the teacher's average.
+    "teacher_alone": {"method": "mean_teacher", "consistency": {"weight": 0}, "schedule": "alternate"},
+}
+DRAWING = {
+    "mean_teacher": {"method": "mean_teacher", "schedule": "alternate", "norm": "shared"},
+    "unimatch": {"method": "unimatch", "schedule": "alternate", "norm": "shared"},
+    "usss_alternate": {"method": "usss", "schedule": "alternate", "norm": "shared"},
+    "cct_drawing": {"perturbations": {"adversarial_noise": {"count": 1}, "dropout": {"count": 1}}, "norm": "shared"},
+}
 
 
-@pytest.mark.parametrize("schedule", ["together", "alternate"])
-def test_two_processes_see_and_compute_what_one_does(
-    tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path, settings: dict[str, Any], schedule: str
-) -> None:
-    metrics = {}
-    for count in (1, 2):
-        recipe = tiny_recipe(name=f"world{count}", data__schedule=schedule, **settings)
-        done = run_processes(count, recipe, two_domains, tmp_path)
+@dataclass(frozen=True)
+class Worlds:
+    """Runs of the same recipes by one process and by two."""
+
+    folder: Path
+
+    def metrics(self, name: str, world: int) -> list[dict[str, Any]]:
+        return read_metrics(self.folder / f"world{world}" / name / "metrics.jsonl")
+
+    def weights(self, name: str, world: int) -> dict[str, torch.Tensor]:
+        return load_file(checkpoints(self.folder / f"world{world}" / name / "checkpoints")[-1] / "model.safetensors")
+
+    def of_process(self, name: str, world: int, rank: int) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads((self.folder / f"world{world}" / f"{name}-{rank}.json").read_text())
+        return found
+
+
+@pytest.fixture(scope="module")
+def worlds(two_domains: Path, tmp_path_factory: pytest.TempPathFactory) -> Worlds:
+    """All recipes in two launches: starting the processes takes longer than training in them."""
+    folder = tmp_path_factory.mktemp("worlds")
+    for world, chosen in ((1, SAME), (2, SAME | DRAWING)):
+        (folder / f"world{world}").mkdir()
+        recipes = [_recipe(name, folder / f"world{world}", two_domains, **changes) for name, changes in chosen.items()]
+        done = run_processes(world, recipes, two_domains, folder / f"world{world}")
         assert done.returncode == 0, done.stderr[-2000:]
-        metrics[count] = read_metrics(recipe.folder / "metrics.jsonl")
-    one = json.loads((tmp_path / "keys-1-0.json").read_text())
-    two = [json.loads((tmp_path / f"keys-2-{rank}.json").read_text()) for rank in (0, 1)]
+    return Worlds(folder)
+
+
+def _recipe(name: str, runs: Path, shards: Path, *, schedule: str = "together", norm: str = "frozen", **changes: Any) -> Recipe:
+    plain = DETERMINISTIC | {
+        "name": name,
+        "runs": str(runs),
+        "domains": {"fields": {"labelled": "4", "unlabelled_splits": ["unlabelled"]}, "shapes": {"labelled": "4"}},
+        "data": {"shards": str(shards), "crop": [64, 64], "labelled_batch": 2, "unlabelled_batch": 2, "workers": 0, "schedule": schedule},
+        "decoder": "bilinear",
+    }
+    return recipe_from(plain | {"encoder": DETERMINISTIC["encoder"] | {"norm": norm}} | changes, name)
+
+
+@pytest.mark.parametrize("name", SAME)
+def test_two_processes_see_and_compute_what_one_does(worlds: Worlds, name: str) -> None:
+    one = worlds.of_process(name, 1, 0)["seen"]
+    two = [worlds.of_process(name, 2, rank)["seen"] for rank in (0, 1)]
+    assert len(one) == 5
     for step, (number, batches) in enumerate(one):
         assert [ranks[step][0] for ranks in two] == [number, number]
-        for name, keys in batches.items():
+        for domain, keys in batches.items():
             # Each rank's keys are its labelled, then its unlabelled images; one process has two of each, two have one of each.
-            halves = [ranks[step][1][name] for ranks in two]
-            assert keys == [halves[0][0], halves[1][0], halves[0][1], halves[1][1]]
-    for alone, together in zip(metrics[1], metrics[2], strict=True):
+            halves = [ranks[step][1][domain] for ranks in two]
+            kinds = range(len(halves[0]))
+            assert keys == [half[kind] for kind in kinds for half in halves] and len(kinds) == (1 if name == "supervised" else 2)
+    for alone, together in zip(worlds.metrics(name, 1), worlds.metrics(name, 2), strict=True):
         terms = [key for key in alone if key.startswith(("train/", "val/"))]
         assert terms and terms == [key for key in together if key.startswith(("train/", "val/"))]
         for term in terms:
             assert together[term] == pytest.approx(alone[term], abs=1e-4), f"step {alone['step']}: {term}"
+    first, second = (worlds.weights(name, world) for world in (1, 2))
+    assert first.keys() == second.keys()
+    for tensor, value in first.items():
+        torch.testing.assert_close(second[tensor], value, rtol=0, atol=1e-4, msg=tensor)
 
 
-def test_a_bad_sample_on_one_process_is_named(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", [*SAME, *DRAWING])
+def test_processes_end_with_the_same_model(worlds: Worlds, name: str) -> None:
+    # The last evaluation gives all processes the first one's statistics; parameters, teachers and class embeddings agree by themselves.
+    assert worlds.of_process(name, 2, 0)["weights"] == worlds.of_process(name, 2, 1)["weights"]
+    losses = [value for line in worlds.metrics(name, 2) for key, value in line.items() if key.startswith("train/")]
+    assert len(losses) >= 5 and all(math.isfinite(value) for value in losses)
+
+
+@pytest.mark.parametrize("name", ["mean_teacher", "unimatch", "usss_alternate"])
+def test_processes_take_the_domains_in_the_same_turns(worlds: Worlds, name: str) -> None:
+    turns = [[list(batches) for _, batches in worlds.of_process(name, 2, rank)["seen"]] for rank in (0, 1)]
+    assert turns[0] == turns[1] == [["fields"], ["shapes"], ["fields"], ["shapes"], ["fields"]]
+
+
+def test_a_bad_sample_on_one_process_is_named(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
     shards = shutil.copytree(two_domains, tmp_path / "shards")
     tar = shards / "shapes" / "train-00000.tar"
     content = bytearray(tar.read_bytes())
     order = Stream("shapes/labelled", 4, 0)
-    recipe = tiny_recipe(name="bad", data__shards=str(shards), **settings)
+    recipe = tiny_recipe(name="bad", data__shards=str(shards), **DETERMINISTIC)
     streams = open_streams(read_domain(shards / "domains" / "shapes.yaml"), recipe.domains["shapes"], recipe.data)
     # The second process takes the second half of the first batch.
     number = streams.labelled[order.at(1)[1]][1]
@@ -124,11 +212,9 @@ def test_a_bad_sample_on_one_process_is_named(tiny_recipe: TinyRecipe, two_domai
     assert line.startswith("error: rank 1: ") and f"key '{record.key}': the bytes differ" in line
 
 
-def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_both(
-    tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_both(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
     """Alternating domains and accumulated micro-batches, with the trouble in the last micro-batch, where a wrapped model waits for a backward pass."""
-    settings["training"] = settings["training"] | {"accumulation": 2}
+    settings = DETERMINISTIC | {"training": DETERMINISTIC["training"] | {"accumulation": 2}}
     recipe = tiny_recipe(name="nan", data={**BATCH_OF_FOUR, "shards": str(two_domains), "schedule": "alternate"}, **settings)
     done = run_processes(2, recipe, two_domains, tmp_path, spoil=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -138,13 +224,9 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_both(
     assert notice.count("train_") == len(spoilt)
 
 
-def test_a_batch_that_does_not_divide_is_one_line_from_one_process(
-    tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path, settings: dict[str, Any]
-) -> None:
-    recipe = tiny_recipe(name="odd", data__labelled_batch=3, **settings)
-    (tmp_path / "odd.yaml").write_text(recipe.to_yaml())
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "multidomain_cct"]
-    done = subprocess.run([*launcher, str(tmp_path / "odd.yaml"), "--domains", str(two_domains / "domains")], capture_output=True, text=True, timeout=200)
+def test_a_batch_that_does_not_divide_is_one_line_from_one_process(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(name="odd", data__labelled_batch=3, **DETERMINISTIC)
+    done = run_processes(2, recipe, two_domains, tmp_path, command=True)
     assert done.returncode != 0
     assert done.stderr.count("error: fields: labelled_batch is 3") == 1
     assert not recipe.folder.exists()

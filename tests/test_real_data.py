@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from multidomain_cct.data.augment import decode
-from multidomain_cct.data.loader import TrainingSet, open_streams
+from multidomain_cct.data.loader import TrainingSet
+from multidomain_cct.data.streams import open_streams
 from multidomain_cct.data.pack import pack
 from multidomain_cct.data.shards import Shards
 from multidomain_cct.data.specification import domain_folders, find_domain

@@ -54,9 +54,8 @@ class Comparison:
         return _spread([run.score(column) for run in finished])
 
     def gain(self, row: str, column: str) -> float | None:
-        """The row's mean minus the baseline's, 0 to 1."""
-        own, baseline = self.spread(row, column), self.spread(self.experiment.baseline, column)
-        return own.mean - baseline.mean if own and baseline else None
+        """The row's mean minus its baseline's, 0 to 1."""
+        return self._difference(row, self._baseline(row), column)
 
     def gap_share(self, row: str, column: str) -> float | None:
         """(row - baseline) / (ceiling - baseline), of the means over seeds; in the column of the mean, the mean of the domains' shares.
@@ -66,8 +65,16 @@ class Comparison:
         if column == MEAN:
             shares = [share for domain in self.columns[:-1] if (share := self.gap_share(row, domain)) is not None]
             return mean(shares) if len(shares) == len(self.columns) - 1 else None
-        gain, gap = self.gain(row, column), self.gain(self.experiment.ceiling, column)
+        gain, gap = self.gain(row, column), self._difference(self.experiment.ceiling, self._baseline(row), column)
         return gain / gap if gain is not None and gap is not None and gap > 0 else None
+
+    def _baseline(self, row: str) -> str:
+        return self.experiment.rows[row].baseline or self.experiment.baseline
+
+    def _difference(self, row: str, other: str, column: str) -> float | None:
+        """One row's mean minus another's."""
+        first, second = self.spread(row, column), self.spread(other, column)
+        return first.mean - second.mean if first and second else None
 
     def tables(self) -> list[list[list[str]]]:
         """The tables as rows of cells, headings first: mIoU and cost; then, with a baseline, what each row gained on it."""
@@ -133,9 +140,10 @@ def _markdown(comparison: Comparison, command: str, date: str) -> str:
         "Val mIoU in % of the last checkpoint: mean ± sample standard deviation (number of seeds). Peak memory and wall time of a run: means over seeds."
     ]
     if experiment.baseline:
-        explained.append(f"Difference of the means to `{experiment.baseline}` in points.")
+        others = ", ".join(f"of {name} to `{row.baseline}`" for name, row in experiment.rows.items() if row.baseline)
+        explained.append(f"Difference of the means to `{experiment.baseline}`{f' ({others})' if others else ''} in points.")
     if experiment.ceiling:
-        explained[-1] = explained[-1][:-1] + f", and the share of the gap between it and `{experiment.ceiling}` that is closed."
+        explained[-1] = explained[-1][:-1] + f", and the share of the gap from there to `{experiment.ceiling}` that is closed."
     for text, (heading, *rows) in zip((explained[0], explained[-1]), comparison.tables(), strict=False):
         lines += [text, "", _cells(heading), "|---" + "|---:" * (len(heading) - 1) + "|", *map(_cells, rows), ""]
     lines += [f"- {name} failed: {error}" for name, error in comparison.failures.items()]

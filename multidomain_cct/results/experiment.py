@@ -35,6 +35,8 @@ class Row:
     """Overrides as `key=value`, applied after those of `common`."""
     seeds: tuple[int, ...] = ()
     """Seeds in place of the experiment's."""
+    baseline: str = ""
+    """Row that this one is measured against, in place of the experiment's."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ class Experiment:
         for name in self.rows:
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
                 raise ValueError(f"rows has the name {name!r}; it holds letters, digits, _ and - only, and does not start with a -.")
-        for key, name in (("baseline", self.baseline), ("ceiling", self.ceiling)):
+        own = [(f"rows.{name}.baseline", row.baseline) for name, row in self.rows.items()]
+        for key, name in (("baseline", self.baseline), ("ceiling", self.ceiling), *own):
             if name and name not in self.rows:
                 raise ValueError(f"{key} is {name!r}, which is no row. Rows: {', '.join(self.rows)}.{did_you_mean(name, self.rows)}")
         if self.ceiling and self.ceiling == self.baseline:

@@ -31,30 +31,39 @@ def test_image_and_mask_take_the_same_view() -> None:
     image, mask = picture()
     agreement = []
     for seed in range(30):
-        view, ids = training_view(image, mask, Augment(scale=[0.5, 2.0]), (32, 32), np.random.default_rng(seed))
-        valid = ids != 255
-        agreement.append(((view[0] > 100) == (ids == 1))[valid].float().mean().item())
+        view = training_view(image, mask, Augment(scale=[0.5, 2.0]), (32, 32), np.random.default_rng(seed))
+        assert torch.equal(view.inside, view.ids != 255)
+        agreement.append(((view.image[0] > 100) == (view.ids == 1))[view.inside].float().mean().item())
     assert min(agreement) > 0.95  # the border moves by half a pixel between bilinear and nearest
     assert np.mean(agreement) > 0.98
 
 
 def test_the_crop_has_its_size_and_padding_is_ignored() -> None:
     image, mask = picture()
-    view, ids = training_view(image, mask, Augment(scale=[0.5, 0.5]), (96, 80), np.random.default_rng(0))
-    assert view.shape == (3, 80, 96) and ids.shape == (80, 96)
-    padding = ids == 255
-    assert padding.sum() == 80 * 96 - 24 * 32
-    assert torch.equal(view[:, padding].unique(dim=1)[:, 0], torch.tensor(PAD, dtype=torch.uint8))
+    view = training_view(image, mask, Augment(scale=[0.5, 0.5]), (96, 80), np.random.default_rng(0))
+    assert view.image.shape == (3, 80, 96) and view.ids.shape == view.inside.shape == (80, 96)
+    padding = view.ids == 255
+    assert padding.sum() == 80 * 96 - 24 * 32 and torch.equal(view.inside, ~padding)
+    assert torch.equal(view.image[:, padding].unique(dim=1)[:, 0], torch.tensor(PAD, dtype=torch.uint8))
 
 
-def test_an_unlabelled_view_marks_only_padding() -> None:
-    _, ids = training_view(picture()[0], None, Augment(scale=[0.5, 0.5], flip=0), (96, 80), np.random.default_rng(0))
-    assert (ids[:24, :32] == 0).all() and (ids == 255).sum() == 80 * 96 - 24 * 32
+def test_pixels_without_a_class_are_inside_all_the_same() -> None:
+    image, mask = picture()
+    mask = mask.point(lambda train_id: 255 if train_id else 0)
+    view = training_view(image, mask, Augment(scale=[1, 1], flip=1), (80, 48), np.random.default_rng(0))
+    assert (view.ids == 255).sum() == 20 * 30 + 48 * 16
+    # Mirrored, the padding lies on the left.
+    assert not view.inside[:, :16].any() and view.inside[:, 16:].all()
+
+
+def test_an_unlabelled_view_has_no_class_and_marks_padding() -> None:
+    view = training_view(picture()[0], None, Augment(scale=[0.5, 0.5], flip=0), (96, 80), np.random.default_rng(0))
+    assert (view.ids == 255).all() and view.inside[:24, :32].all() and view.inside.sum() == 24 * 32
 
 
 def test_a_seed_fixes_the_view_and_seeds_differ() -> None:
     image, mask = picture()
-    views = [training_view(image, mask, Augment(), (32, 32), np.random.default_rng(seed))[0] for seed in (1, 1, 2)]
+    views = [training_view(image, mask, Augment(), (32, 32), np.random.default_rng(seed)).image for seed in (1, 1, 2)]
     assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
 
 
@@ -62,7 +71,7 @@ def test_flips_are_drawn_at_their_probability() -> None:
     image, mask = picture()
 
     def flipped(seed: int, flip: float) -> bool:
-        ids = training_view(image, mask, Augment(scale=[1, 1], flip=flip), (64, 48), np.random.default_rng(seed))[1]
+        ids = training_view(image, mask, Augment(scale=[1, 1], flip=flip), (64, 48), np.random.default_rng(seed)).ids
         return bool(ids[20, 15] == 1)  # column 15 is in the object only when mirrored
 
     assert not any(flipped(seed, 0) for seed in range(20)) and all(flipped(seed, 1) for seed in range(20))
@@ -70,8 +79,8 @@ def test_flips_are_drawn_at_their_probability() -> None:
 
 
 def test_long_side_takes_the_place_of_scale() -> None:
-    _, ids = training_view(picture()[0], None, Augment(long_side=[32, 32]), (64, 64), np.random.default_rng(0))
-    assert (ids == 0).sum() == 32 * 24
+    view = training_view(picture()[0], None, Augment(long_side=[32, 32]), (64, 64), np.random.default_rng(0))
+    assert view.inside.sum() == 32 * 24
 
 
 def test_palette_masks_are_read_as_indices() -> None:

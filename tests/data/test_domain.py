@@ -226,3 +226,60 @@ def test_a_folder_that_is_named_comes_before_the_others(tmp_path: Path) -> None:
 def test_an_unknown_domain_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=r'recipes/cs_sun.yaml names the domain "citscapes". Known: .*camvid, .*cityscapes, .*Did you mean "cityscapes"\?'):
         find_domain("citscapes", [SHIPPED], named_by="recipes/cs_sun.yaml")
+
+
+# Borrowed label spaces
+
+
+BORROWER = "layout: folder\nlabels_of: street\nsplits:\n  train: {images: dusk/*.jpg}\n  val: {images: val/*.jpg, masks: val/*.png}\n"
+
+
+@pytest.fixture
+def lent(tmp_path: Path) -> Path:
+    """A folder with the domain `street`, and `dusk` that borrows its labels."""
+    write(tmp_path)
+    write(tmp_path, BORROWER, "dusk.yaml")
+    return tmp_path
+
+
+def test_a_domain_may_have_the_classes_of_another_and_its_own_files(lent: Path) -> None:
+    street, dusk = (find_domain(name, [lent]) for name in ("street", "dusk"))
+    assert dusk.labels_of == "street" and dusk.classes == street.classes and dusk.class_fingerprint == street.class_fingerprint
+    assert (dusk.ignore_ids, dusk.ignore_colors) == (street.ignore_ids, street.ignore_colors)
+    assert dusk.splits == {"train": Split("dusk/*.jpg"), "val": Split("val/*.jpg", "val/*.png")} and dusk.size is None
+    for own, lenders in zip((*dusk.id_lookup, *dusk.color_lookup), (*street.id_lookup, *street.color_lookup), strict=True):
+        assert np.array_equal(own, lenders)
+
+
+def test_a_borrower_may_have_further_raw_values_without_a_class(lent: Path) -> None:
+    write(lent, BORROWER + "ignore_ids: [9]\nignore_colors: [[7, 7, 7]]\n", "dusk.yaml")
+    dusk = find_domain("dusk", [lent])
+    assert dusk.ignore_ids == (0, 9, 255) and dusk.ignore_colors == ((0, 0, 0), (7, 7, 7))
+
+
+def test_a_borrower_is_written_with_its_classes_and_read_back_alone(lent: Path, tmp_path: Path) -> None:
+    dusk = find_domain("dusk", [lent])
+    assert read_domain(write(tmp_path / "run", dusk.to_yaml(), "dusk.yaml")) == dusk
+    # The classes are the lender's, so they may stand in the file.
+    write(lent, dusk.to_yaml(), "dusk.yaml")
+    assert find_domain("dusk", [lent]) == dusk
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("street", "dusk", 'labels_of is "dusk"; it is the name of another domain. Known: night, street.'),
+        ("street", "streat", 'labels_of is "streat"; it is the name of another domain. Known: night, street. Did you mean "street"?'),
+        ("labels_of: street", "labels_of: night", 'labels_of is "night", which borrows its labels itself. Name "street".'),
+        ("splits:", "classes: [{name: sea, color: [1, 2, 3]}]\nsplits:", "but its classes are others. Leave `classes` out, or leave labels_of out."),
+        ("splits:", "ignore_ids: [7]\nsplits:", 'raw id 7 is in ignore_ids and in class "road"; it can only be one.'),
+        ("labels_of: street\n", "", "classes is missing. A domain needs name, layout, splits and classes (or labels_of)"),
+    ],
+)
+def test_labels_that_cannot_be_borrowed_are_named_in_one_line_with_their_file(lent: Path, old: str, new: str, message: str) -> None:
+    write(lent, BORROWER, "night.yaml")
+    path = write(lent, BORROWER.replace(old, new, 1), "dusk.yaml")
+    with pytest.raises(ValueError) as caught:
+        find_domain("dusk", [lent])
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)

@@ -17,8 +17,9 @@ from PIL import Image
 
 from multidomain_cct.data.augment import PAD, Augment
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
-from multidomain_cct.data.loader import Batch, DataSettings, DomainSettings, DomainStreams, TrainingSet, open_streams, scored_images, steps
+from multidomain_cct.data.loader import Batch, TrainingSet, scored_images, steps
 from multidomain_cct.data.shards import Shards, ShardWriter
+from multidomain_cct.data.streams import DataSettings, DomainSettings, DomainStreams, open_streams
 
 # torch warns of more workers than cores; on a machine of one core these tests still want two.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -98,8 +99,9 @@ def unlabelled_keys(batch: Batch) -> tuple[str, ...]:
 
 def joined(batches: Sequence[Batch]) -> Batch:
     tensors = [torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "masks", "unlabelled", "valid")]
+    pseudo_labels = [batch.pseudo_labels for batch in batches if batch.pseudo_labels is not None]
     keys = [key for batch in batches for key in labelled_keys(batch)] + [key for batch in batches for key in unlabelled_keys(batch)]
-    return Batch(*tensors, keys=tuple(keys))
+    return Batch(*tensors, keys=tuple(keys), pseudo_labels=torch.cat(pseudo_labels) if pseudo_labels else None)
 
 
 def assert_equal(first: dict[str, Batch], second: dict[str, Batch]) -> None:
@@ -108,6 +110,8 @@ def assert_equal(first: dict[str, Batch], second: dict[str, Batch]) -> None:
         assert first[name].keys == second[name].keys
         for field in ("images", "masks", "unlabelled", "valid"):
             assert torch.equal(getattr(first[name], field), getattr(second[name], field)), (name, field)
+        one, other = first[name].pseudo_labels, second[name].pseudo_labels
+        assert (one is None and other is None) or (one is not None and other is not None and torch.equal(one, other)), name
 
 
 # The order
@@ -238,22 +242,6 @@ def test_fewer_samples_than_a_batch_come_again_in_the_same_batch(shards: Path) -
 # Budgets
 
 
-def test_a_budget_splits_the_images_into_labelled_and_the_rest(shards: Path) -> None:
-    keys = Shards.open(shards / "d0", "train").keys
-    smaller: set[str] = set()
-    for budget in (1, 2, 5):
-        (parts,) = streams(shards, ["d0"], DomainSettings(labelled=str(budget)))
-        labelled, rest = ({keys[number] for _, number in samples} for samples in (parts.labelled, parts.unlabelled))
-        assert len(labelled) == budget and labelled | rest == set(keys) and not labelled & rest
-        assert smaller < labelled
-        smaller = labelled
-
-
-def test_the_budgets_seed_and_not_the_runs_chooses_the_labels(shards: Path) -> None:
-    chosen = [{number for _, number in streams(shards, ["d7"], budget_seed=seed)[0].labelled} for seed in (0, 0, 1)]
-    assert chosen[0] == chosen[1] != chosen[2]
-
-
 @pytest.mark.parametrize(("unlabelled", "count"), [("rest", 3), ("all", 6), ("none", 0)])
 def test_the_unlabelled_images_are_the_rest_all_or_none(shards: Path, unlabelled: str, count: int) -> None:
     (parts,) = streams(shards, ["d0"], DomainSettings(labelled="3", unlabelled=unlabelled))
@@ -268,12 +256,6 @@ def test_further_splits_add_unlabelled_images(shards: Path) -> None:
     (batch,) = (step["d0"] for step in run(training_set([parts], augment=STILL), 0, 1))
     keys = Counter(key.split("_")[0] for key in unlabelled_keys(batch))
     assert keys == {"train": 3, "more": 4}
-
-
-def test_supervised_runs_open_no_unlabelled_images(shards: Path) -> None:
-    # d1 has no such split: it is not even looked for.
-    parts = open_streams(domain("d1"), DomainSettings(unlabelled_splits=["more"]), data_settings(shards), use_unlabelled=False)
-    assert parts.unlabelled == () and len(parts.labelled) == 7 and len(parts.sources) == 1
 
 
 def test_masks_of_unlabelled_images_are_never_read(tmp_path: Path) -> None:
@@ -293,13 +275,56 @@ def test_masks_of_unlabelled_images_are_never_read(tmp_path: Path) -> None:
         run(training_set(streams(tmp_path, ["d0"], DomainSettings(labelled=str(chosen), unlabelled="none"))), 0, 1)
 
 
-def test_images_without_a_mask_are_unlabelled_whatever_the_budget(tmp_path: Path) -> None:
-    write(tmp_path, "d0", "train", [*good_masks(2), None, None])
-    (parts,) = streams(tmp_path, ["d0"], DomainSettings(labelled="all"))
-    assert [number for _, number in parts.labelled] == [0, 1] and [number for _, number in parts.unlabelled] == [2, 3]
+# Pseudo-labels
+
+
+@pytest.mark.parametrize("augment", [STILL, Augment()])
+def test_pseudo_labels_follow_their_image_and_are_255_elsewhere(tmp_path: Path, augment: Augment) -> None:
+    # Where an image is white its pseudo-label is 1: both have to take the same view.
+    with ShardWriter(tmp_path / "d0", "train") as writer:
+        for number in range(4):
+            writer.write(f"train_{number}", image=jpeg(number), mask=png(random_ids(0)) if number == 0 else NOT_A_MASK, meta=b"{}")
+    halves = np.repeat([[0, 1]], SIZE[0] // 2, axis=1).repeat(SIZE[1], axis=0)
+    buffer = io.BytesIO()
+    Image.fromarray((halves * 255).astype(np.uint8)).convert("RGB").save(buffer, "JPEG")
+    with ShardWriter(tmp_path / "d0", "train_weak") as writer:
+        writer.write("train_0", image=jpeg(0), mask=NOT_A_MASK, meta=b"{}")
+        writer.write("train_1", image=buffer.getvalue(), mask=png(halves), meta=b"{}")
+        writer.write("train_2", image=jpeg(2), mask=None, meta=b"{}")
+    (tmp_path / "labelled.txt").write_text("train_0\n")
+    asked = DomainSettings(labelled=str(tmp_path / "labelled.txt"), weak_split="train_weak")
+    parts = streams(tmp_path, ["d0"], asked, labelled_batch=1, unlabelled_batch=6, crop=[32, 16])
+    seen = set()
+    # The masks of train_2 and train_3 in the training split would be noticed if they were opened.
+    for step in run(training_set(parts, augment=augment), 0, 3):
+        batch = step["d0"]
+        assert batch.pseudo_labels is not None and batch.pseudo_labels.dtype == torch.uint8 and batch.pseudo_labels.shape == batch.valid.shape
+        for key, image, ids, valid in zip(unlabelled_keys(batch), batch.unlabelled, batch.pseudo_labels, batch.valid, strict=True):
+            seen.add(key)
+            if key == "train_1":
+                assert torch.equal(ids != IGNORE, valid) and ((image[0] > 128) == (ids == 1))[valid].float().mean() > 0.85
+            else:
+                assert (ids == IGNORE).all()
+    assert seen == {"train_1", "train_2", "train_3"}
+
+
+def test_batches_of_domains_without_pseudo_labels_have_none(shards: Path) -> None:
+    (step,) = run(training_set(streams(shards)), 0, 1)
+    assert all(batch.pseudo_labels is None for batch in step.values())
+
+
+def test_a_batch_of_a_domain_without_labelled_images_keeps_its_shapes(shards: Path) -> None:
+    (batch,) = (step["d0"] for step in run(training_set(streams(shards, ["d0"], DomainSettings(labelled="none"))), 0, 1))
+    assert batch.images.shape == (0, 3, 16, 16) and batch.masks.shape == (0, 16, 16) and len(batch.unlabelled) == len(batch.keys) == 8
 
 
 # What is refused
+
+
+def test_a_run_without_any_image_is_refused() -> None:
+    with pytest.raises(ValueError) as caught:
+        training_set([])
+    assert str(caught.value) == "domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled images."
 
 
 @pytest.mark.parametrize(("kind", "world", "accumulation", "multiple"), [("labelled_batch", 4, 1, 4), ("unlabelled_batch", 2, 3, 6)])
@@ -310,23 +335,6 @@ def test_a_batch_that_does_not_divide_names_domain_key_and_multiple(shards: Path
     assert str(caught.value) == (
         f"d1: {kind} is 10, which {world} process(es) x {accumulation} accumulated micro-batches do not divide. Use a multiple of {multiple}."
     )
-
-
-@pytest.mark.parametrize("asked", [DomainSettings(train_split="extra"), DomainSettings(unlabelled_splits=["extra"])])
-def test_missing_shards_name_the_pack_command(shards: Path, asked: DomainSettings) -> None:
-    with pytest.raises(FileNotFoundError) as caught:
-        streams(shards, ["d0"], asked)
-    assert str(caught.value) == (f"{shards / 'd0'} has no extra shards. Make them: python -m multidomain_cct pack d0 --raw FOLDER --split extra --out {shards}")
-
-
-def test_more_labels_than_there_are_name_the_key(shards: Path) -> None:
-    with pytest.raises(ValueError, match=r"^domains\.d0\.labelled asks for 7 labelled images; there are 6\."):
-        streams(shards, ["d0"], DomainSettings(labelled="7"))
-
-
-def test_a_training_split_without_masks_is_refused(shards: Path) -> None:
-    with pytest.raises(ValueError, match=r"^domains\.d0\.labelled: the split 'more' has no labelled images\."):
-        streams(shards, ["d0"], DomainSettings(train_split="more"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -365,25 +373,6 @@ def test_steps_before_an_unusable_sample_are_seen(tmp_path: Path) -> None:
     assert len(seen) == reached > 0
 
 
-@pytest.mark.parametrize(
-    ("kind", "wrong", "message"),
-    [
-        (DataSettings, {"schedule": "random"}, "data.schedule is 'random'; it is one of together, alternate."),
-        (DataSettings, {"labelled_batch": 0}, "data.labelled_batch is 0; it is at least 1."),
-        (DataSettings, {"prefetch": 0}, "data.prefetch is 0; it is at least 1."),
-        (DataSettings, {"workers": -1}, "data.workers is -1; it is at least 0."),
-        (DomainSettings, {"unlabelled": "some"}, "unlabelled is 'some'; it is one of rest, all, none."),
-        (DomainSettings, {"labelled_batch": -1}, "labelled_batch is -1; it is at least 1."),
-        (DomainSettings, {"unlabelled_batch": 0}, "unlabelled_batch is 0; it is at least 1."),
-        (DomainSettings, {"labelled": "0"}, "labelled is 0; a domain needs at least one labelled image."),
-    ],
-)
-def test_settings_that_cannot_be_are_refused(kind: type, wrong: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
-        kind(**wrong)
-    assert str(caught.value) == message
-
-
 # Scoring
 
 
@@ -411,7 +400,8 @@ def test_scoring_an_image_without_a_mask_names_it(tmp_path: Path) -> None:
 def test_batches_move_as_a_whole(shards: Path) -> None:
     (batch,) = (step["d0"] for step in run(training_set(streams(shards, ["d0"])), 0, 1))
     assert_equal({"d0": batch.to(torch.device("cpu"))}, {"d0": batch})
-    assert batch.to(torch.device("meta")).valid.is_meta
+    moved = replace(batch, pseudo_labels=torch.zeros_like(batch.masks)).to(torch.device("meta"))
+    assert moved.valid.is_meta and moved.pseudo_labels is not None and moved.pseudo_labels.is_meta and moved.keys == batch.keys
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,21 +1,32 @@
-"""The auxiliary decoders one at a time give exactly the loss and gradients of their plain sum, and keep only gradients."""
+"""The auxiliary decoders one at a time give exactly the losses and gradients of their plain sum, and keep only gradients."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from multidomain_cct.model.consistency import AuxiliaryDecoder, consistency_loss
+from multidomain_cct.model.consistency import AuxiliaryDecoder, Terms, auxiliary_losses
 from multidomain_cct.model.decoders import build_decoder
-from multidomain_cct.model.losses import squared_distance
-from multidomain_cct.model.perturbations import Dropout, FeatureDrop, FeatureNoise
+from multidomain_cct.model.guides import Guide
+from multidomain_cct.model.losses import kl_divergence, squared_distance
+from multidomain_cct.model.perturbations import (
+    AdversarialNoise,
+    ContextMask,
+    Dropout,
+    FeatureDrop,
+    FeatureNoise,
+    GuidedCutout,
+    ObjectMask,
+    Perturbation,
+)
 
 CHANNELS, CLASSES, STRIDE = 16, 3, 4
+ALL: list[Perturbation] = [FeatureNoise(), FeatureDrop(), Dropout(), ObjectMask(), ContextMask(), GuidedCutout(), AdversarialNoise()]
+WEIGHTS = torch.tensor([7.0, 0.3])
+"""Of the two terms."""
 
 
 class Kept:
@@ -25,25 +36,35 @@ class Kept:
         self.tensor = tensor
 
 
-def decoders(dtype: torch.dtype = torch.float64, kind: str = "pixelshuffle", copies: int = 1) -> nn.ModuleList:
+def decoders(dtype: torch.dtype = torch.float64, kind: str = "pixelshuffle", copies: int = 1, kinds: list[Perturbation] = ALL) -> nn.ModuleList:
     """One per perturbation, times `copies`."""
     torch.manual_seed(1)
-    kinds = [FeatureNoise(), FeatureDrop(), Dropout()] * copies
-    return nn.ModuleList(AuxiliaryDecoder(each, build_decoder(kind, CHANNELS, CLASSES, STRIDE)) for each in kinds).to(dtype)
+    return nn.ModuleList(AuxiliaryDecoder(each, build_decoder(kind, CHANNELS, CLASSES, STRIDE)) for each in kinds * copies).to(dtype)
 
 
-def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Features, and the distance of logits to a target of which some pixels do not count."""
+def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Guide, Terms]:
+    """Features, where objects are, and two distances of logits to a target of which some pixels do not count."""
     torch.manual_seed(2)
     features = torch.rand(2, CHANNELS, 4, 5, dtype=dtype)
     target = torch.randn(2, CLASSES, 4 * STRIDE, 5 * STRIDE, dtype=dtype).mul(3).softmax(dim=1)
     valid = torch.rand(2, 4 * STRIDE, 5 * STRIDE) < 0.8
-    return features, partial(squared_distance, target=target, valid=valid)
+    objects = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
+    objects[:, :, :3, 1:4] = True
+
+    def terms(logits: Tensor, kept: Tensor) -> Tensor:
+        counted = valid & kept[:, None, None]
+        return torch.stack([distance(logits, target, counted) for distance in (squared_distance, kl_divergence)])
+
+    return features, Guide(objects), terms
 
 
-def plain_mean(features: Tensor, auxiliaries: nn.ModuleList, distance: Callable[[Tensor], Tensor]) -> Tensor:
+def plain_mean(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Terms) -> Tensor:
     """CCT equation 2, all decoders at once."""
-    return torch.stack([distance(auxiliary(features)) for auxiliary in auxiliaries]).mean()
+    return torch.stack([terms(*auxiliary(features, guide)) for auxiliary in auxiliaries]).mean(dim=0)
+
+
+def weighted(losses: Tensor) -> Tensor:
+    return (losses * WEIGHTS.to(losses.dtype)).sum()
 
 
 def gradients(loss: Tensor, features: Tensor, auxiliaries: nn.ModuleList) -> list[Tensor]:
@@ -52,57 +73,69 @@ def gradients(loss: Tensor, features: Tensor, auxiliaries: nn.ModuleList) -> lis
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
-def test_loss_and_gradients_equal_the_plain_sum(dtype: torch.dtype, tolerance: float, kind: str) -> None:
+def test_losses_and_gradients_equal_the_plain_sum(dtype: torch.dtype, tolerance: float, kind: str) -> None:
     auxiliaries = decoders(dtype, kind)
-    features, distance = example(dtype)
+    features, guide, terms = example(dtype)
     results = []
-    for compute in (plain_mean, consistency_loss):
+    for compute in (plain_mean, auxiliary_losses):
         leaf = features.clone().requires_grad_()
         torch.manual_seed(3)  # the same draws of the perturbations
-        loss = compute(leaf, auxiliaries, distance)
-        results.append((loss.detach(), *gradients(7 * loss, leaf, auxiliaries)))
-    assert results[0][0] > 0 and all(gradient.any() for gradient in results[0][1:])
+        losses = compute(leaf, auxiliaries, guide, terms)
+        results.append((losses.detach(), *gradients(weighted(losses), leaf, auxiliaries)))
+    assert (results[0][0] > 0).all() and all(gradient.any() for gradient in results[0][1:])
     for expected, found in zip(*results, strict=True):
         assert found.dtype == dtype
         assert (found - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
 
 
+def test_each_term_has_its_own_gradient() -> None:
+    auxiliaries = decoders()
+    features, guide, terms = example()
+    features.requires_grad_()
+    for number in range(2):
+        found = []
+        for compute in (plain_mean, auxiliary_losses):
+            torch.manual_seed(3)
+            found.append(gradients(compute(features, auxiliaries, guide, terms)[number], features, auxiliaries))
+        torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-15)
+
+
 def test_gradients_reach_what_the_features_were_computed_from_and_add_up_with_other_losses() -> None:
     auxiliaries = decoders()
-    images, distance = example()
+    images, guide, terms = example()
     encoder = nn.Conv2d(CHANNELS, CHANNELS, 1).double()
     found = []
-    for compute in (plain_mean, consistency_loss):
+    for compute in (plain_mean, auxiliary_losses):
         encoder.zero_grad()
         features = encoder(images).relu()
         torch.manual_seed(3)
-        (features.square().mean() + 0.5 * compute(features, auxiliaries, distance)).backward()
+        (features.square().mean() + 0.5 * weighted(compute(features, auxiliaries, guide, terms))).backward()
         found.append(encoder.weight.grad.clone())  # type: ignore[union-attr]
     torch.testing.assert_close(*found, rtol=1e-12, atol=1e-15)
 
 
 def test_gradients_accumulate_over_two_backward_passes() -> None:
     auxiliaries = decoders()
-    features, distance = example()
+    features, guide, terms = example()
     features.requires_grad_()
     sums = []
     for _ in range(2):
         torch.manual_seed(3)
-        consistency_loss(features, auxiliaries, distance).backward()  # type: ignore[no-untyped-call]
+        weighted(auxiliary_losses(features, auxiliaries, guide, terms)).backward()  # type: ignore[no-untyped-call]
         sums.append([tensor.grad.clone() for tensor in (features, *auxiliaries.parameters())])  # type: ignore[union-attr]
     torch.testing.assert_close(sums[1], [2 * first for first in sums[0]])
 
 
 def test_only_the_decoders_learn_from_features_without_a_graph() -> None:
     auxiliaries = decoders()
-    features, distance = example()
-    consistency_loss(features, auxiliaries, distance).backward()  # type: ignore[no-untyped-call]
+    features, guide, terms = example()
+    weighted(auxiliary_losses(features, auxiliaries, guide, terms)).backward()  # type: ignore[no-untyped-call]
     assert features.grad is None and all(parameter.grad is not None for parameter in auxiliaries.parameters())
 
 
 def test_a_decoders_graph_is_gone_before_the_next_ones_is_built() -> None:
     auxiliaries = decoders(copies=3)
-    features, distance = example()
+    features, guide, terms = example()
     kept: weakref.WeakSet[Kept] = weakref.WeakSet()
     alive: list[int] = []
 
@@ -111,34 +144,36 @@ def test_a_decoders_graph_is_gone_before_the_next_ones_is_built() -> None:
         kept.add(holder)
         return holder
 
-    def watched(logits: Tensor) -> Tensor:
+    def watched(logits: Tensor, kept_images: Tensor) -> Tensor:
         alive.append(sum(holder.tensor.numel() for holder in kept))
-        return distance(logits)
+        return terms(logits, kept_images)
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
-        consistency_loss(features.requires_grad_(), auxiliaries, watched)
-    # The same three perturbations three times: the same numbers are kept each time.
-    assert len(alive) == 9 and min(alive) > 0 and alive[:3] == alive[3:6] == alive[6:]
+        auxiliary_losses(features.requires_grad_(), auxiliaries, guide, watched)
+    # The same perturbations three times: the same numbers are kept each time.
+    count = len(ALL)
+    assert len(alive) == 3 * count and min(alive) > 0 and alive[:count] == alive[count : 2 * count] == alive[2 * count :]
 
 
 @pytest.mark.parametrize("copies", [1, 4])
 def test_what_is_kept_for_backward_is_gradients_only(copies: int) -> None:
     auxiliaries = decoders(copies=copies)
-    features, distance = example()
-    loss = consistency_loss(features.requires_grad_(), auxiliaries, distance)
-    saved = loss.grad_fn.saved_tensors  # type: ignore[union-attr]
-    assert [tensor.shape for tensor in saved] == [features.shape, *(parameter.shape for parameter in auxiliaries.parameters())]
+    features, guide, terms = example()
+    losses = auxiliary_losses(features.requires_grad_(), auxiliaries, guide, terms)
+    saved = losses.grad_fn.saved_tensors  # type: ignore[union-attr]
+    # Each term has its own, because only backward knows their weights.
+    assert [tensor.shape for tensor in saved] == [features.shape] * 2 + [parameter.shape for parameter in auxiliaries.parameters()] * 2
     assert not any(tensor.requires_grad for tensor in saved)
 
 
-def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept() -> None:
+def test_without_gradients_the_losses_are_the_same_and_nothing_is_kept() -> None:
     auxiliaries = decoders()
-    features, distance = example()
+    features, guide, terms = example()
     torch.manual_seed(3)
-    expected = consistency_loss(features.requires_grad_(), auxiliaries, distance)
+    expected = auxiliary_losses(features.requires_grad_(), auxiliaries, guide, terms)
     torch.manual_seed(3)
     with torch.no_grad():
-        found = consistency_loss(features, auxiliaries, distance)
+        found = auxiliary_losses(features, auxiliaries, guide, terms)
     assert not found.requires_grad
     torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-12)
 
@@ -146,16 +181,16 @@ def test_without_gradients_the_loss_is_the_same_and_nothing_is_kept() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("features_too", [False, True])
 def test_autocast_gives_finite_results_close_to_32_bits(dtype: torch.dtype, features_too: bool) -> None:
-    auxiliaries = decoders(torch.float32)
-    features, distance = example(torch.float32)
+    # The draws of noise in 16 bits are others; the dropped regions and channels are the same.
+    auxiliaries = decoders(torch.float32, kinds=[kind for kind in ALL if not isinstance(kind, (FeatureNoise, AdversarialNoise))])
+    features, guide, terms = example(torch.float32)
     results = []
     for enabled in (False, True):
         leaf = (features.to(dtype) if enabled and features_too else features.clone()).requires_grad_()
         torch.manual_seed(3)
         with torch.autocast("cpu", dtype=dtype, enabled=enabled):
-            # The draws of noise in 16 bits are others; the dropped regions and channels are the same.
-            loss = consistency_loss(leaf, nn.ModuleList(list(auxiliaries)[1:]), distance)
-        results.append((loss.detach(), *(gradient.float() for gradient in gradients(loss, leaf, nn.ModuleList(list(auxiliaries)[1:])))))
+            losses = auxiliary_losses(leaf, auxiliaries, guide, terms)
+        results.append((losses.detach(), *(gradient.float() for gradient in gradients(weighted(losses), leaf, auxiliaries))))
     assert results[1][0].dtype == torch.float32
     for expected, found in zip(*results, strict=True):
         assert found.isfinite().all()
@@ -165,7 +200,7 @@ def test_autocast_gives_finite_results_close_to_32_bits(dtype: torch.dtype, feat
 def test_small_gradients_do_not_vanish_in_16_bit_floats() -> None:
     torch.manual_seed(0)
     auxiliaries = nn.ModuleList([AuxiliaryDecoder(Dropout(), build_decoder("pixelshuffle", CHANNELS, CLASSES, 32))])
-    features = torch.rand(1, CHANNELS, 8, 8)
+    features, guide = torch.rand(1, CHANNELS, 8, 8), Guide(torch.zeros(1, 1, 8, 8, dtype=torch.bool))
     target = torch.rand(1, CLASSES, 256, 256).softmax(dim=1)
     valid = torch.ones(1, 256, 256, dtype=torch.bool)
     found = []
@@ -174,7 +209,7 @@ def test_small_gradients_do_not_vanish_in_16_bit_floats() -> None:
         torch.manual_seed(3)
         with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
             # One of a thousand images: the gradient of a pixel lies below the smallest 16-bit float.
-            loss = consistency_loss(leaf, auxiliaries, lambda logits: squared_distance(logits, target, valid) / 1000)
+            (loss,) = auxiliary_losses(leaf, auxiliaries, guide, lambda logits, kept: squared_distance(logits, target, valid)[None] / 1000)
         (gradient,) = torch.autograd.grad(loss, leaf)
         found.append(gradient)
     assert (found[0] - found[1]).norm() <= 0.02 * found[0].norm()
@@ -184,13 +219,16 @@ def test_sixteen_bit_feature_gradients_do_not_vanish_or_overflow() -> None:
     """Against float64, at the outer scale a GradScaler starts with."""
     torch.manual_seed(0)
     auxiliaries = nn.ModuleList(AuxiliaryDecoder(Dropout(), nn.Conv2d(16, 21, 1)) for _ in range(6))
-    features = torch.rand(4, 16, 64, 64)
+    features, guide = torch.rand(4, 16, 64, 64), Guide(torch.zeros(4, 1, 64, 64, dtype=torch.bool))
     target = torch.rand(4, 21, 64, 64).softmax(dim=1)
+    valid = torch.ones(4, 64, 64, dtype=torch.bool)
+
+    def distance(logits: Tensor, kept: Tensor) -> Tensor:
+        return squared_distance(logits, target.to(torch.promote_types(logits.dtype, torch.float32)), valid)[None]
 
     def gradient(leaf: Tensor, scale: float) -> Tensor:
         torch.manual_seed(1)
-        valid = torch.ones(4, 64, 64, dtype=torch.bool)
-        loss = consistency_loss(leaf, auxiliaries, lambda logits: squared_distance(logits, target.to(torch.promote_types(logits.dtype, torch.float32)), valid))
+        (loss,) = auxiliary_losses(leaf, auxiliaries, guide, distance)
         (found,) = torch.autograd.grad(loss * scale, leaf)
         return found.double() / scale
 
@@ -199,3 +237,73 @@ def test_sixteen_bit_feature_gradients_do_not_vanish_or_overflow() -> None:
     exact = gradient(features.clone().requires_grad_(), 1.0)
     assert torch.isfinite(half).all()
     assert (half - exact).norm() / exact.norm() < 0.02
+
+
+# Images of which nothing is left
+
+
+def erasing() -> list[tuple[Perturbation, Tensor, Tensor]]:
+    """For each kind a way to lose all of the second of two images and not of the first: the perturbation, the features and where objects are."""
+    features = torch.rand(2, CHANNELS, 4, 5, generator=torch.Generator().manual_seed(2), dtype=torch.float64) + 0.1
+    second = torch.tensor([False, True]).view(2, 1, 1, 1)
+    silent, single = features.where(~second, 0), features.where(~second | (torch.arange(CHANNELS) == 0).view(1, -1, 1, 1), 0)
+    flat = features.where(~second, 1.0)
+    objects = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
+    objects[0, :, 1:3, 1:3] = True
+    return [
+        (FeatureNoise(), silent, objects),
+        (FeatureDrop(), flat, objects),
+        (FeatureDrop(mode="quantile"), silent, objects),
+        (Dropout(), single, objects),
+        (ObjectMask(), features, objects | second),
+        (ContextMask(), features, objects),
+        (GuidedCutout(side=1.0), features, objects | second),
+        (AdversarialNoise(), silent, objects),
+    ]
+
+
+def seed_that_erases(auxiliary: nn.Module, features: Tensor, guide: Guide) -> int:
+    """The first one with which nothing is left of the second image, and something of the first."""
+    for seed in range(100):
+        torch.manual_seed(seed)
+        if auxiliary(features, guide)[1].tolist() == [True, False]:
+            return seed
+    raise AssertionError("none of a hundred seeds")
+
+
+@pytest.mark.parametrize("case", erasing(), ids=lambda case: str(case[0]))
+def test_an_image_of_which_nothing_is_left_is_told_apart_and_counts_as_0(case: tuple[Perturbation, Tensor, Tensor]) -> None:
+    kind, features, guide = case[0], case[1].clone().requires_grad_(), Guide(case[2])
+    auxiliaries = decoders(kinds=[kind])
+    target = torch.rand(2, CLASSES, 4 * STRIDE, 5 * STRIDE, dtype=torch.float64).softmax(dim=1)
+
+    def terms(logits: Tensor, kept: Tensor) -> Tensor:
+        return squared_distance(logits, target, kept[:, None, None].expand(2, 4 * STRIDE, 5 * STRIDE))[None]
+
+    seed = seed_that_erases(auxiliaries[0], features, guide)
+    torch.manual_seed(seed)
+    losses = auxiliary_losses(features, auxiliaries, guide, terms)
+    torch.manual_seed(seed)
+    logits, _ = auxiliaries[0](features, guide)
+    # The first image's mean over its pixels, shared among two images.
+    expected = (logits[0].softmax(dim=0) - target[0]).square().sum(dim=0).mean() / 2
+    torch.testing.assert_close(losses[0], expected, rtol=1e-12, atol=0)
+    of_features, *own = gradients(losses[0], features, auxiliaries)
+    assert of_features[0].any() and not of_features[1].any() and all(gradient.isfinite().all() for gradient in own)
+
+
+def test_where_nothing_is_left_of_any_image_the_losses_are_0_and_teach_nothing() -> None:
+    auxiliaries = decoders(kinds=[ContextMask(), ContextMask()])
+    features, guide, terms = example()
+    features.requires_grad_()
+    losses = auxiliary_losses(features, auxiliaries, Guide(torch.zeros_like(guide.objects)), terms)
+    assert losses.tolist() == [0, 0]
+    assert not any(gradient.any() for gradient in gradients(weighted(losses), features, auxiliaries))
+
+
+def test_a_decoder_for_which_nothing_is_left_still_counts_among_the_decoders() -> None:
+    features, guide, terms = example()
+    nothing = Guide(torch.zeros_like(guide.objects))
+    pair = decoders(kinds=[ObjectMask(), ContextMask()])
+    only = nn.ModuleList([pair[0]])  # without objects it changes nothing
+    torch.testing.assert_close(auxiliary_losses(features, pair, nothing, terms), auxiliary_losses(features, only, nothing, terms) / 2, rtol=1e-12, atol=0)

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
-from multidomain_cct.model.network import CCT, HeadSettings
+from multidomain_cct.model.network import Segmenter, Task
 
 CLASSES = 3
 
 
-def network(*, local: bool = False) -> CCT:
+def network(*, local: bool = False) -> Segmenter:
     """A network for the domain `room`; a local one sees at each position of its features the pixels of that position only."""
     encoder = EncoderSettings(name="test_convnext", stride=32, context="none", width=32)
-    model = CCT(encoder, {"room": HeadSettings(CLASSES)}, decoder="pixelshuffle" if local else "bilinear").eval()
+    model = Segmenter(encoder, {"room": Task((False,) * CLASSES)}, decoder="pixelshuffle" if local else "bilinear").eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
@@ -34,7 +34,7 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def predict(model: CCT, image: Tensor, size: tuple[int, int] | None = None, **settings: object) -> Tensor:
+def predict(model: Segmenter, image: Tensor, size: tuple[int, int] | None = None, **settings: object) -> Tensor:
     with torch.no_grad():
         return predict_probabilities(model, image, "room", size or tuple(image.shape[1:]), InferenceSettings(**settings))  # type: ignore[arg-type]
 

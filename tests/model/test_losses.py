@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,7 +13,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.model.losses import cross_entropy, mean_over_valid, squared_distance
+from multidomain_cct.model.losses import (
+    DISTANCES,
+    ConsistencySettings,
+    SupervisedSettings,
+    ab_threshold,
+    bootstrapped_cross_entropy,
+    confident,
+    cross_entropy,
+    jensen_shannon,
+    kl_divergence,
+    mean_over_valid,
+    pixel_cross_entropy,
+    squared_distance,
+    supervised_loss,
+)
+
+SEEDS = st.integers(0, 10_000)
 
 
 def example(seed: int = 0, images: int = 4, classes: int = 5, size: tuple[int, int] = (6, 7)) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,105 +50,332 @@ def numpy_mean(pixels: np.ndarray, valid: np.ndarray) -> float:
     return float(np.mean([own[keep].mean() if keep.any() else 0.0 for own, keep in zip(pixels, valid, strict=True)]))
 
 
-def numpy_cross_entropy(logits: Tensor, ids: Tensor) -> float:
+def numpy_true_probability(logits: Tensor, ids: Tensor) -> np.ndarray:
     known = np.where(ids == IGNORE, 0, ids).astype(np.int64)
-    chosen = np.take_along_axis(softmax(logits.double().numpy()), known[:, None], axis=1)[:, 0]
-    return numpy_mean(-np.log(chosen), ids.numpy() != IGNORE)
+    return np.take_along_axis(softmax(logits.double().numpy()), known[:, None], axis=1)[:, 0]
 
 
-def numpy_squared_distance(logits: Tensor, target: Tensor, valid: Tensor) -> float:
-    return numpy_mean(((softmax(logits.double().numpy()) - target.double().numpy()) ** 2).sum(axis=1), valid.numpy())
+def numpy_cross_entropy(logits: Tensor, ids: Tensor) -> float:
+    return numpy_mean(-np.log(numpy_true_probability(logits, ids)), ids.numpy() != IGNORE)
+
+
+def numpy_bootstrapped(logits: Tensor, ids: Tensor, threshold: float) -> float:
+    true, valid = numpy_true_probability(logits, ids), ids.numpy() != IGNORE
+    hardest = np.where(valid, true, 2.0).min(axis=(1, 2), keepdims=True)
+    return numpy_mean(-np.log(true), valid & ((true < threshold) | (true == hardest)))
+
+
+def numpy_kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return (p * np.log(p / q)).sum(axis=1)
+
+
+def numpy_distance(name: str, logits: Tensor, target: Tensor, valid: Tensor) -> float:
+    own, other = softmax(logits.double().numpy()), target.double().numpy()
+    pixels = {
+        "mse": ((own - other) ** 2).sum(axis=1),
+        "kl": numpy_kl(other, own),
+        "js": (numpy_kl(own, (own + other) / 2) + numpy_kl(other, (own + other) / 2)) / 2,
+    }[name]
+    return numpy_mean(pixels, valid.numpy())
+
+
+# Against float64
 
 
 @settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 1000), images=st.integers(1, 5), classes=st.integers(1, 7))
+@given(seed=SEEDS, images=st.integers(1, 5), classes=st.integers(1, 7))
 def test_losses_match_float64(seed: int, images: int, classes: int) -> None:
     logits, ids, target = example(seed, images, classes)
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
         own = logits.to(dtype)
         assert cross_entropy(own, ids).item() == pytest.approx(numpy_cross_entropy(logits, ids), rel=tolerance, abs=tolerance)
-        distance = squared_distance(own, target.to(dtype), ids != IGNORE)
-        assert distance.dtype == dtype
-        assert distance.item() == pytest.approx(numpy_squared_distance(logits, target, ids != IGNORE), rel=tolerance, abs=tolerance)
+        for name, distance in DISTANCES.items():
+            found = distance(own, target.to(dtype), ids != IGNORE)
+            assert found.dtype == dtype
+            assert found.item() == pytest.approx(numpy_distance(name, logits, target, ids != IGNORE), rel=tolerance, abs=tolerance)
 
 
-def test_gradients_match_finite_differences() -> None:
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, classes=st.integers(1, 7), threshold=st.floats(0, 1))
+def test_bootstrapped_cross_entropy_matches_float64(seed: int, classes: int, threshold: float) -> None:
+    logits, ids, _ = example(seed, classes=classes)
+    found = bootstrapped_cross_entropy(logits, ids, threshold)
+    assert found.item() == pytest.approx(numpy_bootstrapped(logits, ids, threshold), rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_gradients_of_distances_match_finite_differences(name: str) -> None:
     logits, ids, target = example(images=2, classes=3, size=(2, 3))
+    assert torch.autograd.gradcheck(lambda x: DISTANCES[name](x, target, ids != IGNORE), logits.requires_grad_())
+
+
+def test_gradients_of_cross_entropies_match_finite_differences() -> None:
+    logits, ids, _ = example(images=2, classes=3, size=(2, 3))
     logits.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: cross_entropy(x, ids), logits)
-    assert torch.autograd.gradcheck(lambda x: squared_distance(x, target, ids != IGNORE), logits)
-
-
-@pytest.mark.parametrize("poison", [1e4, math.inf, math.nan])
-def test_ignored_pixels_change_neither_loss_nor_gradient(poison: float) -> None:
-    logits, ids, target = example()
-    ignored = (ids == IGNORE)[:, None].expand_as(logits)
-    results = []
-    for filled in (logits, logits.masked_fill(ignored, 1e4)):
-        leaf = filled.clone().requires_grad_()
-        total = cross_entropy(leaf, ids) + squared_distance(leaf, target, ids != IGNORE)
-        results.append((total.item(), *torch.autograd.grad(total, leaf)))
-    assert results[0][0] == results[1][0] and torch.equal(results[0][1], results[1][1])
-    assert not results[0][1][ignored].any()
-    pixels = logits[:, 0].masked_fill(ids == IGNORE, poison)
-    assert mean_over_valid(pixels, ids != IGNORE) == mean_over_valid(logits[:, 0], ids != IGNORE)
-
-
-def test_where_nothing_counts_the_loss_is_0_with_a_graph() -> None:
-    logits, _, target = example()
-    logits.requires_grad_()
-    nothing = torch.full((4, 6, 7), IGNORE, dtype=torch.uint8)
-    for loss in (cross_entropy(logits, nothing), squared_distance(logits, target, nothing != IGNORE)):
-        assert loss.item() == 0
-        (gradient,) = torch.autograd.grad(loss, logits)
-        assert torch.equal(gradient, torch.zeros_like(gradient))
-
-
-def test_an_image_in_which_nothing_counts_contributes_0_to_the_mean_over_images() -> None:
-    logits, ids, target = example(images=2)
-    ids[1] = IGNORE
-    assert cross_entropy(logits, ids).item() == pytest.approx(cross_entropy(logits[:1], ids[:1]).item() / 2)
-    valid = ids != IGNORE
-    assert squared_distance(logits, target, valid).item() == pytest.approx(squared_distance(logits[:1], target[:1], valid[:1]).item() / 2)
-
-
-def test_squared_distance_lies_between_0_and_2() -> None:
-    ids = torch.arange(4).view(1, 2, 2)
-    certain = torch.nn.functional.one_hot(ids, 4).permute(0, 3, 1, 2).double()
-    valid = torch.ones(1, 2, 2, dtype=torch.bool)
-    assert squared_distance(100 * certain, certain, valid).item() == pytest.approx(0)
-    assert squared_distance(100 * certain, certain.roll(1, dims=1), valid).item() == pytest.approx(2)
-
-
-def test_squared_distance_sums_over_classes_so_that_more_classes_do_not_weigh_less() -> None:
-    logits, ids, target = example(classes=4)
-    # Six more classes that neither side believes in.
-    none = torch.full((4, 6, 6, 7), -1e4, dtype=torch.float64)
-    more = squared_distance(torch.cat([logits, none], dim=1), torch.cat([target, torch.zeros_like(none)], dim=1), ids != IGNORE)
-    assert more.item() == pytest.approx(squared_distance(logits, target, ids != IGNORE).item())
-
-
-@pytest.mark.parametrize("parts", [2, 4])
-def test_a_batch_in_parts_of_equal_size_has_the_same_loss_and_gradient(parts: int) -> None:
-    logits, ids, target = example()
-    ids[0] = IGNORE
-    ids[1, 0, 0] = 1  # images have very different numbers of valid pixels
-    leaf = logits.requires_grad_()
-
-    def loss(part: slice) -> Tensor:
-        return cross_entropy(leaf[part], ids[part]) + squared_distance(leaf[part], target[part], ids[part] != IGNORE)
-
-    whole = loss(slice(None))
-    split = torch.stack([loss(slice(start, start + 4 // parts)) for start in range(0, 4, 4 // parts)]).mean()
-    torch.testing.assert_close(split, whole, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(split, leaf), torch.autograd.grad(whole, leaf), rtol=1e-12, atol=1e-15)
+    assert torch.autograd.gradcheck(lambda x: bootstrapped_cross_entropy(x, ids, 0.5), logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_losses_of_16_bit_logits_are_computed_in_32_bits(dtype: torch.dtype) -> None:
     logits, ids, target = example()
     rounded = logits.to(dtype)
-    entropy, distance = cross_entropy(rounded, ids), squared_distance(rounded, target.float(), ids != IGNORE)
-    assert entropy.dtype == distance.dtype == torch.float32
-    assert entropy.item() == pytest.approx(numpy_cross_entropy(rounded, ids), rel=1e-5)
-    assert distance.item() == pytest.approx(numpy_squared_distance(rounded, target, ids != IGNORE), rel=1e-5)
+    found = {name: distance(rounded, target.float(), ids != IGNORE) for name, distance in DISTANCES.items()}
+    for name, loss in found.items():
+        assert loss.dtype == torch.float32
+        assert loss.item() == pytest.approx(numpy_distance(name, rounded, target, ids != IGNORE), rel=1e-5)
+    assert cross_entropy(rounded, ids).dtype == bootstrapped_cross_entropy(rounded, ids, 0.5).dtype == torch.float32
+    assert cross_entropy(rounded, ids).item() == pytest.approx(numpy_cross_entropy(rounded, ids), rel=1e-5)
+    assert bootstrapped_cross_entropy(rounded, ids, 0.5).item() == pytest.approx(numpy_bootstrapped(rounded, ids, 0.5), rel=1e-5)
+
+
+# What all have in common
+
+LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "ce": lambda logits, ids, target: cross_entropy(logits, ids),
+    "ab_ce": lambda logits, ids, target: bootstrapped_cross_entropy(logits, ids, 0.5),
+    "mse": lambda logits, ids, target: squared_distance(logits, target, ids != IGNORE),
+    "kl": lambda logits, ids, target: kl_divergence(logits, target, ids != IGNORE),
+    "js": lambda logits, ids, target: jensen_shannon(logits, target, ids != IGNORE),
+}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+@every_loss
+@pytest.mark.parametrize("poison", [1e4, -1e4, math.inf, -math.inf, math.nan])
+def test_ignored_pixels_change_neither_the_loss_nor_the_gradient_of_the_others(loss: Callable[..., Tensor], poison: float) -> None:
+    logits, ids, target = example()
+    ignored = (ids == IGNORE)[:, None].expand_as(logits)
+    results = []
+    for filled, other in ((logits, target), (logits.masked_fill(ignored, poison), target.masked_fill(ignored, poison))):
+        leaf = filled.clone().requires_grad_()
+        total = loss(leaf, ids, other)
+        results.append((total.item(), *torch.autograd.grad(total, leaf)))
+    assert results[0][0] == results[1][0] > 0
+    assert torch.equal(results[0][1][~ignored], results[1][1][~ignored])
+    if abs(poison) == 1e4:
+        assert not results[1][1][ignored].any()
+
+
+@every_loss
+def test_a_pixel_that_counts_and_is_nan_shows_in_the_loss(loss: Callable[..., Tensor]) -> None:
+    logits, ids, target = example()
+    ids[0, 0, 0], logits[0, :, 0, 0] = 1, math.nan
+    assert loss(logits, ids, target).isnan()
+
+
+@every_loss
+def test_where_nothing_counts_the_loss_is_0_with_a_graph(loss: Callable[..., Tensor]) -> None:
+    logits, _, target = example()
+    logits.requires_grad_()
+    found = loss(logits, torch.full((4, 6, 7), IGNORE, dtype=torch.uint8), target)
+    assert found.item() == 0
+    found.backward()  # type: ignore[no-untyped-call]
+    assert torch.equal(logits.grad, torch.zeros_like(logits))  # type: ignore[arg-type]
+
+
+@every_loss
+def test_an_image_in_which_nothing_counts_contributes_0_to_the_mean_over_images(loss: Callable[..., Tensor]) -> None:
+    logits, ids, target = example(images=2)
+    ids[1] = IGNORE
+    assert loss(logits, ids, target).item() == pytest.approx(loss(logits[:1], ids[:1], target[:1]).item() / 2)
+
+
+@every_loss
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_of_equal_size_has_the_same_loss_and_gradient(loss: Callable[..., Tensor], parts: int) -> None:
+    logits, ids, target = example()
+    ids[0] = IGNORE
+    ids[1, 0, 0] = 1  # images have very different numbers of valid pixels
+    leaf = logits.requires_grad_()
+    whole = loss(leaf, ids, target)
+    slices = [slice(start, start + 4 // parts) for start in range(0, 4, 4 // parts)]
+    split = torch.stack([loss(leaf[part], ids[part], target[part]) for part in slices]).mean()
+    torch.testing.assert_close(split, whole, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(split, leaf), torch.autograd.grad(whole, leaf), rtol=1e-12, atol=1e-15)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_extreme_logits_give_finite_losses_and_gradients(loss: Callable[..., Tensor], dtype: torch.dtype) -> None:
+    _, ids, target = example()
+    signs = torch.randint(0, 3, target.shape, generator=torch.Generator().manual_seed(0)) - 1
+    certain = torch.nn.functional.one_hot(target.argmax(dim=1), 5).movedim(-1, 1)
+    nearly = (200 * certain).to(dtype).softmax(dim=1)  # of which the small probabilities are no longer normal numbers
+    for other in (target.to(dtype), certain.to(dtype), nearly, (90 * certain).to(dtype).softmax(dim=1)):
+        for scale in (1e4, 100.0, 90.0):
+            logits = (scale * signs).to(dtype).requires_grad_()
+            found = loss(logits, ids, other)
+            (gradient,) = torch.autograd.grad(found, logits)
+            assert found.isfinite() and gradient.isfinite().all()
+
+
+# Distances
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=SEEDS, classes=st.integers(1, 6), sharpness=st.sampled_from([0.1, 1.0, 10.0, 1000.0]))
+def test_distances_keep_their_bounds(seed: int, classes: int, sharpness: float) -> None:
+    logits, ids, target = example(seed, classes=classes)
+    logits, other, valid = sharpness * logits, (sharpness * target.log()).softmax(dim=1), ids != IGNORE
+    assert 0 <= squared_distance(logits, other, valid) <= 2
+    assert kl_divergence(logits, other, valid) >= -1e-12
+    assert -1e-12 <= jensen_shannon(logits, other, valid) <= math.log(2) + 1e-12
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, sharpness=st.sampled_from([0.1, 1.0, 30.0]))
+def test_js_is_symmetric_and_kl_is_not(seed: int, sharpness: float) -> None:
+    logits, ids, target = example(seed)
+    logits, other, valid = sharpness * logits, sharpness * target.log(), ids != IGNORE
+    there, back = (jensen_shannon(a, b.softmax(dim=1), valid).item() for a, b in ((logits, other), (other, logits)))
+    assert there == pytest.approx(back, rel=1e-9)
+    there, back = (kl_divergence(a, b.softmax(dim=1), valid).item() for a, b in ((logits, other), (other, logits)))
+    assert there != pytest.approx(back, rel=1e-7)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize("sharpness", [1.0, 1e4])
+def test_distances_of_equal_predictions_are_0_and_teach_nothing(name: str, sharpness: float) -> None:
+    logits, ids, _ = example()
+    logits = (sharpness * logits).requires_grad_()
+    found = DISTANCES[name](logits, logits.detach().softmax(dim=1), ids != IGNORE)
+    assert found.item() == pytest.approx(0, abs=1e-12)
+    assert torch.autograd.grad(found, logits)[0].abs().max() < 1e-12
+
+
+def test_predictions_that_are_certain_of_different_classes_are_as_far_apart_as_can_be() -> None:
+    ids = torch.arange(4).view(1, 2, 2)
+    certain = torch.nn.functional.one_hot(ids, 4).permute(0, 3, 1, 2).double()
+    valid = torch.ones(1, 2, 2, dtype=torch.bool)
+    other = certain.roll(1, dims=1)
+    assert squared_distance(100 * certain, other, valid).item() == pytest.approx(2)
+    assert jensen_shannon(100 * certain, other, valid).item() == pytest.approx(math.log(2))
+    assert kl_divergence(100 * certain, other, valid).item() == pytest.approx(100)  # it has no bound
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distances_sum_over_classes_so_that_more_classes_do_not_weigh_less(name: str) -> None:
+    logits, ids, target = example(classes=4)
+    # Six more classes that neither side believes in.
+    none = torch.full((4, 6, 6, 7), -1e4, dtype=torch.float64)
+    more = DISTANCES[name](torch.cat([logits, none], dim=1), torch.cat([target, torch.zeros_like(none)], dim=1), ids != IGNORE)
+    assert more.item() == pytest.approx(DISTANCES[name](logits, target, ids != IGNORE).item())
+
+
+# Confidence
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, threshold=st.floats(0, 0.99))
+def test_confident_pixels_are_the_valid_ones_whose_largest_probability_reaches_the_threshold(seed: int, threshold: float) -> None:
+    _, ids, target = example(seed)
+    valid = ids != IGNORE
+    expected = valid.numpy() & (target.numpy().max(axis=1) >= threshold)
+    np.testing.assert_array_equal(confident(target, valid, threshold).numpy(), expected)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_the_mean_is_over_confident_pixels_and_without_any_it_is_0_with_a_graph(name: str) -> None:
+    logits, ids, target = example()
+    target = target / target.sum(dim=1, keepdim=True)
+    logits.requires_grad_()
+    some = confident(target, ids != IGNORE, 0.8)
+    assert 0 < some.sum() < (ids != IGNORE).sum()
+    assert DISTANCES[name](logits, target, some).item() == pytest.approx(numpy_distance(name, logits.detach(), target, some))
+    flat = torch.full_like(target, 0.2)
+    found = DISTANCES[name](logits, flat, confident(flat, ids != IGNORE, 0.8))
+    assert found.item() == 0
+    assert torch.equal(torch.autograd.grad(found, logits)[0], torch.zeros_like(logits))
+
+
+def test_a_mean_over_valid_pixels_ignores_what_is_not_finite_elsewhere() -> None:
+    logits, ids, _ = example()
+    for poison in (math.inf, math.nan):
+        pixels = logits[:, 0].masked_fill(ids == IGNORE, poison)
+        assert mean_over_valid(pixels, ids != IGNORE) == mean_over_valid(logits[:, 0], ids != IGNORE)
+
+
+# Annealed bootstrapped cross-entropy
+
+
+@settings(max_examples=25, deadline=None)
+@given(classes=st.integers(2, 150), fraction=st.floats(0.01, 1), progress=st.floats(0, 1), high=st.floats(0, 1))
+def test_the_threshold_rises_from_chance_to_its_end_along_its_formula(classes: int, fraction: float, progress: float, high: float) -> None:
+    found = ab_threshold(SupervisedSettings(loss="ab_ce", ab_fraction=fraction, ab_high=high), classes, progress)
+    rise = 1 - np.exp(-5 * progress / fraction) if progress < fraction else 1.0
+    assert found == pytest.approx(1 / classes + (high - 1 / classes) * rise, abs=1e-12)
+
+
+def test_the_default_threshold_starts_at_chance_and_is_nine_tenths_after_two_fifths_of_the_run() -> None:
+    thresholds = [ab_threshold(SupervisedSettings(loss="ab_ce"), 5, progress) for progress in (0.0, 0.1, 0.2, 0.4, 1.0)]
+    assert thresholds == sorted(thresholds) and thresholds[0] == 0.2 and thresholds[-2:] == pytest.approx([0.9, 0.9])
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, threshold=st.floats(0, 1))
+def test_ab_ce_keeps_at_least_one_pixel_of_each_image_that_has_one(seed: int, threshold: float) -> None:
+    logits, ids, _ = example(seed)
+    ids[1] = IGNORE
+    right = torch.where(ids == IGNORE, 0, ids).long()
+    logits.scatter_(1, right[:, None], 50.0)  # right everywhere with certainty
+    leaf = logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(bootstrapped_cross_entropy(leaf, ids, threshold), leaf)
+    learns = gradient.abs().sum(dim=1) > 0
+    assert learns[[0, 2, 3]].flatten(1).any(dim=1).all() and not learns[1].any()
+
+
+def test_supervised_loss_is_the_one_that_was_chosen_at_the_progress_of_the_run() -> None:
+    logits, ids, _ = example()
+    assert supervised_loss(logits, ids, SupervisedSettings(), 0.1) == cross_entropy(logits, ids)
+    chosen = SupervisedSettings(loss="ab_ce")
+    found = [supervised_loss(logits, ids, chosen, progress).item() for progress in (0.0, 0.05, 1.0)]
+    assert found == pytest.approx([numpy_bootstrapped(logits, ids, ab_threshold(chosen, 5, progress)) for progress in (0.0, 0.05, 1.0)])
+    assert found[0] > found[1] > found[2] > cross_entropy(logits, ids)  # the easy pixels come in later
+
+
+def test_the_cross_entropy_of_an_ignored_pixel_is_0() -> None:
+    logits, ids, _ = example()
+    assert not pixel_cross_entropy(logits, ids)[ids == IGNORE].any()
+
+
+# Settings
+
+
+def test_a_weight_in_the_authors_unit_is_divided_by_the_classes() -> None:
+    authors, ours = ConsistencySettings(weight=30, weight_unit="authors"), ConsistencySettings()
+    assert [authors.weight_per_pixel(classes) for classes in (21, 11, 37)] == pytest.approx([30 / 21, 30 / 11, 30 / 37])
+    assert ours.weight_per_pixel(11) == ours.weight_per_pixel(37) == authors.weight_per_pixel(21)
+    # The authors' distance is a mean over classes as well.
+    logits, ids, target = example()
+    valid = torch.ones_like(ids, dtype=torch.bool)
+    theirs = 30 * ((softmax(logits.numpy()) - target.numpy()) ** 2).mean()
+    assert authors.weight_per_pixel(5) * squared_distance(logits, target, valid).item() == pytest.approx(theirs)
+
+
+def test_the_ramp_of_the_settings_is_the_one_that_was_chosen() -> None:
+    assert ConsistencySettings().ramp_at(0.05) == pytest.approx(math.exp(-5 / 4))
+    assert ConsistencySettings(ramp="linear", ramp_fraction=0.4).ramp_at(0.1) == pytest.approx(0.25)
+    assert ConsistencySettings(ramp="none").ramp_at(0.0) == ConsistencySettings(ramp_fraction=0).ramp_at(0.0) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (SupervisedSettings, {"loss": "focal"}, "supervised.loss is 'focal'; it is `ce` or `ab_ce`."),
+        (SupervisedSettings, {"ab_fraction": 1.5}, "supervised.ab_fraction is 1.5; it lies in 0 to 1."),
+        (SupervisedSettings, {"ab_high": -0.1}, "supervised.ab_high is -0.1; it lies in 0 to 1."),
+        (ConsistencySettings, {"weight": -1}, "consistency.weight is -1; it is 0 or more."),
+        (ConsistencySettings, {"weight": math.nan}, "consistency.weight is nan; it is 0 or more."),
+        (ConsistencySettings, {"weak_weight": -0.5}, "consistency.weak_weight is -0.5; it is 0 or more."),
+        (ConsistencySettings, {"weight_unit": "class"}, "consistency.weight_unit is 'class'; it is one of pixel, authors."),
+        (ConsistencySettings, {"distance": "l1"}, "consistency.distance is 'l1'; it is one of mse, kl, js."),
+        (ConsistencySettings, {"ramp": "fast"}, "consistency.ramp is 'fast'; it is one of exp, linear, cosine, log, none."),
+        (ConsistencySettings, {"confidence": 1.0}, "consistency.confidence is 1.0; a probability that can be exceeded lies in 0 to below 1."),
+        (ConsistencySettings, {"ramp_fraction": 2}, "consistency.ramp_fraction is 2; it lies in 0 to 1."),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(kind: type, settings: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        kind(**settings)
+    assert str(caught.value) == message

@@ -128,15 +128,16 @@ def test_a_run_that_was_stopped_goes_on(bench: Callable[..., list[str]], tmp_pat
 def scored(tiny_recipe: Callable[..., Recipe]) -> Callable[..., Comparison]:
     """A function (mIoU by row, seed and domain; keys of the experiment) that makes the comparison of such runs."""
 
-    def compare(values: dict[str, np.ndarray], domains: Sequence[str] = ("fields", "shapes"), **keys: str) -> Comparison:
-        experiment = Experiment({name: Row() for name in values}, title="Test", **keys)  # type: ignore[arg-type]
+    def compare(values: dict[str, np.ndarray], domains: Sequence[str] = ("fields", "shapes"), own: dict[str, str] | None = None, **keys: str) -> Comparison:
+        rows = {name: Row(baseline=(own or {}).get(name, "")) for name in values}
+        experiment = Experiment(rows, title="Test", **keys)  # type: ignore[arg-type]
         runs, scores = [], []
         for row, seeds in values.items():
             for seed, numbers in enumerate(seeds):
-                own = [(name, float(number)) for name, number in zip(domains, numbers, strict=True) if not np.isnan(number)]
-                recipe = tiny_recipe(name=f"{row}-seed{seed}", domains={name: {} for name, _ in own})
+                known = [(name, float(number)) for name, number in zip(domains, numbers, strict=True) if not np.isnan(number)]
+                recipe = tiny_recipe(name=f"{row}-seed{seed}", domains={name: {} for name, _ in known})
                 runs.append(Run(row, seed, Path("tiny.yaml"), (), recipe))
-                scores.append(RunScores(row, seed, 2, dict(own), {}, (), "folder", {"device": "CPU"}, 100.0 + seed, 3.0))
+                scores.append(RunScores(row, seed, 2, dict(known), {}, (), "folder", {"device": "CPU"}, 100.0 + seed, 3.0))
         return Comparison(experiment, runs, scores)
 
     return compare
@@ -175,6 +176,13 @@ def test_there_is_no_share_of_a_gap_that_is_not_there(scored: Callable[..., Comp
     assert comparison.tables()[1][2] == ["cct", "+10.0", "+10.0", "+10.0", "n/a", "50", "n/a"]
 
 
+def test_a_row_may_be_measured_against_a_row_of_its_own(scored: Callable[..., Comparison]) -> None:
+    rows = {"ten": [[0.2, 0.1]], "cct_ten": [[0.3, 0.2]], "fifty": [[0.4, 0.3]], "cct_fifty": [[0.5, 0.5]], "all": [[0.6, 0.7]]}
+    comparison = scored({name: np.array(values) for name, values in rows.items()}, own={"cct_fifty": "fifty"}, baseline="ten", ceiling="all")
+    assert [comparison.gain(name, "fields") for name in ("cct_ten", "cct_fifty", "fifty")] == pytest.approx([0.1, 0.1, 0.2])
+    assert comparison.gap_share("cct_ten", "shapes") == pytest.approx(1 / 6) and comparison.gap_share("cct_fifty", "shapes") == pytest.approx(0.5)
+
+
 def test_a_row_of_fewer_domains_has_no_mean(scored: Callable[..., Comparison]) -> None:
     comparison = scored({"both": np.array([[0.5, 0.2]]), "one": np.array([[0.6, np.nan]])}, baseline="both")
     assert comparison.spread("one", "mean") is None and comparison.gain("one", "mean") is None
@@ -208,16 +216,17 @@ def test_a_row_has_its_own_recipe_and_overrides_over_the_common_ones(bench: Call
     [
         ({"cct": {}}, {"seedz": [0]}, 'unknown key "seedz". Allowed at the top: rows, title, recipe, seeds, common, '),
         ({"cct": {}}, {"seedz": [0]}, 'Did you mean "seeds"?'),
-        ({"cct": {"sets": []}}, {}, 'unknown key "rows.cct.sets". Allowed in rows.cct: recipe, set, seeds. Did you mean "set"?'),
+        ({"cct": {"sets": []}}, {}, 'unknown key "rows.cct.sets". Allowed in rows.cct: recipe, set, seeds, baseline. Did you mean "set"?'),
         ({"cct": {}}, {"baseline": "ctc"}, 'baseline is \'ctc\', which is no row. Rows: cct. Did you mean "cct"?'),
         ({"cct": {}}, {"baseline": "cct", "ceiling": "all"}, "ceiling is 'all', which is no row. Rows: cct."),
+        ({"cct": {"baseline": "cc"}}, {}, "rows.cct.baseline is 'cc', which is no row. Rows: cct. Did you mean"),
         ({"cct": {}}, {"ceiling": "cct"}, "ceiling is 'cct' and baseline is missing; the gap lies between the two."),
         ({"cct": {}}, {"baseline": "cct", "ceiling": "cct"}, "baseline and ceiling are both 'cct'; the gap lies between two rows."),
         ({}, {}, "rows is empty; name at least one, for example `rows: {cct: {}}`."),
         ([], {"title": "no rows"}, "rows is empty; name at least one"),
         (["cct"], {}, "rows is ['cct']; it is a mapping of names to rows"),
         ({"c c t": {}}, {}, "rows has the name 'c c t'; it holds letters, digits, _ and - only, and does not start with a -."),
-        ({"cct": ["method=cct"]}, {}, "rows.cct is ['method=cct']; it is a section with the keys recipe, set, seeds."),
+        ({"cct": ["method=cct"]}, {}, "rows.cct is ['method=cct']; it is a section with the keys recipe, set, seeds, baseline."),
         ({"cct": {}}, {"seeds": [0, 1, 0]}, "seeds names 0 twice; keep one."),
         ({"cct": {"seeds": []}}, {}, "rows.cct.seeds is []; it is a list of whole numbers from 0 up, for example [0, 1, 2]."),
         ({"cct": {}}, {"seeds": [True]}, "seeds is [True]; it is a list of whole numbers from 0 up"),

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,17 +13,19 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from multidomain_cct.data.loader import TrainingSet, open_streams
+from multidomain_cct.data.loader import TrainingSet
 from multidomain_cct.data.order import seed_from
 from multidomain_cct.data.specification import read_domain
-from multidomain_cct.training.checkpoint import build_model, checkpoints, load_run, read_state
+from multidomain_cct.data.streams import open_streams
+from multidomain_cct.results.evaluate import evaluate
+from multidomain_cct.training.assembly import build_model
+from multidomain_cct.training.checkpoint import checkpoints, load_run, read_state
 from multidomain_cct.training.loop import RunFailed, train
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.runlog import read_metrics
-from multidomain_cct.training.schedules import ramp_at
 
 TinyRecipe = Callable[..., Recipe]
-DETERMINISTIC = {"feature_noise": {"count": 0}, "dropout": {"count": 0}, "feature_drop": {"count": 2, "low": 0.7, "high": 0.7}}
+DETERMINISTIC = {kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")} | {"feature_drop": {"count": 2, "low": 0.7, "high": 0.7}}
 FROZEN = {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "frozen"}
 
 
@@ -63,7 +66,7 @@ def test_logged_terms_are_the_terms_of_the_forward_pass(tiny_recipe: TinyRecipe,
     assert isinstance(batches, dict)
     model = build_model(recipe, domains, unlabelled={name: True for name in domains}).train()
     torch.manual_seed(seed_from(recipe.seed, 0, 0, "step"))
-    losses = model(batches, ramp=ramp_at(recipe.consistency, 0, recipe.training.steps))
+    losses = model(batches, progress=0.0)
     assert set(losses) == {"fields/supervised", "fields/consistency", "shapes/supervised", "shapes/consistency"}
     for term, value in losses.items():
         assert logged(run, f"train/{term}")[0] == pytest.approx(value.item(), rel=1e-6)
@@ -93,12 +96,26 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_recipe: TinyRecipe, two_dom
     assert losses[0] == losses[1] and len(losses[0]) == 20
 
 
-def test_supervised_runs_see_the_same_images_and_start_from_the_same_weights(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+@pytest.mark.parametrize("supervised_only", [{"method": "supervised"}, {"consistency": {"weight": 0}}], ids=["method", "weight"])
+def test_supervised_runs_see_the_same_images_and_start_from_the_same_weights(
+    tiny_recipe: TinyRecipe, two_domains: Path, supervised_only: dict[str, object]
+) -> None:
     cct = start(tiny_recipe(name="cct", encoder=FROZEN), two_domains)
-    supervised = start(tiny_recipe(name="supervised", encoder=FROZEN, consistency={"weight": 0}), two_domains)
-    assert not any(key.endswith("/consistency") for line in read_metrics(supervised / "metrics.jsonl") for key in line)
+    supervised = start(tiny_recipe(name="supervised", encoder=FROZEN, **supervised_only), two_domains)
+    terms = {key.split("/")[2] for line in read_metrics(supervised / "metrics.jsonl") for key in line if key.startswith("train/")}
+    assert terms == {"supervised"}
     assert not any(".auxiliaries." in name for name in weights(supervised))
+    # In the first step only images and weights decide the loss.
     assert logged(cct, "train/shapes/supervised")[0] == logged(supervised, "train/shapes/supervised")[0]
+
+
+@pytest.mark.parametrize("method", ["supervised", "mean_teacher", "unimatch", "usss"])
+def test_every_method_starts_from_the_encoder_and_main_decoders_of_cct(tiny_recipe: TinyRecipe, two_domains: Path, method: str) -> None:
+    domains = {name: read_domain(two_domains / "domains" / f"{name}.yaml") for name in ("fields", "shapes")}
+    cct, own = (build_model(tiny_recipe(method=name), domains, unlabelled={name: True for name in domains}).state_dict() for name in ("cct", method))
+    shared = [name for name in cct if ".auxiliaries." not in name]
+    assert len(shared) > 20 and {name for name in own if name.startswith(("encoder.", "heads."))} == set(shared)
+    assert all(torch.equal(cct[name], own[name]) for name in shared)
 
 
 def test_accumulation_keeps_the_global_batch(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
@@ -152,17 +169,36 @@ def test_other_settings_train_and_can_be_loaded(tiny_recipe: TinyRecipe, two_dom
     assert state.step == 2 and state.recipe == (run / "recipe.yaml").read_text() and set(state.domains) == {"fields", "shapes"}
 
 
-@pytest.mark.parametrize("optimiser", [{"name": "adamw", "lr": 1e-3}, {"name": "sgd"}])
-def test_resuming_restores_the_optimiser(tiny_recipe: TinyRecipe, two_domains: Path, optimiser: dict[str, object]) -> None:
-    training = {"steps": 4, "save_every": 2, "log_every": 1, "keep": 9}
-    straight = start(tiny_recipe(name="straight", optimiser=optimiser, training=training), two_domains)
-    again = start(tiny_recipe(name="again", optimiser=optimiser, training=training), two_domains)
+@pytest.mark.parametrize(
+    ("method", "optimiser"),
+    [("cct", {"name": "adamw", "lr": 1e-3}), ("cct", {"name": "sgd"}), ("mean_teacher", {}), ("unimatch", {}), ("usss", {})],
+)
+def test_resuming_restores_the_optimiser_and_what_a_method_remembers(
+    tiny_recipe: TinyRecipe, two_domains: Path, method: str, optimiser: dict[str, object]
+) -> None:
+    settings = {"method": method, "optimiser": optimiser, "training": {"steps": 4, "save_every": 2, "log_every": 1, "keep": 9}}
+    again = start(tiny_recipe(name="again", **settings), two_domains)
     last = checkpoints(again / "checkpoints")[-1]
-    for path in last.iterdir():
-        path.unlink()
-    last.rmdir()
-    start(tiny_recipe(name="again", optimiser=optimiser, training=training, resume="auto"), two_domains)
-    assert largest_difference(weights(straight), weights(again)) == 0
+    straight = {path.name: path.read_bytes() for path in last.iterdir() if path.suffix == ".safetensors"}
+    shutil.rmtree(last)
+    start(tiny_recipe(name="again", resume="auto", **settings), two_domains)
+    assert len(straight) == 2 and {name: (last / name).read_bytes() for name in straight} == straight
+
+
+def test_what_a_mean_teacher_run_scores_saves_and_restores_is_the_teacher(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    recipe = tiny_recipe(method="mean_teacher", optimiser={"lr": 0.1}, training={"steps": 3, "log_every": 1, "evaluate_every": 3})
+    run = start(recipe, two_domains)
+    restored = load_run(run)
+    tensors = weights(run)
+    assert tensors["updates"] == 3 and not torch.equal(tensors["teacher.heads.shapes.main.classify.weight"], tensors["heads.shapes.main.classify.weight"])
+    for result in evaluate(restored, [], None, workers=0):
+        assert result.miou == logged(run, f"val/{result.domain.name}/miou")[-1]
+    images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
+    before = restored.model.logits(images, "shapes")
+    with torch.no_grad():
+        for parameter in (*restored.model.encoder.parameters(), *restored.model.heads.parameters()):
+            parameter.zero_()
+    assert torch.equal(restored.model.logits(images, "shapes"), before)
 
 
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,13 +223,12 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_new_one(tiny_recipe: Tin
 @pytest.mark.parametrize("optimiser", [{"name": "adamw", "lr": 1e-3}, {"name": "sgd"}])
 def test_a_run_resumes_before_every_domain_had_its_turn(tiny_recipe: TinyRecipe, two_domains: Path, optimiser: dict[str, object]) -> None:
     settings = {"optimiser": optimiser, "data__schedule": "alternate", "training": {"steps": 4, "save_every": 1, "keep": 9, "log_every": 1}}
-    straight, again = (start(tiny_recipe(name=name, **settings), two_domains) for name in ("straight", "again"))
+    again = start(tiny_recipe(name="again", **settings), two_domains)
+    straight = weights(again)
     for checkpoint in checkpoints(again / "checkpoints")[1:]:
-        for path in checkpoint.iterdir():
-            path.unlink()
-        checkpoint.rmdir()
+        shutil.rmtree(checkpoint)
     start(tiny_recipe(name="again", resume="auto", **settings), two_domains)
-    assert largest_difference(weights(straight), weights(again)) == 0
+    assert largest_difference(straight, weights(again)) == 0
 
 
 def test_other_labelled_images_are_noticed_on_resuming(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
@@ -247,12 +282,16 @@ def test_auto_starts_a_run_that_does_not_exist_and_finishes_one_that_is_done(tin
     assert largest_difference(before, weights(run)) == 0
 
 
-def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run(tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tiny_recipe(optimiser={"lr": 1e30, "schedule": "constant"}, training={"steps": 9, "log_every": 1, "max_skipped": 2, "save_every": 1})
+@pytest.mark.parametrize("method", ["cct", "mean_teacher", "usss"])
+def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run(
+    tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    training = {"steps": 9, "log_every": 1, "max_skipped": 2, "save_every": 1}
+    recipe = tiny_recipe(method=method, optimiser={"lr": 1e30, "schedule": "constant"}, training=training)
     with pytest.raises(RunFailed, match=r"step 4: (fields|shapes)/\w+ is nan; keys .*train_\d.*; 3 steps in a row were skipped"):
         start(recipe, two_domains)
     assert "step 2: " in capsys.readouterr().out
-    # The checkpoints of skipped steps hold the weights of the last good one.
+    # The checkpoints of skipped steps hold the weights of the last good one, a teacher's and class embeddings too.
     kept = checkpoints(recipe.folder / "checkpoints")
     assert read_state(kept[-1]).step == 3
     assert (kept[-1] / "model.safetensors").read_bytes() == (kept[-2] / "model.safetensors").read_bytes()
@@ -276,8 +315,6 @@ def test_init_from_another_encoder_is_refused(tiny_run: Path, tiny_recipe: TinyR
 
 
 def test_other_shards_are_noticed_on_resuming(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
-    import shutil
-
     copy = shutil.copytree(two_domains, tmp_path / "shards")
     recipe = tiny_recipe(data__shards=str(copy), resume="auto")
     start(recipe, two_domains)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,14 +70,40 @@ def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
         ("nonsense", "'nonsense' is not an override; write key=value"),
         ("data.crop=[1", "not valid YAML"),
         ("domains.camvid.unlabelled=some", "rest, all, none"),
-        ("domains.camvid.labelled=0", "at least one labelled image"),
+        ("domains.camvid.labelled=0", "labelled is 0; write `none`"),
+        ("method=mean_techer", 'method is .mean_techer.; it is one of cct, supervised, .* Did you mean "mean_teacher"'),
+        ("method=fixmatch", "it is one of cct, supervised, mean_teacher, unimatch, usss"),
+        ("domains.camvid.consistency.confidnce=0.9", r'unknown key "domains.camvid.consistency.confidnce".*Did you mean "confidence"'),
+        ("domains.camvid.perturbations.dropot.count=0", r'unknown key "domains.camvid.perturbations.dropot".*Did you mean "dropout"'),
+        ("domains.camvid.perturbations.dropout.cuont=0", r"Allowed in domains.camvid.perturbations.dropout: count, probability. Did you mean .count"),
+        ("perturbations.dropout.needs_objects=true", 'unknown key "perturbations.dropout.needs_objects"'),
+        ("domains.camvid.consistency=3", "domains.camvid.consistency is 3; it is a section with the keys weight"),
+        ("domains.camvid.perturbations=[dropout]", "domains.camvid.perturbations is .*; it is a section with the keys feature_noise"),
+        ("domains.camvid.consistency.weight=much", "domains.camvid.consistency.weight is 'much'.*could not be converted to Float"),
+        ("domains.camvid.consistency.confidence=${oc.env:HOME}", "domains.camvid.consistency.confidence is .* plain values, without"),
+        ("consistency.confidence=1", "consistency.confidence is 1.0; a probability that can be exceeded lies in 0 to below 1"),
+        ("domains.camvid.consistency.confidence=-0.1", "consistency.confidence is -0.1"),
+        ("perturbations.adversarial_noise.xi=1e-6", "perturbations.adversarial_noise.xi is 1e-06, which 32-bit numbers lose; it is at least 0.01"),
+        ("domains.camvid.perturbations.adversarial_noise.xi=1e-6", "perturbations.adversarial_noise.xi is 1e-06"),
+        ("domains.camvid.weak_split=x domains.camvid.unlabelled_splits=[x]", "names a split twice, or the train_split or weak_split"),
+        ("mean_teacher.decay=1", "mean_teacher.decay is 1.0; it lies in 0 to below 1"),
+        ("mean_teacher.cutmix=2", "mean_teacher.cutmix is 2.0; a probability"),
+        ("unimatch.confidence=1", "unimatch.confidence is 1.0; it lies in 0 to below 1"),
+        ("unimatch.weight=-1", "unimatch.weight is -1.0; it is 0 or more"),
+        ("unimatch.dropout=0", "unimatch.dropout is 0.0; it lies between 0 and 1"),
+        ("unimatch.cutmix=-1", "unimatch.cutmix is -1.0; a probability"),
+        ("usss.across=-1", "usss.across is -1.0; it is 0 or more"),
+        ("usss.within=-1", "usss.within is -1.0; it is 0 or more"),
+        ("usss.channels=0", "usss.channels is 0; it is at least 1"),
+        ("usss.temperature=0", "usss.temperature is 0.0; it is above 0"),
+        ("usss.momentum=1", "usss.momentum is 1.0; it lies in 0 to below 1"),
         ("data.schedule=both", "together, alternate"),
         ("evaluation.window=[1]", r"\[width, height\]"),
     ],
 )
 def test_each_mistake_is_one_line_with_the_key(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message) as error:
-        read_recipe(write(tmp_path, BASE), [override])
+        read_recipe(write(tmp_path, BASE), override.split(" "))
     assert "\n" not in str(error.value)
 
 
@@ -118,8 +145,90 @@ def test_differences_name_what_makes_another_run_and_not_what_may_change(tmp_pat
     ]
 
 
+# Sections of a domain's own
+
+
+OWN = """\
+consistency: {weight: 2, distance: js}
+perturbations:
+  dropout: {count: 3, probability: 0.3}
+  object_mask: {count: 1}
+domains:
+  camvid:
+    consistency: {confidence: 0.9}
+    perturbations: {dropout: {probability: 0.7}}
+  cityscapes:
+"""
+
+
+def test_a_domains_sections_replace_single_keys_and_inherit_the_others(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, OWN))
+    own, general = recipe.consistency_of("camvid"), recipe.consistency_of("cityscapes")
+    assert general == recipe.consistency and (general.weight, general.distance, general.confidence) == (2, "js", 0)
+    assert own == replace(general, confidence=0.9)
+    mix, common = recipe.perturbations_of("camvid"), recipe.perturbations_of("cityscapes")
+    assert common == recipe.perturbations and (common.dropout.count, common.dropout.probability, common.object_mask.count) == (3, 0.3, 1)
+    assert mix == replace(common, dropout=replace(common.dropout, probability=0.7))
+
+
+@pytest.mark.parametrize("text", [BASE, OWN])
+def test_overrides_reach_a_domains_own_sections(tmp_path: Path, text: str) -> None:
+    before = read_recipe(write(tmp_path, text))
+    overrides = ["domains.camvid.perturbations.dropout.count=0", "domains.camvid.consistency.confidence=0.8", "domains.cityscapes.consistency.weight=7"]
+    recipe = read_recipe(write(tmp_path, text), overrides)
+    mix = before.perturbations_of("camvid")
+    assert recipe.perturbations_of("camvid") == replace(mix, dropout=replace(mix.dropout, count=0))
+    assert recipe.consistency_of("camvid") == replace(before.consistency_of("camvid"), confidence=0.8)
+    assert recipe.consistency_of("cityscapes") == replace(before.consistency_of("cityscapes"), weight=7)
+    assert recipe.consistency == before.consistency and recipe.perturbations == before.perturbations
+
+
+def test_a_domain_inherits_what_an_override_changes_in_the_recipes_section(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, OWN), ["consistency.distance=kl", "consistency.confidence=0.5", "perturbations.dropout.count=9"])
+    assert (recipe.consistency_of("camvid").distance, recipe.consistency_of("camvid").confidence) == ("kl", 0.9)
+    assert recipe.perturbations_of("camvid").dropout == replace(recipe.perturbations.dropout, probability=0.7) and recipe.perturbations.dropout.count == 9
+
+
+def test_sections_of_a_domains_own_survive_being_written_and_read(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, OWN), ["method=mean_teacher", "domains.cityscapes.weak_split=train_weak", "domains.camvid.labelled=none"])
+    assert read_recipe(write(tmp_path, recipe.to_yaml())) == recipe
+    assert differences(recipe, read_recipe(write(tmp_path, OWN))) == [
+        "method: mean_teacher -> cct",
+        "domains.camvid.labelled: none -> all",
+        "domains.cityscapes.weak_split: train_weak -> ",
+    ]
+
+
 def test_consistency_weight_zero_turns_every_domain_off(tmp_path: Path) -> None:
-    recipe = read_recipe(write(tmp_path, BASE), ["domains.camvid.consistency_weight=5"])
-    assert recipe.consistency_weight("camvid") == 5 and recipe.consistency_weight("cityscapes") == pytest.approx(30 / 21)
-    off = read_recipe(write(tmp_path, BASE), ["domains.camvid.consistency_weight=5", "consistency.weight=0"])
-    assert not off.uses_consistency("camvid") and not off.uses_consistency("cityscapes")
+    recipe = read_recipe(write(tmp_path, BASE), ["domains.camvid.consistency.weight=5"])
+    assert recipe.consistency_of("camvid").weight == 5 and recipe.consistency_of("cityscapes").weight == pytest.approx(30 / 21)
+    assert recipe.uses_unlabelled("camvid") and recipe.uses_unlabelled("cityscapes")
+    off = read_recipe(write(tmp_path, BASE), ["domains.camvid.consistency.weight=5", "consistency.weight=0"])
+    assert not off.uses_unlabelled("camvid") and not off.uses_unlabelled("cityscapes")
+
+
+def test_one_domain_can_be_turned_off(tmp_path: Path) -> None:
+    kinds = ("feature_noise", "feature_drop", "dropout", "object_mask", "context_mask", "guided_cutout", "adversarial_noise")
+    for overrides in (["domains.camvid.consistency.weight=0"], [f"domains.camvid.perturbations.{kind}.count=0" for kind in kinds]):
+        recipe = read_recipe(write(tmp_path, BASE), overrides)
+        assert not recipe.uses_unlabelled("camvid") and recipe.uses_unlabelled("cityscapes")
+
+
+def test_pseudo_labels_are_used_without_consistency_unless_they_are_turned_off_too(tmp_path: Path) -> None:
+    overrides = ["consistency.weight=0", "domains.camvid.weak_split=train_weak"]
+    assert read_recipe(write(tmp_path, BASE), overrides).uses_unlabelled("camvid")
+    assert not read_recipe(write(tmp_path, BASE), [*overrides, "consistency.weak_weight=0"]).uses_unlabelled("camvid")
+
+
+# Methods
+
+
+@pytest.mark.parametrize(("method", "uses"), [("cct", True), ("supervised", False), ("mean_teacher", True), ("unimatch", True), ("usss", True)])
+def test_every_method_but_the_supervised_one_uses_unlabelled_images(tmp_path: Path, method: str, uses: bool) -> None:
+    assert read_recipe(write(tmp_path, BASE), [f"method={method}"]).uses_unlabelled("camvid") == uses
+
+
+def test_comparing_label_spaces_takes_two_domains(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="method is `usss`, which compares label spaces, but there is one domain. Add a domain") as caught:
+        read_recipe(write(tmp_path, "method: usss\ndomains: {camvid: {labelled: 50}}\n"))
+    assert "\n" not in str(caught.value)
