@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from multidomain_cct.commands.terminal import DONE, FAILED, SHARDS, Words, complain, domain_options
-from multidomain_cct.data.specification import domain_folders, known_domains, read_domain
+from multidomain_cct.data.specification import domain_folders, find_domain, known_domains
 
 
 def register(words: Words) -> None:
@@ -24,9 +24,10 @@ def run(options: argparse.Namespace) -> int:
 
     table = Table("domain", "classes", "title", "shards", "file")
     broken = []
-    for name, path in known_domains(domain_folders(options.domains)).items():
+    folders = domain_folders(options.domains)
+    for name, path in known_domains(folders).items():
         try:
-            domain = read_domain(path)
+            domain = find_domain(name, folders)
         except ValueError as error:
             broken.append(str(error))
             continue

@@ -134,9 +134,7 @@ def activation_maps(model: Classifier, image: Tensor, domain: str, *, present: S
 @torch.no_grad()
 def confident_labels(activations: Tensor, train_ids: Sequence[int], settings: PseudoLabelSettings, *, background: int | None) -> Tensor:
     """(H, W) uint8 train ids of the sure positions, 255 elsewhere, from the (P, H, W) activations of the classes `train_ids`, without a random field."""
-    over = _above(activations, settings.foreground)
-    under = None if background is None else _above(activations, settings.background)
-    return _combined(over, under, train_ids, background)
+    return _combined(_above(activations, settings.foreground), _above(activations, settings.background), train_ids, background)
 
 
 @torch.no_grad()
@@ -147,12 +145,13 @@ def pseudo_labels(activations: Tensor, image: Tensor, train_ids: Sequence[int], 
     become unary terms of probability `confidence` and are refined. A position is foreground where the first says so, background where neither does, else
     unsure. Without a background class only the first is made, and what is not foreground is unsure.
     """
-    refine = DenseCrf(image, settings.crf)
-    over = _refined(_above(activations, settings.foreground), refine, settings.confidence, len(train_ids) + 1)
-    under = None
-    if background is not None:
-        under = _refined(_above(activations, settings.background), refine, settings.confidence, len(train_ids) + 1)
-    return _combined(over, under, train_ids, background)
+    thresholds = [settings.foreground] if background is None else [settings.foreground, settings.background]
+    winners = torch.stack([_above(activations, threshold) for threshold in thresholds])  # (1 or 2, H, W)
+    if train_ids:
+        chosen = F.one_hot(winners, len(train_ids) + 1).movedim(-1, 1).bool()
+        others = (1 - settings.confidence) / len(train_ids)
+        winners = DenseCrf(image, settings.crf)(torch.where(chosen, settings.confidence, others)).argmax(dim=1)
+    return _combined(winners[0], winners[-1], train_ids, background)
 
 
 def _above(activations: Tensor, threshold: float) -> Tensor:
@@ -160,17 +159,9 @@ def _above(activations: Tensor, threshold: float) -> Tensor:
     return F.pad(activations, (0, 0, 0, 0, 1, 0), value=threshold).argmax(dim=0)
 
 
-def _refined(winners: Tensor, refine: DenseCrf, confidence: float, count: int) -> Tensor:
-    """The (H, W) winners after the random field."""
-    if count == 1:
-        return winners
-    chosen = F.one_hot(winners, count).permute(2, 0, 1).bool()  # (P + 1, H, W)
-    rest = (1 - confidence) / (count - 1)
-    return refine(torch.where(chosen, confidence, rest)).argmax(dim=0)
-
-
-def _combined(over: Tensor, under: Tensor | None, train_ids: Sequence[int], background: int | None) -> Tensor:
+def _combined(over: Tensor, under: Tensor, train_ids: Sequence[int], background: int | None) -> Tensor:
+    """Train ids of the (H, W) winners at the upper threshold; background where those at the lower one are none either."""
     ids = torch.tensor([IGNORE, *train_ids], dtype=torch.uint8, device=over.device)[over]
-    if under is not None and background is not None:
+    if background is not None:
         ids[(over == 0) & (under == 0)] = background
     return ids

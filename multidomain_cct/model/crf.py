@@ -73,18 +73,18 @@ class DenseCrf:
 
     @torch.no_grad()
     def __call__(self, probabilities: Tensor) -> Tensor:
-        """(C, H, W) float32 probabilities after mean field, from (C, H, W) probabilities."""
-        unary = probabilities.float().clamp_min(_TINY).log()  # (C, H, W)
-        belief = unary.softmax(dim=0)
+        """(..., C, H, W) float32 probabilities after mean field, from (..., C, H, W) probabilities; leading dimensions are refined apart, but in one pass."""
+        unary = probabilities.float().clamp_min(_TINY).log()  # (..., C, H, W)
+        belief = unary.softmax(dim=-3)
         for _ in range(self.settings.iterations):
-            score = unary.clone()
+            planes, score = belief.flatten(0, -3), unary.clone()
             if self.smooth is not None:
-                score.add_(self.smooth(belief), alpha=self.settings.smooth_weight)
+                score.add_(self.smooth(planes).view_as(score), alpha=self.settings.smooth_weight)
             if self.appearance is not None:
                 # The lattice works on whole rows of classes, (N, C); softmax over a last dimension that short is ten times slower than over the first.
-                message = self.appearance(belief.flatten(1).T.contiguous()).T
+                message = self.appearance(planes.flatten(1).T.contiguous()).T
                 score.add_(message.reshape(score.shape), alpha=self.settings.color_weight)
-            belief = score.softmax(dim=0)
+            belief = score.softmax(dim=-3)
         return belief
 
 

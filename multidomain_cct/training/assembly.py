@@ -76,3 +76,14 @@ def require_lenders(domains: Mapping[str, Domain]) -> None:
     for name, domain in domains.items():
         if domain.labels_of and domain.labels_of not in domains:
             raise ValueError(f'domains.{name} borrows the labels of "{domain.labels_of}", which is not in the recipe. Add it: domains.{domain.labels_of}.')
+
+
+def require_labels(domains: Mapping[str, Domain], labelled: Mapping[str, bool]) -> None:
+    """Raises ValueError for a label space of which no domain has a labelled image: its main decoder would stay as it was drawn. `labelled` is by domain."""
+    taught = {domains[name].labels_of or name for name, has in labelled.items() if has}
+    for name, domain in domains.items():
+        if (domain.labels_of or name) not in taught:
+            raise ValueError(
+                f"domains.{name} has no labelled image, and no other domain with its classes has one, so its main decoder cannot learn. Give it some"
+                " (domains.NAME.labelled), name its pseudo-labels as train_split, or start from a trained run (init_from)."
+            )

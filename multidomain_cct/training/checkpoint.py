@@ -222,6 +222,9 @@ def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Doma
     left_out += [f"head {name}: its classes differ" for name in old_domains if name in domains and name not in matching]
     taken = {}
     for name, tensor in tensors.items():
+        # A teacher starts from the model, and what other methods keep beside it belongs to their run.
+        if not name.startswith(("encoder.", "heads.")):
+            continue
         in_head = name.split(".")[1] if name.startswith("heads.") else None
         if in_head is not None and in_head not in matching:
             continue

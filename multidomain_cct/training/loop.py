@@ -22,7 +22,7 @@ from multidomain_cct.data.shards import Shards
 from multidomain_cct.data.specification import find_domain
 from multidomain_cct.data.streams import open_streams
 from multidomain_cct.model.network import Segmenter
-from multidomain_cct.training.assembly import build_model
+from multidomain_cct.training.assembly import build_model, require_labels
 from multidomain_cct.training.assembly import notices as model_notices
 from multidomain_cct.training.checkpoint import RunState, load_checkpoint, load_initial_weights, save_checkpoint
 from multidomain_cct.training.recipe import Recipe
@@ -66,6 +66,8 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     domains = {name: find_domain(name, folders, named_by=named_by) for name in recipe.domains}
     streams = [open_streams(domain, recipe.domains[name], recipe.data, use_unlabelled=recipe.uses_unlabelled(name)) for name, domain in domains.items()]
     world = {"rank": accelerator.process_index, "world": accelerator.num_processes, "accumulation": recipe.training.accumulation}
+    if recipe.init_from is None:
+        require_labels(domains, {stream.domain.name: bool(stream.labelled) for stream in streams})
     # A borrowed label space may add nothing to a supervised run; it is scored all the same.
     training = [stream for stream in streams if stream.labelled or stream.unlabelled]
     data = TrainingSet(training, seed=recipe.seed, augment=recipe.data.augment, schedule=recipe.data.schedule, **world)

@@ -74,7 +74,7 @@ class DomainRecipe(DomainSettings):
     consistency: ConsistencySettings | None = None
     """The unsupervised loss of this domain; keys left out are those of the recipe's `consistency`."""
     perturbations: Perturbations | None = None
-    """The auxiliary decoders of this domain; keys left out are those of the recipe's `perturbations`."""
+    """The auxiliary decoders of this domain; keys left out are those of the recipe's `perturbations`. A borrowed head has the mix of its lender."""
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,13 @@ def test_the_same_image_gives_the_same_bytes_whatever_was_refined_before() -> No
     assert np.array_equal(refined(probabilities, image, CrfSettings()), first.numpy())
 
 
+def test_problems_on_one_image_that_are_refined_together_do_not_mix() -> None:
+    (first, image), (second, _) = example(0), example(1)
+    field, both = DenseCrf(torch.from_numpy(image), CrfSettings()), torch.from_numpy(np.stack([first, second]))
+    for found, alone in zip(field(both), both, strict=True):
+        assert torch.allclose(found, field(alone), atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 1)])
 def test_images_of_one_row_or_column_are_refined(size: tuple[int, int]) -> None:
     found = refined(np.full((3, *size), 1 / 3), np.zeros((3, *size), dtype=np.uint8), CrfSettings(iterations=2))
