@@ -20,7 +20,14 @@ are refused, with the nearest known one. This page is generated from the code by
 
 
 def field_docstrings(kind: type) -> dict[str, str]:
-    """The string that follows each field in the class's source, in one line."""
+    """The string that follows each field in the source of the class or of those it extends, in one line."""
+    found = {}
+    for each in reversed(kind.__mro__[:-1]):
+        found |= _own_docstrings(each)
+    return found
+
+
+def _own_docstrings(kind: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}
@@ -61,7 +68,11 @@ def section(kind: type, path: str) -> list[str]:
         hint = hints[field.name]
         full = f"{path}.{field.name}" if path else field.name
         entry = get_args(hint)[1] if get_origin(hint) is dict else hint
-        if is_dataclass(entry):
+        general = next((part for part in get_args(hint) if is_dataclass(part)), None) if entry is hint else None
+        if general is not None:
+            # A domain's own section has the keys of the recipe's.
+            lines.append(f"| `{field.name}` | section | | {documented[field.name]} See [{field.name}](#{field.name}). |")
+        elif is_dataclass(entry):
             inner = f"{full}.NAME" if entry is not hint else full
             lines.append(f"| `{field.name}` | section | | {documented[field.name]} See [{inner}](#{inner.lower().replace('.', '')}). |")
             below += section(entry, inner)
