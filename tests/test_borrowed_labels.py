@@ -158,7 +158,7 @@ def kinds_of_domains(tiny_domain: Callable[..., Domain], tiny_shards: Callable[.
 
 LABELS_ONLY = {"labelled": "4", "unlabelled": "none"}
 IMAGES_ONLY = {"labelled": "none"}
-PSEUDO_LABELS_ONLY = {"labelled": "none", "train_split": "train_weak", "weak_split": "train_weak"}
+PSEUDO_LABELS_ONLY = {"train_split": "train_weak", "weak_split": "train_weak"}
 
 
 def terms_by_step(run: Path) -> list[set[str]]:
@@ -169,11 +169,11 @@ def terms_by_step(run: Path) -> list[set[str]]:
 @pytest.mark.parametrize(
     ("method", "fields", "dusk", "shapes"),
     [
-        ("cct", {"supervised"}, {"consistency"}, {"consistency", "weak"}),
-        ("supervised", {"supervised"}, set(), set()),
-        ("mean_teacher", {"supervised"}, {"consistency"}, {"consistency"}),
-        ("unimatch", {"supervised"}, {"strong", "feature"}, {"strong", "feature"}),
-        ("usss", {"supervised"}, {"within", "across"}, {"within", "across"}),
+        ("cct", {"supervised"}, {"consistency"}, {"supervised", "consistency", "weak"}),
+        ("supervised", {"supervised"}, set(), {"supervised"}),
+        ("mean_teacher", {"supervised"}, {"consistency"}, {"supervised", "consistency"}),
+        ("unimatch", {"supervised"}, {"strong", "feature"}, {"supervised", "strong", "feature"}),
+        ("usss", {"supervised"}, {"within", "across"}, {"supervised", "within", "across"}),
     ],
 )
 def test_labels_only_images_only_and_pseudo_labels_only_train_beside_each_other(
@@ -204,8 +204,15 @@ def test_pseudo_labels_add_a_term_beside_labelled_and_unlabelled_images(tiny_rec
     assert runs["with"][0]["train/shapes/supervised"] == pytest.approx(runs["without"][0]["train/shapes/supervised"], rel=1e-5)
 
 
-def test_a_run_in_which_nothing_is_trained_is_refused(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
-    recipe = tiny_recipe(method="supervised", domains={"fields": IMAGES_ONLY, "dusk": IMAGES_ONLY}, data__shards=str(kinds_of_domains))
-    with pytest.raises(ValueError, match="domains: none has images to train on"):
-        train(recipe, [kinds_of_domains / "domains"])
-    assert not recipe.folder.exists()
+def test_a_label_space_without_a_labelled_image_is_refused(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
+    for domains in ({"fields": LABELS_ONLY, "shapes": IMAGES_ONLY}, {"shapes": IMAGES_ONLY | {"weak_split": "train_weak"}}):
+        recipe = tiny_recipe(domains=domains, data__shards=str(kinds_of_domains))
+        with pytest.raises(ValueError, match="domains.shapes has no labelled image, and no other domain with its classes has one"):
+            train(recipe, [kinds_of_domains / "domains"])
+        assert not recipe.folder.exists()
+
+
+def test_a_trained_run_adapts_to_unlabelled_images_alone(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
+    first = train(tiny_recipe(domains={"shapes": LABELS_ONLY}, data__shards=str(kinds_of_domains)), [kinds_of_domains / "domains"])
+    recipe = tiny_recipe(name="adapted", domains={"shapes": IMAGES_ONLY}, data__shards=str(kinds_of_domains), init_from=str(first))
+    assert terms_by_step(train(recipe, [kinds_of_domains / "domains"])) == [{"shapes/consistency"}] * 2

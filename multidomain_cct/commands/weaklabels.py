@@ -30,7 +30,7 @@ def register(words: Words) -> None:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from multidomain_cct.results.weaklabels import loss_ends, tagged_domains, train_classifier, write_pseudo_labels
+    from multidomain_cct.results.weaklabels import loss_ends, tagged_domains, too_common, train_classifier, write_pseudo_labels
     from multidomain_cct.training.loop import RunFailed
     from multidomain_cct.training.recipe import read_recipe
 
@@ -47,8 +47,12 @@ def run(options: argparse.Namespace) -> int:
     first, last = loss_ends(losses)
     say(f"classifier: {len(losses)} steps on {sum(len(images.samples) for images in tagged)} images, loss {first:.3f} -> {last:.3f}")
     for images in tagged:
+        common = [images.domain.classes[train_id].name for train_id in sorted(too_common(images, recipe.pseudo_labels.most_common))]
+        if common:
+            share = f"more than {100 * recipe.pseudo_labels.most_common:.0f} % of the images (pseudo_labels.most_common)"
+            say(f"{images.domain.name}: no pseudo-labels for {', '.join(common)}, which {share} show: there is nothing to tell them by.")
         with progress_bar(images.domain.name) as progress:
-            summary = write_pseudo_labels(recipe, images, model, device=device, progress=progress)
+            summary = write_pseudo_labels(recipe, images, model, progress=progress)
         print_summary(Console(highlight=False), summary)
     return DONE
 

@@ -38,6 +38,12 @@ class TaggedImages:
     listed: tuple[str, ...]
     """Keys of the images that have image-level labels of their own, in the order of the shards. The others are in the labelled budget: masks tell theirs."""
 
+    def shares(self) -> np.ndarray:
+        """(K,) share of the images, 0 to 1, that show each of the classified classes."""
+        shown = [[train_id in classes for train_id in classified(self.domain)] for classes in self.classes.values()]
+        share: np.ndarray = np.mean(shown, axis=0)
+        return share
+
     def streams(self, data: DataSettings, choice: DomainSettings, batch: int) -> DomainStreams:
         """All these images as a stream without labels, for the loader: `batch` of them a step."""
         crop = choice.crop or data.crop

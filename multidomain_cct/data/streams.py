@@ -126,7 +126,8 @@ def open_streams(domain: Domain, settings: DomainSettings, data: DataSettings, *
         if settings.weak_split:
             weak_source = len(sources)
             sources.append(Shards.open(folder, settings.weak_split))
-            unlabelled = _with_pseudo_labels(unlabelled, sources, chosen)
+            # Where pseudo-labels are all a domain has, main and auxiliary decoders learn from the same ones.
+            unlabelled = _with_pseudo_labels(unlabelled, sources, set() if settings.weak_split == settings.train_split else chosen)
     crop = settings.crop or data.crop
     return DomainStreams(
         domain=domain,

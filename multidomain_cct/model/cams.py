@@ -37,6 +37,8 @@ class PseudoLabelSettings:
     """Activation, as a share of the class's largest in the image, above which a position may become foreground."""
     background: float = 0.05
     """Activation below which a position may become background. What lies between the two is unsure."""
+    most_common: float = 0.9
+    """Classes that more than this share of the images show get no pseudo-labels: nothing tells the classifier what their absence looks like."""
     confidence: float = 0.7
     """Probability that the random field is given for a position's class at the start; the other classes share the rest."""
     crf: CrfSettings = field(default_factory=CrfSettings)
@@ -56,29 +58,50 @@ class PseudoLabelSettings:
             raise ValueError(
                 f"pseudo_labels.background is {self.background} and pseudo_labels.foreground {self.foreground}; it is 0 < background <= foreground < 1."
             )
+        if not 0 < self.most_common <= 1:
+            raise ValueError(f"pseudo_labels.most_common is {self.most_common}; it lies above 0 and is at most 1.")
         if not 0 < self.confidence < 1:
             raise ValueError(f"pseudo_labels.confidence is {self.confidence}; it lies between 0 and 1.")
 
 
-class Classifier(nn.Module):
-    """The shared encoder with a multi-label head by domain: one logit per class and position, averaged over the image.
+class ClassHead(nn.Module):
+    """A map for each class from the features, and the logit that a class starts from: the log-odds of its share of the images.
 
-    The heads are 1x1 convolutions without bias. A linear map and the average may change places, so what explains a logit is the map itself; a bias would
-    explain the classes that most images show without looking at any position.
+    Without that start, the map of a class that most images show has to be positive wherever there is anything; with it, the map is left to explain what
+    tells images apart. IRN has no bias, which on PASCAL VOC, where every class is rare, makes the background negative; for common classes the sign turns.
     """
 
-    def __init__(self, encoder: EncoderSettings, num_classes: Mapping[str, int], *, seed: int = 0) -> None:
-        """`num_classes` are those that are told apart, by domain. Raises ValueError for encoder settings that do not fit each other."""
+    base: Tensor
+
+    def __init__(self, channels: int, shares: Sequence[float]) -> None:
+        super().__init__()
+        self.maps = nn.Conv2d(channels, len(shares), 1, bias=False)
+        # A class in all images, or in none, has no finite log-odds.
+        self.register_buffer("base", torch.tensor(shares).clamp(0.01, 0.99).logit())
+
+    def forward(self, features: Tensor) -> Tensor:
+        maps: Tensor = self.maps(features)
+        return maps
+
+
+class Classifier(nn.Module):
+    """The shared encoder with a multi-label head by domain: a logit per class and position, averaged over the image.
+
+    A linear map and the average may change places, so what explains a logit is the map itself.
+    """
+
+    def __init__(self, encoder: EncoderSettings, shares: Mapping[str, Sequence[float]], *, seed: int = 0) -> None:
+        """`shares` is, by domain, the share of the images that show each of its K classes. Raises ValueError for encoder settings that do not fit."""
         super().__init__()
         # Building draws random numbers; the caller's generator is left as it was.
         with torch.random.fork_rng(devices=[]):
             # The seed of the segmentation network's encoder: its new layers start from the same weights.
             torch.manual_seed(seed_from(seed, "encoder"))
-            self.encoder = Encoder(encoder, num_classes)
+            self.encoder = Encoder(encoder, shares)
             self.heads = nn.ModuleDict()
-            for name, classes in num_classes.items():
+            for name, own in shares.items():
                 torch.manual_seed(seed_from(seed, name, "classifier"))
-                self.heads[name] = nn.Conv2d(self.encoder.channels, classes, 1, bias=False)
+                self.heads[name] = ClassHead(self.encoder.channels, own)
 
     def forward(self, images: Mapping[str, Tensor], inside: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """(B, K) logits by domain, of (B, 3, H, W) uint8 images; padding, where the (B, H, W) bool `inside` is False, is left out of the average.
@@ -94,8 +117,14 @@ class Classifier(nn.Module):
                 maps = self.heads[name](features)  # (B, K, h, w)
                 weight = F.interpolate(inside[name][:, None].to(maps.dtype), size=maps.shape[-2:], mode="area")  # (B, 1, h, w)
                 # Only a view that shows nothing but padding could divide by 0.
-                logits[name] = (maps * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)).clamp_min(1e-6)
+                logits[name] = self.base(name) + (maps * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)).clamp_min(1e-6)
         return logits
+
+    def base(self, domain: str) -> Tensor:
+        """(K,) logits of an image of which nothing is known."""
+        head = self.heads[domain]
+        assert isinstance(head, ClassHead)
+        return head.base
 
     def maps(self, image: Tensor, domain: str) -> Tensor:
         """(K, H, W) class maps of a (3, H, W) uint8 image of any size."""
@@ -128,7 +157,7 @@ def activation_maps(model: Classifier, image: Tensor, domain: str, *, present: S
             found = F.interpolate((found.flip(-1) if mirrored else found)[None], size=(height, width), mode="bilinear", align_corners=False)[0]
             total += found.relu()
     peak = total.amax(dim=(1, 2), keepdim=True)
-    return total / peak.clamp_min(1e-5), model.maps(image, domain).mean(dim=(1, 2))
+    return total / peak.clamp_min(1e-5), model.base(domain) + model.maps(image, domain).mean(dim=(1, 2))
 
 
 @torch.no_grad()

@@ -108,6 +108,11 @@ class WeakSummary:
         return float(known.mean()) if len(known) else math.nan
 
 
+def too_common(images: TaggedImages, most_common: float) -> frozenset[int]:
+    """Train ids of the classes that more than this share of the images show."""
+    return frozenset(train_id for train_id, share in zip(classified(images.domain), images.shares(), strict=True) if share > most_common)
+
+
 def weak_split(train_split: str) -> str:
     """The split of pseudo-label shards that `weaklabels` writes."""
     return f"{train_split}_weak"
@@ -150,7 +155,7 @@ def train_classifier(
     streams = [images.streams(recipe.data, recipe.domains[images.domain.name], settings.batch) for images in tagged]
     data = TrainingSet(streams, seed=seed_from(recipe.seed, "weaklabels"), augment=recipe.data.augment)
     targets = {images.domain.name: _targets(images, device) for images in tagged}
-    model = Classifier(recipe.encoder, {images.domain.name: len(classified(images.domain)) for images in tagged}, seed=recipe.seed).to(device).train()
+    model = Classifier(recipe.encoder, {images.domain.name: images.shares().tolist() for images in tagged}, seed=recipe.seed).to(device).train()
     optimiser = build_optimiser(optimisation, model.encoder.trunk, model)
     losses: list[float] = []
     batches = steps(data, 0, settings.steps, workers=recipe.data.workers, prefetch=recipe.data.prefetch, pin_memory=device.type == "cuda")
@@ -175,7 +180,7 @@ def _targets(images: TaggedImages, device: torch.device) -> dict[str, Tensor]:
     return {key: torch.tensor([float(train_id in shown) for train_id in ids], device=device) for key, shown in images.classes.items()}
 
 
-def write_pseudo_labels(recipe: Recipe, images: TaggedImages, model: Classifier, *, device: torch.device, progress: Progress | None = None) -> WeakSummary:
+def write_pseudo_labels(recipe: Recipe, images: TaggedImages, model: Classifier, *, progress: Progress | None = None) -> WeakSummary:
     """Write a labelled sample for every image with image-level labels, and a contact sheet; `progress(keys, total)` wraps the iteration.
 
     Everything is written beside its place and moved there at the end, so what was there stays until the new is whole.
@@ -183,6 +188,7 @@ def write_pseudo_labels(recipe: Recipe, images: TaggedImages, model: Classifier,
     domain, split = images.domain, weak_split(recipe.domains[images.domain.name].train_split)
     folder = Path(recipe.data.shards) / domain.name
     temporary = folder / f".{split}.tmp"
+    left_out = too_common(images, recipe.pseudo_labels.most_common)
     shutil.rmtree(temporary, ignore_errors=True)
     maps, refined = _Tally(domain), _Tally(domain)
     scores: list[np.ndarray] = []
@@ -191,7 +197,7 @@ def write_pseudo_labels(recipe: Recipe, images: TaggedImages, model: Classifier,
     try:
         with ShardWriter(temporary, split, note=lambda: notes) as writer:
             for key in images.listed if progress is None else progress(images.listed, len(images.listed)):
-                made = _pseudo_labelled(recipe, images, key, model, device)
+                made = _pseudo_labelled(recipe, images, key, model, left_out=left_out)
                 maps.add(made.from_maps, made.truth)
                 refined.add(made.ids, made.truth)
                 scores.append(made.logits)
@@ -226,13 +232,13 @@ class _Made:
     truth: Tensor | None
 
 
-def _pseudo_labelled(recipe: Recipe, images: TaggedImages, key: str, model: Classifier, device: torch.device) -> _Made:
-    domain, settings = images.domain, recipe.pseudo_labels
+def _pseudo_labelled(recipe: Recipe, images: TaggedImages, key: str, model: Classifier, *, left_out: frozenset[int]) -> _Made:
+    domain, settings, device = images.domain, recipe.pseudo_labels, model.encoder.mean.device
     source, number = images.samples[key]
     record = images.sources[source].read(number)
     picture, mask = decode(record, domain)
     pixels = whole_view(picture).to(device)
-    present = sorted(images.classes[key])
+    present = sorted(images.classes[key] - left_out)
     places = [classified(domain).index(train_id) for train_id in present]
     activations, logits = activation_maps(model, pixels, domain.name, present=places, scales=settings.scales)
     background = background_class(domain)

@@ -66,14 +66,14 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     domains = {name: find_domain(name, folders, named_by=named_by) for name in recipe.domains}
     streams = [open_streams(domain, recipe.domains[name], recipe.data, use_unlabelled=recipe.uses_unlabelled(name)) for name, domain in domains.items()]
     world = {"rank": accelerator.process_index, "world": accelerator.num_processes, "accumulation": recipe.training.accumulation}
-    if recipe.init_from is None:
-        require_labels(domains, {stream.domain.name: bool(stream.labelled) for stream in streams})
     # A borrowed label space may add nothing to a supervised run; it is scored all the same.
     training = [stream for stream in streams if stream.labelled or stream.unlabelled]
     data = TrainingSet(training, seed=recipe.seed, augment=recipe.data.augment, schedule=recipe.data.schedule, **world)
     scored = {name: Shards.open(Path(recipe.data.shards) / name, choice.val_split) for name, choice in recipe.domains.items() if choice.val_split}
     resumed, notices = resumable_checkpoint(recipe, domains, streams)
     model = build_model(recipe, domains, unlabelled={stream.domain.name: bool(stream.unlabelled) for stream in streams})
+    if recipe.init_from is None:
+        require_labels(domains, {stream.domain.name: bool(stream.labelled) for stream in streams})
     if resumed is None:
         notices += model_notices(recipe, domains)
         if recipe.init_from is not None:

@@ -15,7 +15,7 @@ TINY = EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32)
 
 
 def classifier(**domains: int) -> Classifier:
-    return Classifier(TINY, domains or {"fields": 3}, seed=1).eval().requires_grad_(False)
+    return Classifier(TINY, {name: [0.5] * count for name, count in (domains or {"fields": 3}).items()}, seed=1).eval().requires_grad_(False)
 
 
 def pictures(count: int = 2, height: int = 32, width: int = 48, seed: int = 0) -> Tensor:
@@ -30,7 +30,7 @@ def test_the_logit_of_an_image_is_the_mean_of_its_class_map_and_that_of_its_pool
     model, images = classifier(), pictures()
     logits = model({"fields": images}, {"fields": everywhere(images)})["fields"].double().numpy()
     features = model.encoder(images, [("fields", 2)]).double().numpy()
-    weights = model.heads["fields"].weight[:, :, 0, 0].double().numpy()
+    weights = model.heads["fields"].maps.weight[:, :, 0, 0].double().numpy()
     assert np.allclose(logits, features.mean(axis=(2, 3)) @ weights.T, atol=1e-5)
     assert np.allclose(logits, np.einsum("kd,bdhw->bkhw", weights, features).mean(axis=(2, 3)), atol=1e-5)
 
@@ -40,7 +40,7 @@ def test_padding_is_left_out_of_the_average() -> None:
     inside = everywhere(images)
     inside[:, 16:] = False
     features = model.encoder(images, [("fields", 1)]).double().numpy()[0, :, :2]
-    weights = model.heads["fields"].weight[:, :, 0, 0].double().numpy()
+    weights = model.heads["fields"].maps.weight[:, :, 0, 0].double().numpy()
     assert np.allclose(model({"fields": images}, {"fields": inside})["fields"].numpy(), weights @ features.mean(axis=(1, 2)), atol=1e-5)
 
 
@@ -51,6 +51,13 @@ def test_each_domain_has_a_head_and_crops_may_differ() -> None:
     assert {name: logits.shape for name, logits in found.items()} == {"fields": (2, 3), "shapes": (1, 2)}
     alone = model({"shapes": images["shapes"]}, {"shapes": everywhere(images["shapes"])})["shapes"]
     assert torch.allclose(found["shapes"], alone, atol=1e-5)
+
+
+def test_a_class_starts_from_the_log_odds_of_its_share() -> None:
+    model, images = Classifier(TINY, {"fields": [0.9, 0.2, 1.0]}, seed=1).eval().requires_grad_(False), pictures()
+    model.heads["fields"].maps.weight.zero_()
+    wanted = [np.log(0.9 / 0.1), np.log(0.2 / 0.8), np.log(0.99 / 0.01)]
+    assert model({"fields": images}, {"fields": everywhere(images)})["fields"].numpy() == pytest.approx(np.array([wanted] * 2), abs=1e-4)
 
 
 def test_the_loss_is_the_binary_cross_entropy_in_float64() -> None:
@@ -70,7 +77,7 @@ def test_the_same_seed_builds_the_same_classifier_and_leaves_the_generator_alone
 
 def test_activations_are_those_of_the_present_classes_with_one_as_their_largest() -> None:
     model, image = classifier(), pictures(1, 30, 45)[0]
-    model.heads["fields"].weight.copy_(torch.linspace(-1, 1, 96).view(3, 32, 1, 1).abs())
+    model.heads["fields"].maps.weight.copy_(torch.linspace(-1, 1, 96).view(3, 32, 1, 1).abs())
     activations, logits = activation_maps(model, image, "fields", present=[0, 2], scales=[1.0, 0.5])
     assert activations.shape == (2, 30, 45) and logits.shape == (3,)
     assert float(activations.min()) >= 0
@@ -86,7 +93,7 @@ def test_the_maps_of_a_mirrored_image_are_the_mirrored_maps() -> None:
 
 def test_a_class_that_is_nowhere_positive_stays_zero() -> None:
     model, image = classifier(), pictures(1)[0]
-    model.heads["fields"].weight.fill_(-1.0)
+    model.heads["fields"].maps.weight.fill_(-1.0)
     activations, _ = activation_maps(model, image, "fields", present=[1], scales=[1.0])
     assert float(activations.max()) == 0
 
@@ -159,6 +166,7 @@ def test_pseudo_labels_hold_only_the_present_classes_background_and_255() -> Non
         ({"least_share": 1.0}, "pseudo_labels.least_share is 1.0; it lies in 0 to below 1."),
         ({"scales": []}, "pseudo_labels.scales is []; at least one, each above 0."),
         ({"foreground": 0.01}, "pseudo_labels.background is 0.05 and pseudo_labels.foreground 0.01; it is 0 < background <= foreground < 1."),
+        ({"most_common": 0.0}, "pseudo_labels.most_common is 0.0; it lies above 0 and is at most 1."),
         ({"confidence": 1.0}, "pseudo_labels.confidence is 1.0; it lies between 0 and 1."),
     ],
 )

@@ -63,6 +63,13 @@ def test_pseudo_labels_hold_only_what_the_image_level_labels_name(workspace: Pat
     assert (found["train_004"] == barn).all()
 
 
+def test_a_class_that_nearly_every_image_shows_gets_no_pseudo_labels(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (workspace / "labels.txt").write_text("".join(f"train_00{n} grass{' sky' if n % 2 else ''}\n" for n in range(6)), encoding="utf-8")
+    assert run(workspace) == 0
+    assert "fields: no pseudo-labels for grass, which more than 90 % of the images" in capsys.readouterr().out
+    assert all(0 not in ids for ids in masks(workspace).values())
+
+
 def test_the_images_are_those_of_the_training_split_byte_for_byte(workspace: Path) -> None:
     run(workspace)
     folder = workspace / "shards" / "fields"
@@ -92,7 +99,7 @@ def test_images_without_masks_are_labelled_and_not_judged(workspace: Path, tiny_
     recipe = read_recipe(workspace / "recipe.yaml", ["domains.fields.unlabelled_splits=[more]"])
     [tagged] = tagged_domains(recipe, [workspace / "domains"], [], named_by="the recipe")
     model, _ = train_classifier(recipe, [tagged], device=torch.device("cpu"))
-    summary = write_pseudo_labels(recipe, tagged, model, device=torch.device("cpu"))
+    summary = write_pseudo_labels(recipe, tagged, model)
     assert summary.refined.quality is None and summary.images == 2
     assert set(masks(workspace)) == {"more_000", "more_001"}
 
@@ -121,7 +128,7 @@ def test_what_was_there_stays_when_making_it_anew_fails(workspace: Path) -> None
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_pseudo_labels(recipe, tagged, model, device=torch.device("cpu"), progress=interrupted)  # type: ignore[arg-type]
+        write_pseudo_labels(recipe, tagged, model, progress=interrupted)  # type: ignore[arg-type]
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
