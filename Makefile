@@ -20,7 +20,7 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python -m multidomain_cct pack toy_street
 	$(BIN)/python -m multidomain_cct pack toy_room
-	$(BIN)/accelerate launch -m multidomain_cct recipes/demo.yaml resume=auto name=demo_supervised consistency.weight=0
+	$(BIN)/accelerate launch -m multidomain_cct recipes/demo.yaml resume=auto name=demo_supervised method=supervised
 	$(BIN)/accelerate launch -m multidomain_cct recipes/demo.yaml resume=auto
 	$(BIN)/python -m multidomain_cct report runs/demo runs/demo_supervised --out runs/demo.html
 
