@@ -34,6 +34,8 @@ lint: .venv/dev
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/pack.py
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/crf.py
 
 docs: .venv/dev
 	$(BIN)/python docs/recipe_reference.py
