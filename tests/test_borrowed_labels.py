@@ -216,3 +216,32 @@ def test_a_trained_run_adapts_to_unlabelled_images_alone(tiny_recipe: TinyRecipe
     first = train(tiny_recipe(domains={"shapes": LABELS_ONLY}, data__shards=str(kinds_of_domains)), [kinds_of_domains / "domains"])
     recipe = tiny_recipe(name="adapted", domains={"shapes": IMAGES_ONLY}, data__shards=str(kinds_of_domains), init_from=str(first))
     assert terms_by_step(train(recipe, [kinds_of_domains / "domains"])) == [{"shapes/consistency"}] * 2
+
+
+def test_a_run_to_start_from_must_have_the_head_that_is_not_taught(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
+    first = train(tiny_recipe(domains={"fields": LABELS_ONLY}, data__shards=str(kinds_of_domains)), [kinds_of_domains / "domains"])
+    recipe = tiny_recipe(name="other", domains={"shapes": IMAGES_ONLY}, data__shards=str(kinds_of_domains), init_from=str(first))
+    with pytest.raises(ValueError, match="domains.shapes has no labelled image.* start from a run that has its head"):
+        train(recipe, [kinds_of_domains / "domains"])
+
+
+def test_a_domain_that_adds_nothing_has_no_norms_of_its_own(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
+    encoder = {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "per_domain"}
+    recipe = tiny_recipe(method="supervised", domains={"fields": LABELS_ONLY, "dusk": IMAGES_ONLY}, data__shards=str(kinds_of_domains), encoder=encoder)
+    with pytest.raises(ValueError, match="domains.dusk has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded"):
+        train(recipe, [kinds_of_domains / "domains"])
+
+
+def test_comparing_label_spaces_needs_unlabelled_images(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
+    recipe = tiny_recipe(method="usss", domains={"fields": LABELS_ONLY, "shapes": LABELS_ONLY}, data__shards=str(kinds_of_domains))
+    with pytest.raises(ValueError, match="method is `usss`, which learns from unlabelled images, and no domain has any"):
+        train(recipe, [kinds_of_domains / "domains"])
+
+
+def test_a_run_that_starts_from_a_mean_teachers_takes_the_teacher(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
+    folders, shards = [kinds_of_domains / "domains"], str(kinds_of_domains)
+    old = train(tiny_recipe(method="mean_teacher", domains={"fields": {"labelled": "2"}}, data__shards=shards), folders)
+    recipe = tiny_recipe(name="new", domains={"fields": LABELS_ONLY}, data__shards=shards, init_from=str(old), optimiser={"lr": 1e-12})
+    teacher, new = (load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors") for run in (old, train(recipe, folders)))
+    name = "heads.fields.main.classify.weight"
+    assert (new[name] - teacher[f"teacher.{name}"]).abs().max() < 1e-6 < (new[name] - teacher[name]).abs().max()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import fcntl
 import os
 import shlex
 import signal
@@ -203,6 +202,9 @@ def _child_environment(jobs: int) -> Mapping[str, str]:
 
 def _locked(log: BinaryIO) -> bool:
     """Whether the log is now ours. The training inherits the lock and keeps it until it ends, also when this process dies before it."""
+    # Here, because Windows has no such module, and this command alone needs it.
+    import fcntl
+
     try:
         fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

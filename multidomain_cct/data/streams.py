@@ -12,6 +12,8 @@ from multidomain_cct.data.shards import Shards
 
 SCHEDULES = ("together", "alternate")
 UNLABELLED = ("rest", "all", "none")
+WEAK_ENDING = "_weak"
+"""How splits of pseudo-labels end, which `weaklabels` makes. A split of true masks cannot be taken for one by mistake."""
 
 
 @dataclass(frozen=True)
@@ -160,5 +162,5 @@ def _with_pseudo_labels(unlabelled: list[tuple[int, int]], sources: list[Shards]
     """The unlabelled samples with those of the last source, which has pseudo-labels: an image stands there once, and not when its true mask is used."""
     weak = len(sources) - 1
     pseudo = {key: number for number, key in enumerate(sources[weak].keys) if key not in chosen}
-    others = [(source, number) for source, number in unlabelled if source != 0 or sources[0].keys[number] not in pseudo]
+    others = [(source, number) for source, number in unlabelled if sources[source].keys[number] not in pseudo]
     return others + [(weak, number) for number in pseudo.values()]

@@ -57,9 +57,10 @@ def components(mask: Tensor) -> Tensor:
     The largest position number spreads over its region; following the numbers as pointers makes the steps few.
     """
     count = mask.shape[1] * mask.shape[2]
-    # In floats, which max pooling wants; 64 bits hold any position exactly.
-    inside = mask.double()
-    labels = inside * torch.arange(1, count + 1, device=mask.device, dtype=torch.float64).view(1, *mask.shape[1:])
+    # In floats, which max pooling wants; 32 bits hold positions up to 2^24 exactly.
+    assert count < 2**24, "the feature map has more positions than a 32-bit float can tell apart"
+    inside = mask.float()
+    labels = inside * torch.arange(1, count + 1, device=mask.device, dtype=torch.float32).view(1, *mask.shape[1:])
     while True:
         spread = F.max_pool2d(labels.unsqueeze(1), 3, stride=1, padding=1).squeeze(1) * inside
         pointers = F.pad(spread.flatten(1), (1, 0))

@@ -47,7 +47,7 @@ class ConsistencySettings:
     """The loss on unlabelled images. A domain's own section replaces single keys of it."""
 
     weight: float = 30 / 21
-    """Weight after the ramp; 0 trains with supervision only, without auxiliary decoders. The default is the authors' 30 at 21 classes."""
+    """Weight after the ramp; the default is the authors' 30 at 21 classes. 0 trains without unlabelled images; in the recipe's own section, in every domain."""
     weight_unit: str = "pixel"
     """`pixel`: the distance is a sum over classes, so a weight means the same in every domain; `authors`: a mean over classes, so 30 there is 30/C here."""
     distance: str = "mse"

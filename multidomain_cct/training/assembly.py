@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.streams import DomainStreams
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.methods.mean_teacher import MeanTeacher
 from multidomain_cct.methods.unimatch import UniMatch
@@ -19,10 +20,9 @@ from multidomain_cct.training.recipe import Recipe
 def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Mapping[str, bool] | None = None, pretrained: bool = True) -> Segmenter:
     """The recipe's network. `unlabelled` says which domains have unlabelled images; heads that see none, and all when it is None, get no auxiliary decoders.
 
-    Raises ValueError for domains, encoder or decoder that do not fit each other.
+    Lenders of labels are among the domains (`require_lenders`). Raises ValueError for encoder, stride or decoder that do not fit each other.
     """
-    require_lenders(domains)
-    sees_unlabelled = {domains[name].labels_of or name for name, has in (unlabelled or {}).items() if has and recipe.uses_unlabelled(name)}
+    sees_unlabelled = {domains[name].labels_of or name for name, has in (unlabelled or {}).items() if has and uses_unlabelled(recipe, domains[name])}
     tasks = {}
     for name, domain in domains.items():
         perturbations = usable_perturbations(recipe, domain) if recipe.method == "cct" and name in sees_unlabelled else []
@@ -46,8 +46,16 @@ def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Ma
 
 
 def usable_perturbations(recipe: Recipe, domain: Domain) -> list[Perturbation]:
-    """One entry per auxiliary decoder; without a class that is a `thing`, or one that is not, those kinds are left out that hide objects or their context."""
-    return recipe.perturbations_of(domain.name).each(objects=tells_objects(domain))
+    """One entry per auxiliary decoder of the head that the domain uses.
+
+    Without a class that is a `thing`, or one that is not, those kinds are left out that hide objects or their context.
+    """
+    return recipe.perturbations_of(domain.labels_of or domain.name).each(objects=tells_objects(domain))
+
+
+def uses_unlabelled(recipe: Recipe, domain: Domain) -> bool:
+    """Whether the domain's unlabelled images enter the loss: they are asked for, and with `cct` there is a decoder to see them."""
+    return recipe.uses_unlabelled(domain.name) and (recipe.method != "cct" or bool(usable_perturbations(recipe, domain)))
 
 
 def tells_objects(domain: Domain) -> bool:
@@ -55,17 +63,26 @@ def tells_objects(domain: Domain) -> bool:
     return len({label.thing for label in domain.classes}) == 2
 
 
-def notices(recipe: Recipe, domains: Mapping[str, Domain]) -> list[str]:
-    """What the user should know of the model: perturbations that a domain cannot have, norms that will never be trained."""
+def notices(recipe: Recipe, domains: Mapping[str, Domain], *, parts: int = 1) -> list[str]:
+    """What the user should know of the model: perturbations that a domain cannot have, labels that are not used, norms that will never be trained.
+
+    `parts` is into how many micro-batches, over all processes, a step is cut.
+    """
     lines = []
     for name, domain in domains.items():
-        if recipe.method == "cct" and recipe.uses_unlabelled(name) and not domain.labels_of and not tells_objects(domain):
-            left_out = len(recipe.perturbations_of(name).each()) - len(usable_perturbations(recipe, domain))
-            if left_out:
-                lines.append(
-                    f"{name}: its class table marks no class, or every class, as `thing`, so {left_out} auxiliary decoders with object masks, context masks and"
-                    " guided cutout are left out."
-                )
+        choice = recipe.domains[name]
+        usable, all_kinds = usable_perturbations(recipe, domain), recipe.perturbations_of(domain.labels_of or name).each()
+        if recipe.method == "cct" and recipe.uses_unlabelled(name) and not domain.labels_of and len(usable) < len(all_kinds):
+            none_left = "" if usable else " None is left, so its unlabelled images are not used."
+            lines.append(
+                f"{name}: its class table marks no class, or every class, as `thing`, so {len(all_kinds) - len(usable)} auxiliary decoders with object masks,"
+                f" context masks and guided cutout are left out.{none_left}"
+            )
+        if choice.image_labels and not choice.weak_split:
+            lines.append(f"{name}: image_labels is not read in training; make pseudo-labels with `weaklabels` and name them in domains.{name}.weak_split.")
+        mixes = {"mean_teacher": recipe.mean_teacher.cutmix, "unimatch": recipe.unimatch.cutmix}.get(recipe.method, 0.0)
+        if mixes > 0 and (choice.unlabelled_batch or recipe.data.unlabelled_batch) == parts:
+            lines.append(f"{name}: one unlabelled image per process and micro-batch has no other to be mixed with, so cutmix does nothing.")
     if (recipe.encoder.norm, recipe.encoder.weights, recipe.init_from) == ("frozen", "none", None):
         lines.append("encoder.norm=frozen with encoder.weights=none freezes norms that were never trained; norm=shared, or pretrained weights, train better.")
     return lines
@@ -78,12 +95,23 @@ def require_lenders(domains: Mapping[str, Domain]) -> None:
             raise ValueError(f'domains.{name} borrows the labels of "{domain.labels_of}", which is not in the recipe. Add it: domains.{domain.labels_of}.')
 
 
-def require_labels(domains: Mapping[str, Domain], labelled: Mapping[str, bool]) -> None:
-    """Raises ValueError for a label space of which no domain has a labelled image: its main decoder would stay as it was drawn. `labelled` is by domain."""
-    taught = {domains[name].labels_of or name for name, has in labelled.items() if has}
+def require_training_data(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams], *, taught: Iterable[str] = ()) -> None:
+    """Raises ValueError for parts of the model that would stay as they were drawn.
+
+    A label space of which no domain has a labelled image would keep a random main decoder, unless it is among those that were `taught` before (init_from).
+    """
+    spaces = {*taught, *(stream.domain.labels_of or stream.domain.name for stream in streams if stream.labelled)}
     for name, domain in domains.items():
-        if (domain.labels_of or name) not in taught:
+        if (domain.labels_of or name) not in spaces:
             raise ValueError(
                 f"domains.{name} has no labelled image, and no other domain with its classes has one, so its main decoder cannot learn. Give it some"
-                " (domains.NAME.labelled), name its pseudo-labels as train_split, or start from a trained run (init_from)."
+                " (domains.NAME.labelled), name its pseudo-labels as train_split, or start from a run that has its head (init_from)."
             )
+    for stream in streams:
+        if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
+            raise ValueError(
+                f"domains.{stream.domain.name} has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded. Leave the domain out,"
+                " or use norm=shared or norm=frozen."
+            )
+    if recipe.method == "usss" and not any(stream.unlabelled for stream in streams):
+        raise ValueError("method is `usss`, which learns from unlabelled images, and no domain has any. Add some, or use method=supervised.")

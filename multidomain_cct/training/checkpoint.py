@@ -211,13 +211,13 @@ def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Doma
 
     Raises ValueError when the encoders differ.
     """
-    if not (run / "recipe.yaml").is_file():
-        raise FileNotFoundError(f"init_from: {run}: this is not a run's folder (it has no recipe.yaml).")
     checkpoint = choose_checkpoint(run, "last")
     tensors = _tensors(checkpoint / _MODEL)
+    if any(name.startswith("teacher.") for name in tensors):
+        # What such a run was scored with.
+        tensors = {name.removeprefix("teacher."): tensor for name, tensor in tensors.items() if name.startswith("teacher.")}
     own = model.state_dict()
-    old_domains = {path.stem: read_domain(path) for path in sorted((run / "domains").glob("*.yaml"))}
-    matching = {name for name, domain in domains.items() if name in old_domains and old_domains[name].class_fingerprint == domain.class_fingerprint}
+    old_domains, matching = _old_domains(run), set(matching_heads(run, domains))
     left_out = [f"head {name}: not in this run" for name in old_domains if name not in domains]
     left_out += [f"head {name}: its classes differ" for name in old_domains if name in domains and name not in matching]
     taken = {}
@@ -239,6 +239,21 @@ def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Doma
         )
     model.load_state_dict(own | taken)
     return left_out
+
+
+def matching_heads(run: Path, domains: Mapping[str, Domain]) -> list[str]:
+    """The domains with a head of their own that the run has too, with the same classes. Raises FileNotFoundError when the folder is not a run."""
+    old = _old_domains(run)
+    own = {name: domain for name, domain in domains.items() if not domain.labels_of}
+    return [name for name, domain in own.items() if name in old and old[name].class_fingerprint == domain.class_fingerprint]
+
+
+def _old_domains(run: Path) -> dict[str, Domain]:
+    """The domains of a run that have a head of their own there."""
+    if not (run / "recipe.yaml").is_file():
+        raise FileNotFoundError(f"init_from: {run}: this is not a run's folder (it has no recipe.yaml).")
+    found = {path.stem: read_domain(path) for path in sorted((run / "domains").glob("*.yaml"))}
+    return {name: domain for name, domain in found.items() if not domain.labels_of}
 
 
 def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -22,9 +22,9 @@ from multidomain_cct.data.shards import Shards
 from multidomain_cct.data.specification import find_domain
 from multidomain_cct.data.streams import open_streams
 from multidomain_cct.model.network import Segmenter
-from multidomain_cct.training.assembly import build_model, require_labels
+from multidomain_cct.training.assembly import build_model, require_lenders, require_training_data, uses_unlabelled
 from multidomain_cct.training.assembly import notices as model_notices
-from multidomain_cct.training.checkpoint import RunState, load_checkpoint, load_initial_weights, save_checkpoint
+from multidomain_cct.training.checkpoint import RunState, load_checkpoint, load_initial_weights, matching_heads, save_checkpoint
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.run_folder import fingerprints, resumable_checkpoint, write_run_folder
 from multidomain_cct.training.runlog import RunLog, Window, environment
@@ -64,7 +64,8 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     """
     accelerator = _accelerator(recipe)
     domains = {name: find_domain(name, folders, named_by=named_by) for name in recipe.domains}
-    streams = [open_streams(domain, recipe.domains[name], recipe.data, use_unlabelled=recipe.uses_unlabelled(name)) for name, domain in domains.items()]
+    require_lenders(domains)
+    streams = [open_streams(domain, recipe.domains[name], recipe.data, use_unlabelled=uses_unlabelled(recipe, domain)) for name, domain in domains.items()]
     world = {"rank": accelerator.process_index, "world": accelerator.num_processes, "accumulation": recipe.training.accumulation}
     # A borrowed label space may add nothing to a supervised run; it is scored all the same.
     training = [stream for stream in streams if stream.labelled or stream.unlabelled]
@@ -72,10 +73,10 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     scored = {name: Shards.open(Path(recipe.data.shards) / name, choice.val_split) for name, choice in recipe.domains.items() if choice.val_split}
     resumed, notices = resumable_checkpoint(recipe, domains, streams)
     model = build_model(recipe, domains, unlabelled={stream.domain.name: bool(stream.unlabelled) for stream in streams})
-    if recipe.init_from is None:
-        require_labels(domains, {stream.domain.name: bool(stream.labelled) for stream in streams})
+    taught = [] if recipe.init_from is None else matching_heads(Path(recipe.init_from), domains)
+    require_training_data(recipe, domains, streams, taught=taught)
     if resumed is None:
-        notices += model_notices(recipe, domains)
+        notices += model_notices(recipe, domains, parts=accelerator.num_processes * recipe.training.accumulation)
         if recipe.init_from is not None:
             notices += [f"init_from: {line}" for line in load_initial_weights(Path(recipe.init_from), model, domains)]
     optimiser = build_optimiser(recipe.optimiser, model.encoder.trunk, model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -13,7 +14,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from multidomain_cct.data.streams import DataSettings, DomainSettings
+from multidomain_cct.data.streams import WEAK_ENDING, DataSettings, DomainSettings
 from multidomain_cct.data.strict_yaml import StrictLoader, did_you_mean, read_yaml
 from multidomain_cct.methods.mean_teacher import MeanTeacherSettings
 from multidomain_cct.methods.unimatch import UniMatchSettings
@@ -143,6 +144,12 @@ class Recipe:
             extra = [*choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
             if choice.train_split in choice.unlabelled_splits or len(set(extra)) < len(extra):
                 raise ValueError(f"domains.{name}.unlabelled_splits names a split twice, or the train_split or weak_split, which have their own keys.")
+            if choice.val_split and choice.val_split in extra:
+                raise ValueError(f"domains.{name} trains on its val_split {choice.val_split!r}; what is scored is not trained on. Name another split.")
+            if choice.weak_split and not choice.weak_split.endswith(WEAK_ENDING):
+                raise ValueError(
+                    f"domains.{name}.weak_split is {choice.weak_split!r}; it names pseudo-labels that `weaklabels` made, whose splits end in {WEAK_ENDING}."
+                )
         crops = {"data.crop": self.data.crop} | {f"domains.{name}.crop": d.crop for name, d in self.domains.items() if d.crop is not None}
         for where, crop in crops.items():
             if len(crop) != 2 or min(crop) < 1:
@@ -157,11 +164,11 @@ class Recipe:
         return Path(self.runs) / self.name
 
     def uses_unlabelled(self, domain: str) -> bool:
-        """Whether the domain's unlabelled images enter the loss."""
+        """Whether the domain's unlabelled images are asked for; `assembly.uses_unlabelled` also knows whether there is a decoder to see them."""
         if self.method == "cct":
             settings = self.consistency_of(domain)
             weak = settings.weak_weight > 0 and bool(self.domains[domain].weak_split)
-            return (settings.weight > 0 or weak) and bool(self.perturbations_of(domain).each())
+            return settings.weight > 0 or weak
         return self.method != "supervised"
 
     def consistency_of(self, domain: str) -> ConsistencySettings:
@@ -219,6 +226,9 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     assert isinstance(recipe, Recipe)
+    for key, value in _flat(asdict(recipe)).items():
+        if any(isinstance(number, float) and not math.isfinite(number) for number in (value if isinstance(value, list) else [value])):
+            raise ValueError(f"{where}: {key} is {value}; it is a finite number.")
     return recipe
 
 

@@ -17,7 +17,7 @@ from multidomain_cct.methods.unimatch import UniMatch, UniMatchSettings
 from multidomain_cct.methods.usss import Usss, UsssSettings
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.model.perturbations import AdversarialNoise, ContextMask, Dropout, FeatureNoise, GuidedCutout, ObjectMask
-from multidomain_cct.training.assembly import build_model, notices
+from multidomain_cct.training.assembly import build_model, notices, require_lenders, uses_unlabelled
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe, recipe_from
 
@@ -120,6 +120,29 @@ def test_nothing_is_said_of_kinds_that_are_not_asked_for(domains: dict[str, Doma
     assert notices(recipe(method="mean_teacher"), chosen) == [] and notices(recipe(consistency={"weight": 0}), chosen) == []
 
 
+def test_a_domain_whose_decoders_are_all_left_out_does_not_use_its_unlabelled_images(domains: dict[str, Domain]) -> None:
+    made = recipe(perturbations=TINY["perturbations"] | {kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")})
+    assert not uses_unlabelled(made, domains["room"]) and uses_unlabelled(made, domains["yard"])
+    assert notices(made, some(domains, "yard", "room"))[0].endswith("None is left, so its unlabelled images are not used.")
+
+
+def test_a_borrower_is_asked_for_the_mix_of_its_lender(domains: dict[str, Domain]) -> None:
+    nothing = {kind: {"count": 0} for kind in TINY["perturbations"]}
+    lender_without = recipe(domains={"yard": {"perturbations": nothing}, "dusk": {}})
+    assert not uses_unlabelled(lender_without, domains["dusk"])
+    assert uses_unlabelled(recipe(domains={"yard": {}, "dusk": {"perturbations": nothing}}), domains["dusk"])
+
+
+def test_image_labels_that_are_not_used_and_mixing_that_cannot_be_are_noticed(domains: dict[str, Domain]) -> None:
+    yard = some(domains, "yard")
+    (line,) = notices(recipe(domains={"yard": {"image_labels": "masks"}}), yard)
+    assert "image_labels is not read in training" in line and "domains.yard.weak_split" in line
+    assert notices(recipe(domains={"yard": {"image_labels": "masks", "weak_split": "train_weak"}}), yard) == []
+    for method in ("mean_teacher", "unimatch"):
+        alone = recipe(method=method, domains={"yard": {"unlabelled_batch": 4}})
+        assert "cutmix does nothing" in notices(alone, yard, parts=4)[0] and notices(alone, yard, parts=2) == []
+
+
 def test_a_run_prints_which_decoders_it_leaves_out(two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {
         "name": "once",
@@ -167,7 +190,7 @@ def test_lender_and_borrower_may_stand_in_any_order(domains: dict[str, Domain], 
 
 def test_a_lender_that_is_not_in_the_recipe_is_named_with_what_to_add(domains: dict[str, Domain]) -> None:
     with pytest.raises(ValueError) as caught:
-        build_model(recipe(domains={"dusk": {}}), some(domains, "dusk"))
+        require_lenders(some(domains, "dusk"))
     assert str(caught.value) == 'domains.dusk borrows the labels of "yard", which is not in the recipe. Add it: domains.yard.'
 
 
