@@ -38,7 +38,9 @@ class PseudoLabelSettings:
     background: float = 0.05
     """Activation below which a position may become background. What lies between the two is unsure."""
     most_common: float = 0.9
-    """Classes that more than this share of the images show get no pseudo-labels: nothing tells the classifier what their absence looks like."""
+    """Classes that more than this share of the images show get no pseudo-labels, for nothing tells the classifier what their absence looks like; nor does the
+    background of images that show them.
+    """
     confidence: float = 0.7
     """Probability that the random field is given for a position's class at the start; the other classes share the rest."""
     crf: CrfSettings = field(default_factory=CrfSettings)

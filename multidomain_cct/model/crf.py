@@ -43,8 +43,9 @@ class CrfSettings:
         if self.iterations < 0:
             raise ValueError(f"crf.iterations is {self.iterations}; it is at least 0.")
         for name in ("smooth_position", "color_position", "color_value"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"crf.{name} is {getattr(self, name)}; a deviation is above 0.")
+            # Smaller ones separate every pixel from every other, and cost a lattice point for each.
+            if not getattr(self, name) >= 1:
+                raise ValueError(f"crf.{name} is {getattr(self, name)}; a deviation is at least 1, in pixels or steps of colour.")
         for name in ("smooth_weight", "color_weight"):
             if getattr(self, name) < 0:
                 raise ValueError(f"crf.{name} is {getattr(self, name)}; it is 0 or more.")

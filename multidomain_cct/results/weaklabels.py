@@ -241,7 +241,8 @@ def _pseudo_labelled(recipe: Recipe, images: TaggedImages, key: str, model: Clas
     present = sorted(images.classes[key] - left_out)
     places = [classified(domain).index(train_id) for train_id in present]
     activations, logits = activation_maps(model, pixels, domain.name, present=places, scales=settings.scales)
-    background = background_class(domain)
+    # A class that has no map would pass for background where it stands: there, what is no other class is unsure.
+    background = None if images.classes[key] & left_out else background_class(domain)
     truth = None
     if mask is not None:
         truth = torch.from_numpy(np.array(mask.resize(picture.size, Image.Resampling.NEAREST))).to(device)

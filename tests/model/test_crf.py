@@ -160,8 +160,8 @@ def test_images_of_one_row_or_column_are_refined(size: tuple[int, int]) -> None:
     ("settings", "message"),
     [
         ({"iterations": -1}, "crf.iterations is -1; it is at least 0."),
-        ({"smooth_position": 0.0}, "crf.smooth_position is 0.0; a deviation is above 0."),
-        ({"color_value": -5.0}, "crf.color_value is -5.0; a deviation is above 0."),
+        ({"smooth_position": 0.0}, "crf.smooth_position is 0.0; a deviation is at least 1, in pixels or steps of colour."),
+        ({"color_value": -5.0}, "crf.color_value is -5.0; a deviation is at least 1, in pixels or steps of colour."),
         ({"color_weight": -1.0}, "crf.color_weight is -1.0; it is 0 or more."),
     ],
 )
