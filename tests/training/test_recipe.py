@@ -28,6 +28,7 @@ def test_every_shipped_recipe_loads_with_its_domains_and_says_what_it_is(path: P
     assert "accelerate launch -m multidomain_cct" in header
     for word in ("What:", "Takes:", "Reaches:", "Command:"):
         assert word in header, f"{path.name} does not say {word}"
+    assert "@" not in header, f"{path.name} has a place that was not filled in"
 
 
 def test_a_recipe_survives_being_written_and_read(tmp_path: Path) -> None:
