@@ -1,7 +1,8 @@
 """One step of cross-consistency training as its formulas say it: loops over images, every auxiliary decoder's logits at once, plain autograd.
 
-What ours is held against: its numbers in tests/test_reference.py, its time and memory in benchmarks/step.py. It reads a network's modules and settings and
-shares no computation with the package. Random numbers are drawn in the package's order, so that a seed gives both the same perturbations.
+What ours is held against: its numbers in tests/test_reference.py, its time and memory in benchmarks/step.py. It calls a network's encoder, reads the weights
+of its decoders and its settings, and shares no other computation with the package. Random numbers are drawn in the package's order, so that a seed gives
+both the same perturbations.
 
 Shapes: B labelled images, U unlabelled images, C classes of the domain, K auxiliary decoders, D feature channels, h w feature size, H W image size.
 """
@@ -13,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 IGNORE = 255
@@ -27,7 +29,7 @@ def step_losses(model: Any, batches: Mapping[str, Any], progress: float, *, pass
     for name, batch in batches.items():
         task = model.tasks[name]
         if len(batch.images):
-            supervised = supervised_loss(task.supervised, model.heads[task.head or name].main(features[name, "labelled"]), batch.masks, progress)
+            supervised = supervised_loss(task.supervised, decode(model.heads[task.head or name].main, features[name, "labelled"]), batch.masks, progress)
             losses[f"{name}/supervised"] = task.weight * supervised
     for name, batch in batches.items():
         if len(batch.unlabelled) and len(model.heads[model.tasks[name].head or name].auxiliaries):
@@ -51,12 +53,12 @@ def unsupervised_losses(model: Any, name: str, z: Tensor, batch: Any, progress: 
     head = model.heads[task.head or name]
     settings, num_classes = task.consistency, len(task.things)
     with torch.no_grad():
-        target = torch.softmax(head.main(z), dim=1)  # (U, C, H, W)
+        target = torch.softmax(decode(head.main, z), dim=1)  # (U, C, H, W)
     counted = batch.valid & (target.max(dim=1).values >= settings.confidence)
     objects = object_mask(target, batch.valid, task.things, model.encoder.stride)  # (U, h, w)
     perturbed = [perturb(auxiliary.perturbation, z, objects, auxiliary.decoder) for auxiliary in head.auxiliaries]
     kept = [torch.stack([(image != 0).any() for image in maps]) for maps in perturbed]
-    logits = torch.stack([auxiliary.decoder(maps) for auxiliary, maps in zip(head.auxiliaries, perturbed, strict=True)])  # (K, U, C, H, W)
+    logits = torch.stack([decode(auxiliary.decoder, maps) for auxiliary, maps in zip(head.auxiliaries, perturbed, strict=True)])  # (K, U, C, H, W)
 
     distance = {"mse": squared_distance, "kl": kl_divergence, "js": jensen_shannon}[settings.distance]
     weight = settings.weight / num_classes if settings.weight_unit == "authors" else settings.weight
@@ -68,6 +70,16 @@ def unsupervised_losses(model: Any, name: str, z: Tensor, batch: Any, progress: 
         terms = [mean_over_images(entropy(own, batch.pseudo_labels), known & left[:, None, None]) for own, left in zip(logits, kept, strict=True)]
         losses[f"{name}/weak"] = task.weight * ramp * settings.weak_weight * sum(terms) / len(terms)
     return losses
+
+
+def decode(decoder: Any, z: Tensor) -> Tensor:
+    """(U, C, H, W) logits of (U, D, h, w) features: 1x1 convolutions, then sub-pixel convolutions or bilinear upsampling (CCT section 4.1)."""
+    logits = F.conv2d(z, decoder.classify.weight, decoder.classify.bias)
+    if type(decoder).__name__ == "BilinearDecoder":
+        return F.interpolate(logits, scale_factor=decoder.stride, mode="bilinear", align_corners=False)
+    for number, doubling in enumerate(decoder.doublings):
+        logits = F.pixel_shuffle(F.conv2d(torch.relu(logits) if number else logits, doubling.weight, doubling.bias), 2)
+    return logits
 
 
 # Losses
@@ -209,8 +221,8 @@ def adversarial_noise(settings: Any, z: Tensor, decoder: nn.Module) -> Tensor:
     still = z.detach()
     d = torch.empty_like(still).uniform_(-0.5, 0.5)
     d = torch.stack([own / own.norm() for own in d]).requires_grad_()
-    p = torch.softmax(decoder(still).detach(), dim=1)
-    divergence = kl_divergence(decoder(still + settings.xi * d), p).mean()
+    p = torch.softmax(decode(decoder, still).detach(), dim=1)
+    divergence = kl_divergence(decode(decoder, still + settings.xi * d), p).mean()
     g = torch.autograd.grad(divergence, d)[0]
     strength = [settings.eps if settings.eps > 0 else settings.eps_relative * own.norm() for own in still]
     return z + torch.stack([size * own / own.norm() for size, own in zip(strength, g, strict=True)])

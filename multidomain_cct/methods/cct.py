@@ -1,6 +1,7 @@
 """Cross-consistency training: auxiliary decoders that see perturbed features are to agree with the main decoder (Ouali, Hudelot, Tami, CVPR 2020).
 
-Shapes: U unlabelled images, C classes of the domain, D feature channels, H W image size, h w feature size.
+Shapes: U unlabelled images, C classes of the domain, D feature channels, H W image size, h w feature size, P pixels, in the
+decoders' order.
 """
 
 from __future__ import annotations
@@ -36,19 +37,21 @@ class CCT(Segmenter):
     def _unsupervised_losses(self, name: str, features: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Consistency with the main decoder's prediction and, where the batch has pseudo-labels, agreement of the auxiliary decoders with them."""
         task, settings = self.tasks[name], self.tasks[name].consistency
-        target = self.target(features, name)  # (U, C, H, W)
-        counted = confident(target, batch.valid, settings.confidence)
-        distance, pseudo_labels = DISTANCES[settings.distance], batch.pseudo_labels
+        picture = self.target(features, name)  # (U, C, H, W)
+        guide = Guide(objects_of(picture, batch.valid, task.things, self.encoder.stride))
+        in_order, distance = self.head(name).main.in_order, DISTANCES[settings.distance]
+        target = in_order(picture)  # (U, C, P)
+        counted = confident(target, in_order(batch.valid), settings.confidence)
+        pseudo_labels = None if batch.pseudo_labels is None else in_order(batch.pseudo_labels)
 
         def terms(logits: Tensor, kept: Tensor) -> Tensor:
             # An image of whose features nothing was left says nothing, and counts as 0.
-            valid = kept[:, None, None]
+            valid = kept[:, None]
             found = [distance(logits, target, counted & valid)]
             if pseudo_labels is not None:
                 found.append(mean_over_valid(pixel_cross_entropy(logits, pseudo_labels), (pseudo_labels != IGNORE) & valid))
             return torch.stack(found)
 
-        guide = Guide(objects_of(target, batch.valid, task.things, self.encoder.stride))
         losses = auxiliary_losses(features, self.head(name).auxiliaries, guide, terms)
         factor = task.weight * settings.ramp_at(progress)
         found = {f"{name}/consistency": factor * settings.weight_per_pixel(task.num_classes) * losses[0]}

@@ -3,7 +3,7 @@
 Their logits never exist all at once: for each decoder in turn the losses and, in the same forward pass, their gradients with respect to the features and to
 that decoder are computed and only these are kept. Backward scales them. The result is exact, and memory does not grow with K.
 
-Shapes: B images, T terms of the loss, C classes, D feature channels, h w feature size, H W image size.
+Shapes: B images, T terms of the loss, C classes, D feature channels, h w feature size, P pixels, in the decoders' order.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from multidomain_cct.model.decoders import ALL_PIXELS, Decoder, Grid
 from multidomain_cct.model.guides import Guide
 from multidomain_cct.model.perturbations import Perturbation
 
@@ -24,34 +25,39 @@ FP16_LOSS_SCALE = 2.0**12
 class AuxiliaryDecoder(nn.Module):
     """A decoder that sees perturbed features."""
 
-    def __init__(self, perturbation: Perturbation, decoder: nn.Module) -> None:
+    def __init__(self, perturbation: Perturbation, decoder: Decoder) -> None:
         super().__init__()
         self.perturbation = perturbation
         self.decoder = decoder
 
-    def forward(self, features: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) logits of the perturbed (B, D, h, w) features, and (B,) bool: False where nothing was left of an image's features."""
-        perturbed = self.perturbation(features, guide, self.decoder)
-        logits: Tensor = self.decoder(perturbed)
-        return logits, (perturbed.detach() != 0).flatten(1).any(dim=1)
+    def forward(self, features: Tensor, guide: Guide, grid: Grid = ALL_PIXELS) -> tuple[Tensor, Tensor]:
+        """(B, C, P) logits of the perturbed (B, D, h, w) features, and (B,) bool: False where nothing was left of an image's features."""
+        perturbed = self.perturbation(features, guide, self.decoder.pixels)
+        return self.decoder.pixels(perturbed, grid), (perturbed.detach() != 0).any(dim=(1, 2, 3))
 
 
 Terms = Callable[[Tensor, Tensor], Tensor]
-"""(B, C, H, W) logits and (B,) kept -> (T,): the terms of the loss for one decoder."""
+"""(B, C, P) logits and (B,) kept -> (T,): the terms of the loss for one decoder."""
 
 
-def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Terms) -> Tensor:
-    """(T,): the mean over the decoders of `terms(logits, kept)` (CCT equation 2), differentiable in the features and in the decoders' parameters."""
+def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Terms, *, sample: int = 0, grid: Grid = ALL_PIXELS) -> Tensor:
+    """(T,): the mean over the decoders of `terms(logits, kept)` (CCT equation 2), differentiable in the features and in the decoders' parameters.
+
+    With `sample` it is the mean over so many of them, drawn at random, and with a `grid` over the pixels in it: both estimate the whole mean without bias.
+    The gradient of a decoder that was not drawn is 0.
+    """
+    drawn = torch.randperm(len(auxiliaries))[:sample].sort().values.tolist() if sample else range(len(auxiliaries))
     if not torch.is_grad_enabled():
-        return torch.stack([terms(*auxiliary(features, guide)) for auxiliary in auxiliaries]).mean(dim=0)
+        return torch.stack([terms(*auxiliaries[number](features, guide, grid)) for number in drawn]).mean(dim=0)
     parameters = [parameter for auxiliary in auxiliaries for parameter in auxiliary.parameters()]
-    losses: Tensor = _EachInTurn.apply(features, auxiliaries, guide, terms, *parameters)  # type: ignore[no-untyped-call]
+    losses: Tensor = _EachInTurn.apply(features, [auxiliaries[number] for number in drawn], guide, terms, grid, *parameters)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _EachInTurn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Terms, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, features: Tensor, drawn: Sequence[nn.Module], guide: Guide, terms: Terms, grid: Grid, *parameters: Tensor) -> Tensor:
+        """`parameters` are those of all decoders, drawn or not: a wrapper for several processes waits for the gradient of each."""
         leaf = features.detach().requires_grad_()
         half = torch.is_autocast_enabled(features.device.type) and torch.get_autocast_dtype(features.device.type) == torch.float16
         scale = FP16_LOSS_SCALE if half else 1.0
@@ -59,9 +65,9 @@ class _EachInTurn(torch.autograd.Function):
         feature_gradients: list[Tensor] = []
         own_gradients: list[list[Tensor]] = []
         totals: Tensor | None = None
-        for auxiliary in auxiliaries:
+        for auxiliary in drawn:
             with torch.enable_grad():
-                losses = terms(*auxiliary(leaf, guide)) / len(auxiliaries)
+                losses = terms(*auxiliary(leaf, guide, grid)) / len(drawn)
                 scaled = (losses * scale).unbind()
             if totals is None:
                 totals = torch.zeros_like(losses)
@@ -74,6 +80,9 @@ class _EachInTurn(torch.autograd.Function):
             totals += losses.detach()
         assert totals is not None
         ctx.save_for_backward(*feature_gradients, *(gradient for term in own_gradients for gradient in term))
+        own = {id(parameter): place for place, parameter in enumerate(parameter for auxiliary in drawn for parameter in auxiliary.parameters())}
+        ctx.places = [own.get(id(parameter)) for parameter in parameters]
+        ctx.shapes = [parameter.shape for parameter in parameters]
         ctx.scale, ctx.dtype, ctx.num_terms = scale, features.dtype, len(totals)
         return totals
 
@@ -83,7 +92,6 @@ class _EachInTurn(torch.autograd.Function):
         saved = ctx.saved_tensors
         feature_gradients, rest = saved[: ctx.num_terms], saved[ctx.num_terms :]
         share = len(rest) // ctx.num_terms
-        own_gradients = [rest[number * share : (number + 1) * share] for number in range(ctx.num_terms)]
 
         def weighted(gradients: Sequence[Tensor]) -> Tensor:
             total: Tensor = gradients[0] * factors[0]
@@ -91,5 +99,6 @@ class _EachInTurn(torch.autograd.Function):
                 total = total + gradient * factor
             return total
 
-        own = (weighted(gradients) for gradients in zip(*own_gradients, strict=True))
-        return (weighted(feature_gradients).to(ctx.dtype), None, None, None, *own)
+        own = [weighted(rest[place::share]) for place in range(share)]
+        each = (factors.new_zeros(shape) if place is None else own[place] for place, shape in zip(ctx.places, ctx.shapes, strict=True))
+        return (weighted(feature_gradients).to(ctx.dtype), None, None, None, None, *each)

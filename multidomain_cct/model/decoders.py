@@ -1,9 +1,15 @@
 """Decoders: encoder features -> logits at the image's resolution.
 
-Shapes: B images, C classes, D feature channels, h w feature size, s the encoder's stride.
+A loss over pixels does not ask in which order they come, so a decoder also gives its logits in an order of its own (`pixels`), without the copies that make
+a picture of them, and puts maps that go with them into that order (`in_order`). With a `Grid` it leaves out pixels.
+
+Shapes: B images, C classes, D feature channels, h w feature size, s the encoder's stride, P pixels of the image that are in the grid.
 """
 
 from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +18,31 @@ from torch import Tensor, nn
 DECODERS = ("pixelshuffle", "bilinear")
 
 
-def build_decoder(kind: str, channels: int, num_classes: int, stride: int) -> nn.Module:
+@dataclass(frozen=True)
+class Grid:
+    """Every `step`-th pixel of every `step`-th row, from (row, column) on."""
+
+    step: int = 1
+    row: int = 0
+    column: int = 0
+
+
+ALL_PIXELS = Grid()
+
+
+class Decoder(nn.Module, ABC):
+    """A decoder from (B, D, h, w) features to (B, C, s*h, s*w) logits."""
+
+    @abstractmethod
+    def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
+        """(B, C, P): the logits of the grid's pixels, in the decoder's order."""
+
+    @abstractmethod
+    def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
+        """(B, ..., P): the grid's pixels of (B, ..., s*h, s*w) maps, in the decoder's order."""
+
+
+def build_decoder(kind: str, channels: int, num_classes: int, stride: int) -> Decoder:
     """A decoder from (B, D, h, w) features to (B, C, s*h, s*w) logits.
 
     Raises ValueError, with the remedy, for a stride that the decoder cannot undo.
@@ -28,29 +58,57 @@ def build_decoder(kind: str, channels: int, num_classes: int, stride: int) -> nn
     return PixelShuffleDecoder(channels, num_classes, stride)
 
 
-class PixelShuffleDecoder(nn.Sequential):
+class PixelShuffleDecoder(Decoder):
     """A 1x1 convolution to C channels, then one doubling by sub-pixel convolution per factor 2 of the stride (CCT section 4.1).
 
     The authors also put a ReLU behind the last doubling, which keeps logits from being negative and leaves classes stuck at IoU 0; here the last doubling
     ends with its convolution.
+
+    All convolutions are 1x1, so a pixel's logits depend on the features of its own position alone, and pixels are shuffled only when a picture is wanted:
+    the decoder's order is that of sub-pixels, those of the last doubling outermost, and of positions within them.
     """
 
     def __init__(self, channels: int, num_classes: int, stride: int) -> None:
-        layers: list[nn.Module] = [nn.Conv2d(channels, num_classes, 1, bias=False)]
-        doublings = stride.bit_length() - 1
-        for doubling in range(doublings):
-            convolution = nn.Conv2d(num_classes, 4 * num_classes, 1)
-            icnr_(convolution.weight)
-            # Random biases would differ between the sub-pixels.
-            nn.init.zeros_(convolution.get_parameter("bias"))
-            layers += [convolution, nn.PixelShuffle(2)]
-            if doubling < doublings - 1:
-                layers.insert(-1, nn.ReLU())
-        super().__init__(*layers)
+        super().__init__()
+        self.stride = stride
+        self.classify = nn.Conv2d(channels, num_classes, 1, bias=False)
+        self.doublings = nn.ModuleList(_doubling(num_classes) for _ in range(stride.bit_length() - 1))
+
+    def forward(self, features: Tensor) -> Tensor:
+        (images, _, height, width), doublings = features.shape, len(self.doublings)
+        shuffled = self.pixels(features).view(images, -1, *[2, 2] * doublings, height, width)
+        # The digits of a pixel's row are the position's row, then the halves that the doublings choose, first doubling first.
+        rows, columns = (range(2 * doublings + first, 1, -2) for first in (0, 1))
+        picture = shuffled.permute(0, 1, 2 + 2 * doublings, *rows, 3 + 2 * doublings, *columns)
+        return picture.reshape(images, -1, self.stride * height, self.stride * width)
+
+    def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
+        logits = _at_each_position(features.flatten(2), self.classify.weight)
+        for number, doubling in enumerate(self.doublings):
+            weight: Tensor = doubling.get_parameter("weight")
+            bias: Tensor = doubling.get_parameter("bias")
+            reach = self.stride >> (number + 1)  # pixels of the image that a sub-pixel of this doubling is wide
+            if reach < grid.step:
+                chosen = 2 * (grid.row // reach % 2) + grid.column // reach % 2
+                weight, bias = weight[chosen::4], bias[chosen::4]
+            logits = _at_each_position(logits.relu() if number else logits, weight, bias)
+            logits = logits.view(len(logits), self.classify.out_channels, -1)
+        return logits
+
+    def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
+        kept = maps[..., grid.row :: grid.step, grid.column :: grid.step]
+        side = self.stride // grid.step
+        doublings = side.bit_length() - 1
+        before, (height, width) = kept.shape[:-2], kept.shape[-2:]
+        cells = kept.reshape(*before, height // side, *[2] * doublings, width // side, *[2] * doublings)
+        first = len(before)
+        row, column = first, first + 1 + doublings
+        halves = [axis + doubling for doubling in range(doublings, 0, -1) for axis in (row, column)]
+        return cells.permute(*range(first), *halves, row, column).reshape(*before, -1)
 
 
-class BilinearDecoder(nn.Module):
-    """A 1x1 convolution to C channels, then bilinear upsampling to the image's resolution."""
+class BilinearDecoder(Decoder):
+    """A 1x1 convolution to C channels, then bilinear upsampling to the image's resolution. Its order of pixels is that of the image."""
 
     def __init__(self, channels: int, num_classes: int, stride: int) -> None:
         super().__init__()
@@ -58,15 +116,35 @@ class BilinearDecoder(nn.Module):
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return upsample_bilinear(self.classify(features), self.stride)
+        return upsample_bilinear(self._coarse(features), self.stride)
+
+    def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
+        return upsample_bilinear(self._coarse(features), self.stride, grid).flatten(2)
+
+    def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
+        return maps[..., grid.row :: grid.step, grid.column :: grid.step].flatten(-2)
+
+    def _coarse(self, features: Tensor) -> Tensor:
+        coarse = _at_each_position(features.flatten(2), self.classify.weight, self.classify.bias)
+        return coarse.view(*coarse.shape[:2], *features.shape[2:])
 
 
-def upsample_bilinear(maps: Tensor, factor: int) -> Tensor:
-    """(B, C, factor*h, factor*w): what `F.interpolate` gives in mode `bilinear` without aligned corners, as a matrix product along each axis.
+def _at_each_position(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(B, C, n) values of a (C, D, 1, 1) convolution on (B, D, n) features: one matrix product per image, several times faster than torch's convolution
+    where a matrix has few rows or columns (benchmarks/step.py).
+    """
+    weights = weight.flatten(1).expand(len(features), -1, -1)
+    return torch.bmm(weights, features) if bias is None else torch.baddbmm(bias[:, None], weights, features)
+
+
+def upsample_bilinear(maps: Tensor, factor: int, grid: Grid = ALL_PIXELS) -> Tensor:
+    """(B, C, factor*h, factor*w), or those pixels of it that are in the grid: what `F.interpolate` gives in mode `bilinear` without aligned corners, as a
+    matrix product along each axis.
 
     On a CPU its backward pass, above all, is much faster.
     """
-    rows, columns = (_interpolation(length, factor, maps) for length in maps.shape[-2:])
+    rows = _interpolation(maps.shape[-2], factor, maps)[:, grid.row :: grid.step]
+    columns = _interpolation(maps.shape[-1], factor, maps)[:, grid.column :: grid.step]
     with torch.autocast(maps.device.type, enabled=False):
         upsampled: Tensor = rows.T @ (maps @ columns)
     return upsampled
@@ -76,6 +154,15 @@ def _interpolation(length: int, factor: int, like: Tensor) -> Tensor:
     """(length, factor*length): the weights of each position in each interpolated one."""
     identity = torch.eye(length, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     return F.interpolate(identity[None], scale_factor=float(factor), mode="linear")[0].to(like.dtype)
+
+
+def _doubling(num_classes: int) -> nn.Conv2d:
+    """From the logits of a position to those of its four sub-pixels, which start equal."""
+    doubling = nn.Conv2d(num_classes, 4 * num_classes, 1)
+    icnr_(doubling.weight)
+    # Random biases would differ between the sub-pixels.
+    nn.init.zeros_(doubling.get_parameter("bias"))
+    return doubling
 
 
 def icnr_(weight: Tensor) -> None:

@@ -4,7 +4,7 @@ Every loss is a mean over the valid pixels of each image, then a mean over the i
 is the same number however a batch is cut into processes and accumulated micro-batches. An image without a valid pixel contributes 0. All are computed in 32
 bits or more.
 
-Shapes: B images, C classes of the domain, H W image size.
+Shapes: B images, C classes of the domain, H W image size, * any pixel dimensions: (H, W), or all pixels in whatever order.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.model.ramps import RAMPS, ramp_at
@@ -120,18 +122,16 @@ def ab_threshold(settings: SupervisedSettings, num_classes: int, progress: float
 
 
 def squared_distance(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Scalar: squared distance between softmax of (B, C, H, W) logits and (B, C, H, W) target probabilities, summed over classes, between 0 and 2.
+    """Scalar: squared distance between softmax of (B, C, *) logits and (B, C, *) target probabilities, summed over classes, between 0 and 2.
 
     The authors take the mean over classes too, so that the same weight weighs domains of many classes less; here it does not.
     """
-    probabilities = at_least_float32(logits).softmax(dim=1)
-    return mean_over_valid((probabilities - target).square().sum(dim=1), valid)
+    return _distance(logits, target, valid, _squared)
 
 
 def kl_divergence(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Scalar: KL(target || softmax(logits)) in nats, 0 or more. The authors' masked and unmasked forms differ by a factor C; this is the textbook one."""
-    own = at_least_float32(logits).log_softmax(dim=1)
-    return mean_over_valid(F.kl_div(own, target, reduction="none").sum(dim=1), valid)
+    return _distance(logits, target, valid, _kullback_leibler)
 
 
 def jensen_shannon(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -139,12 +139,7 @@ def jensen_shannon(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
     It is the mean of both divergences *from* their mixture; the authors' code takes those *of* the mixture, which have no bound.
     """
-    own_log = at_least_float32(logits).log_softmax(dim=1)
-    own = own_log.exp()
-    # Where both probabilities underflow, the logarithm must stay finite for 0 * log 0 to be 0.
-    mixture_log = ((own + target) / 2).clamp(min=torch.finfo(own.dtype).tiny).log()
-    pixels = (own * (own_log - mixture_log) + torch.xlogy(target, target) - target * mixture_log).sum(dim=1) / 2
-    return mean_over_valid(pixels, valid)
+    return _distance(logits, target, valid, _jensen_shannon)
 
 
 Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -153,18 +148,76 @@ DISTANCES: dict[str, Distance] = {"mse": squared_distance, "kl": kl_divergence, 
 
 
 def confident(target: Tensor, valid: Tensor, threshold: float) -> Tensor:
-    """(B, H, W) bool: the valid pixels whose largest target probability reaches the threshold."""
+    """(B, *) bool: the valid pixels whose largest target probability reaches the threshold."""
     return valid if threshold == 0 else valid & (target.amax(dim=1) >= threshold)
 
 
 def mean_over_valid(pixels: Tensor, valid: Tensor) -> Tensor:
-    """Scalar: mean over images of the mean of (B, H, W) values over the pixels where (B, H, W) valid holds; 0, with a graph, where none does."""
-    weight = valid.to(pixels.dtype)
+    """Scalar: mean over images of the mean of (B, *) values over the pixels where (B, *) valid holds; 0, with a graph, where none does."""
     # where, not a product: an invalid pixel may be infinite.
-    total = pixels.where(valid, pixels.new_zeros(())).sum(dim=(1, 2))
-    return (total / weight.sum(dim=(1, 2)).clamp(min=1)).mean()
+    total = pixels.where(valid, pixels.new_zeros(())).flatten(1).sum(dim=1)
+    return (total / valid.flatten(1).sum(dim=1).clamp(min=1)).mean()
 
 
 def at_least_float32(logits: Tensor) -> Tensor:
     """The logits in 32 bits or more."""
     return logits.float() if logits.itemsize < 4 else logits
+
+
+# Distances with their gradients. Autograd would keep the probabilities and every step on the way to the distance; here only the gradient is kept.
+
+_WithGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(B, C, *) logits and target -> the distance of each pixel, (B, *), and its gradient with respect to the logits."""
+
+
+def _squared(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    own = logits.softmax(dim=1)
+    difference = own - target
+    gradient = _through_softmax(own, difference).mul_(2)
+    return difference.square_().sum(dim=1), gradient
+
+
+def _kullback_leibler(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    own_log = logits.log_softmax(dim=1)
+    pixels = (torch.xlogy(target, target) - target * own_log).sum(dim=1)
+    return pixels, own_log.exp_().sub_(target)
+
+
+def _jensen_shannon(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    own_log = logits.log_softmax(dim=1)
+    own = own_log.exp()
+    # Where both probabilities underflow, the logarithm must stay finite for 0 * log 0 to be 0.
+    mixture_log = ((own + target) / 2).clamp_(min=torch.finfo(own.dtype).tiny).log_()
+    own_ratio = own_log.sub_(mixture_log)
+    pixels = (own * own_ratio + torch.xlogy(target, target) - target * mixture_log).sum(dim=1) / 2
+    return pixels, _through_softmax(own, own_ratio).div_(2)
+
+
+def _through_softmax(own: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with respect to logits, given their softmax and the gradient with respect to that."""
+    weighted = own * gradient
+    return weighted.addcmul_(own, weighted.sum(dim=1, keepdim=True), value=-1)
+
+
+def _distance(logits: Tensor, target: Tensor, valid: Tensor, pixelwise: _WithGradient) -> Tensor:
+    loss: Tensor = _MeanDistance.apply(logits, target, valid, pixelwise)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _MeanDistance(torch.autograd.Function):
+    """`mean_over_valid` of a distance."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, valid: Tensor, pixelwise: _WithGradient) -> Tensor:
+        pixels, gradient = pixelwise(at_least_float32(logits), target)
+        weight = valid.to(pixels.dtype)
+        weight /= weight.flatten(1).sum(dim=1).clamp(min=1).mul(len(weight)).view(-1, *[1] * (weight.ndim - 1))
+        ctx.save_for_backward(gradient, weight)
+        ctx.dtype = logits.dtype
+        return mean_over_valid(pixels, valid)
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, weight = ctx.saved_tensors
+        return (gradient * (weight * loss_gradient).unsqueeze(1)).to(ctx.dtype), None, None, None

@@ -15,7 +15,7 @@ from multidomain_cct.data.augment import PAD
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.data.order import seed_from
 from multidomain_cct.model.consistency import AuxiliaryDecoder
-from multidomain_cct.model.decoders import build_decoder
+from multidomain_cct.model.decoders import Decoder, build_decoder
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings, at_least_float32, supervised_loss
 from multidomain_cct.model.perturbations import Perturbation
@@ -50,7 +50,7 @@ class Head(nn.Module):
     def __init__(self, task: Task, decoder: str, encoder: Encoder, seed: int) -> None:
         super().__init__()
 
-        def build(name: str) -> nn.Module:
+        def build(name: str) -> Decoder:
             # Each decoder has its own seed, so a supervised run starts from the same main decoder as CCT.
             torch.manual_seed(seed_from(seed, name))
             return build_decoder(decoder, encoder.channels, task.num_classes, encoder.stride)

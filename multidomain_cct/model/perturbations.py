@@ -9,17 +9,22 @@ Shapes: B images, D feature channels, h w feature size, N object regions of the 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Protocol
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from multidomain_cct.model.guides import Guide
 
 SMALLEST_XI = 1e-2
 """Below it, adversarial noise loses its direction to rounding."""
+
+
+Decode = Callable[[Tensor], Tensor]
+"""(B, D, h, w) features -> (B, C, *) logits of the auxiliary decoder that will see the perturbed ones."""
 
 
 class Perturbation(Protocol):
@@ -31,7 +36,7 @@ class Perturbation(Protocol):
     @property
     def count(self) -> int: ...
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor: ...
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -52,9 +57,8 @@ class FeatureNoise:
         if not self.amplitude > 0:
             raise ValueError(f"perturbations.feature_noise.amplitude is {self.amplitude}; it is above 0.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
-        noise = torch.empty_like(features).uniform_(-self.amplitude, self.amplitude)
-        return features * noise + features
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
+        return features * torch.empty_like(features).uniform_(1 - self.amplitude, 1 + self.amplitude)
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class FeatureDrop:
             if not 0 <= low <= high <= 1:
                 raise ValueError(f"perturbations.feature_drop has the range {low} to {high}; both lie in 0 to 1, the smaller one first.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
         activity = features.detach().float().mean(dim=1, keepdim=True)  # (B, 1, h, w)
         images = activity.shape[0]
         if self.mode == "max":
@@ -116,7 +120,7 @@ class Dropout:
         if not 0 < self.probability < 1:
             raise ValueError(f"perturbations.dropout.probability is {self.probability}; it lies between 0 and 1.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
         return F.dropout2d(features, self.probability, training=True)
 
 
@@ -135,7 +139,7 @@ class ObjectMask:
     def __post_init__(self) -> None:
         _check_count("object_mask", self.count)
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
         return features * ~guide.objects
 
 
@@ -150,7 +154,7 @@ class ContextMask:
     def __post_init__(self) -> None:
         _check_count("context_mask", self.count)
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
         return features * guide.objects
 
 
@@ -177,7 +181,7 @@ class GuidedCutout:
         if self.min_area < 1:
             raise ValueError(f"perturbations.guided_cutout.min_area is {self.min_area}; it is at least 1 feature position.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
         regions = guide.regions
         large = regions.area >= self.min_area
         rows = self._span(regions.top[large], regions.bottom[large], features.shape[2])  # (N, h)
@@ -222,16 +226,16 @@ class AdversarialNoise:
                 f"perturbations.adversarial_noise has eps {self.eps} and eps_relative {self.eps_relative}; both are 0 or more, and one of them is above 0."
             )
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: nn.Module) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
         # In 32 bits or more: the trial step is lost in 16. torch.autograd.grad, because the parameters' gradients are being collected at this moment.
         with torch.autocast(features.device.type, enabled=False), torch.enable_grad():
             still = features.detach().to(torch.promote_types(features.dtype, torch.float32))
             direction = _unit(torch.empty_like(still).uniform_(-0.5, 0.5)).requires_grad_()
             with torch.no_grad():
                 target = decoder(still).softmax(dim=1)
-            moved = decoder(still + self.xi * direction).log_softmax(dim=1)
-            divergence = F.kl_div(moved, target, reduction="none").sum(dim=1).mean()
-            (gradient,) = torch.autograd.grad(divergence, direction)
+            moved = decoder(still + self.xi * direction)
+            # The gradient of the divergence with respect to the logits, but for a factor.
+            (gradient,) = torch.autograd.grad(moved, direction, moved.detach().softmax(dim=1) - target)
             strength = self.eps if self.eps > 0 else self.eps_relative * _norm(still)
             noise = strength * _unit(gradient)
         return features + noise.to(features.dtype)

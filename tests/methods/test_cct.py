@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.methods.cct import CCT
+from multidomain_cct.model.consistency import AuxiliaryDecoder
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.guides import Guide, objects_of
 from multidomain_cct.model.losses import ConsistencySettings
@@ -66,6 +67,13 @@ def test_the_terms_are_named_by_domain_and_are_scalars() -> None:
     assert all(loss.shape == () and loss.isfinite() and loss > 0 for loss in losses.values())
 
 
+def prediction(auxiliary: nn.Module, z: Tensor, guide: Guide) -> Tensor:
+    """(U, C, H, W) logits of perturbed features."""
+    assert isinstance(auxiliary, AuxiliaryDecoder)
+    logits: Tensor = auxiliary.decoder(auxiliary.perturbation(z, guide, auxiliary.decoder))
+    return logits
+
+
 def test_the_terms_are_those_of_the_papers_equations_with_their_weights() -> None:
     model = network(FROZEN).double()
     batches = {"street": batch(4), "room": batch(3, unlabelled=1, seed=1)}
@@ -82,7 +90,7 @@ def test_the_terms_are_those_of_the_papers_equations_with_their_weights() -> Non
         guide = Guide(objects_of(target, own.valid, settings.things, 8))
         distances = []
         for auxiliary in head.auxiliaries:  # type: ignore[union-attr]
-            squares = (auxiliary(z, guide)[0].softmax(dim=1) - target).square().sum(dim=1) * own.valid
+            squares = (prediction(auxiliary, z, guide).softmax(dim=1) - target).square().sum(dim=1) * own.valid
             distances.append((squares.sum(dim=(1, 2)) / own.valid.sum(dim=(1, 2))).mean())
         expected = settings.weight * settings.consistency.weight * 0.25 * torch.stack(distances).mean()
         torch.testing.assert_close(found[f"{name}/consistency"], expected.detach(), check_stride=False, rtol=1e-9, atol=0)
@@ -108,7 +116,7 @@ def test_pixels_of_which_the_main_decoder_is_not_confident_do_not_count() -> Non
     threshold = target.amax(dim=1).median().item()
     model = network(FROZEN, street=replace(STREET, perturbations=(ObjectMask(),), consistency=ConsistencySettings(weight=1.0, confidence=threshold))).double()
     found = seeded_forward(model, {"street": own})["street/consistency"]
-    logits, _ = model.head("street").auxiliaries[0](z, Guide(objects_of(target, own.valid, STREET.things, 8)))
+    logits = prediction(model.head("street").auxiliaries[0], z, Guide(objects_of(target, own.valid, STREET.things, 8)))
     counted = own.valid & (target.amax(dim=1) >= threshold)
     squares = (logits.softmax(dim=1) - target).square().sum(dim=1).where(counted, 0)
     torch.testing.assert_close(found, (squares.sum(dim=(1, 2)) / counted.sum(dim=(1, 2))).mean().detach(), check_stride=False)
@@ -129,7 +137,7 @@ def test_the_distance_is_the_one_that_was_chosen(distance: str) -> None:
     task = replace(STREET, perturbations=(ObjectMask(),), consistency=ConsistencySettings(weight=1.0, distance=distance))
     model = network(FROZEN, street=task).double()
     z, p = predicted(model, own, "street")
-    logits, _ = model.head("street").auxiliaries[0](z, Guide(objects_of(p, own.valid, STREET.things, 8)))
+    logits = prediction(model.head("street").auxiliaries[0], z, Guide(objects_of(p, own.valid, STREET.things, 8)))
     q = logits.softmax(dim=1).detach()
     mixture = (p + q) / 2
     pixels = {
@@ -151,7 +159,8 @@ def test_pseudo_labels_give_a_term_of_their_own_under_the_same_ramp() -> None:
     assert list(losses) == ["street/supervised", "street/consistency", "street/weak"]
     z, target = predicted(model, own, "street")
     guide = Guide(objects_of(target, own.valid, STREET.things, 8))
-    entropies = [F.cross_entropy(auxiliary(z, guide)[0], labels.long(), ignore_index=255, reduction="none") for auxiliary in model.head("street").auxiliaries]
+    predictions = [prediction(auxiliary, z, guide) for auxiliary in model.head("street").auxiliaries]
+    entropies = [F.cross_entropy(logits, labels.long(), ignore_index=255, reduction="none") for logits in predictions]
     means = [(pixels.sum(dim=(1, 2)) / (labels != 255).sum(dim=(1, 2))).mean() for pixels in entropies]
     expected = 0.5 * 0.4 * 0.25 * torch.stack(means).mean()
     torch.testing.assert_close(losses["street/weak"], expected, check_stride=False, rtol=1e-9, atol=0)

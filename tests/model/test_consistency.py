@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from multidomain_cct.model.consistency import AuxiliaryDecoder, Terms, auxiliary_losses
-from multidomain_cct.model.decoders import build_decoder
+from multidomain_cct.model.decoders import Grid, build_decoder
 from multidomain_cct.model.guides import Guide
 from multidomain_cct.model.losses import kl_divergence, squared_distance
 from multidomain_cct.model.perturbations import (
@@ -24,6 +25,8 @@ from multidomain_cct.model.perturbations import (
 )
 
 CHANNELS, CLASSES, STRIDE = 16, 3, 4
+PIXELS = 4 * STRIDE * 5 * STRIDE
+"""Of an image whose features are 4 x 5."""
 ALL: list[Perturbation] = [FeatureNoise(), FeatureDrop(), Dropout(), ObjectMask(), ContextMask(), GuidedCutout(), AdversarialNoise()]
 WEIGHTS = torch.tensor([7.0, 0.3])
 """Of the two terms."""
@@ -36,7 +39,7 @@ class Kept:
         self.tensor = tensor
 
 
-def decoders(dtype: torch.dtype = torch.float64, kind: str = "pixelshuffle", copies: int = 1, kinds: list[Perturbation] = ALL) -> nn.ModuleList:
+def decoders(dtype: torch.dtype = torch.float64, kind: str = "pixelshuffle", copies: int = 1, kinds: Sequence[Perturbation] = ALL) -> nn.ModuleList:
     """One per perturbation, times `copies`."""
     torch.manual_seed(1)
     return nn.ModuleList(AuxiliaryDecoder(each, build_decoder(kind, CHANNELS, CLASSES, STRIDE)) for each in kinds * copies).to(dtype)
@@ -46,13 +49,13 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Guide, Terms]:
     """Features, where objects are, and two distances of logits to a target of which some pixels do not count."""
     torch.manual_seed(2)
     features = torch.rand(2, CHANNELS, 4, 5, dtype=dtype)
-    target = torch.randn(2, CLASSES, 4 * STRIDE, 5 * STRIDE, dtype=dtype).mul(3).softmax(dim=1)
-    valid = torch.rand(2, 4 * STRIDE, 5 * STRIDE) < 0.8
+    target = torch.randn(2, CLASSES, PIXELS, dtype=dtype).mul(3).softmax(dim=1)
+    valid = torch.rand(2, PIXELS) < 0.8
     objects = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
     objects[:, :, :3, 1:4] = True
 
     def terms(logits: Tensor, kept: Tensor) -> Tensor:
-        counted = valid & kept[:, None, None]
+        counted = valid & kept[:, None]
         return torch.stack([distance(logits, target, counted) for distance in (squared_distance, kl_divergence)])
 
     return features, Guide(objects), terms
@@ -192,17 +195,20 @@ def test_autocast_gives_finite_results_close_to_32_bits(dtype: torch.dtype, feat
             losses = auxiliary_losses(leaf, auxiliaries, guide, terms)
         results.append((losses.detach(), *(gradient.float() for gradient in gradients(weighted(losses), leaf, auxiliaries))))
     assert results[1][0].dtype == torch.float32
-    for expected, found in zip(*results, strict=True):
-        assert found.isfinite().all()
-        assert (found - expected).norm() <= 0.05 * expected.norm() + 1e-7
+    assert all(found.isfinite().all() for found in results[1])
+    (losses, *expected), (found_losses, *found) = results
+    torch.testing.assert_close(found_losses, losses, rtol=0.02, atol=0)
+    # Together: where rounding moves a single hidden unit across its ReLU, the gradient of one bias of a decoder this small changes by a tenth.
+    whole, difference = (torch.cat([gradient.flatten() for gradient in each]) for each in (expected, [a - b for a, b in zip(found, expected, strict=True)]))
+    assert difference.norm() <= 0.05 * whole.norm()
 
 
 def test_small_gradients_do_not_vanish_in_16_bit_floats() -> None:
     torch.manual_seed(0)
     auxiliaries = nn.ModuleList([AuxiliaryDecoder(Dropout(), build_decoder("pixelshuffle", CHANNELS, CLASSES, 32))])
     features, guide = torch.rand(1, CHANNELS, 8, 8), Guide(torch.zeros(1, 1, 8, 8, dtype=torch.bool))
-    target = torch.rand(1, CLASSES, 256, 256).softmax(dim=1)
-    valid = torch.ones(1, 256, 256, dtype=torch.bool)
+    target = torch.rand(1, CLASSES, 256 * 256).softmax(dim=1)
+    valid = torch.ones(1, 256 * 256, dtype=torch.bool)
     found = []
     for enabled in (False, True):
         leaf = features.clone().requires_grad_()
@@ -218,10 +224,10 @@ def test_small_gradients_do_not_vanish_in_16_bit_floats() -> None:
 def test_sixteen_bit_feature_gradients_do_not_vanish_or_overflow() -> None:
     """Against float64, at the outer scale a GradScaler starts with."""
     torch.manual_seed(0)
-    auxiliaries = nn.ModuleList(AuxiliaryDecoder(Dropout(), nn.Conv2d(16, 21, 1)) for _ in range(6))
+    auxiliaries = nn.ModuleList(AuxiliaryDecoder(Dropout(), build_decoder("pixelshuffle", 16, 21, stride=1)) for _ in range(6))
     features, guide = torch.rand(4, 16, 64, 64), Guide(torch.zeros(4, 1, 64, 64, dtype=torch.bool))
-    target = torch.rand(4, 21, 64, 64).softmax(dim=1)
-    valid = torch.ones(4, 64, 64, dtype=torch.bool)
+    target = torch.rand(4, 21, 64 * 64).softmax(dim=1)
+    valid = torch.ones(4, 64 * 64, dtype=torch.bool)
 
     def distance(logits: Tensor, kept: Tensor) -> Tensor:
         return squared_distance(logits, target.to(torch.promote_types(logits.dtype, torch.float32)), valid)[None]
@@ -275,10 +281,10 @@ def seed_that_erases(auxiliary: nn.Module, features: Tensor, guide: Guide) -> in
 def test_an_image_of_which_nothing_is_left_is_told_apart_and_counts_as_0(case: tuple[Perturbation, Tensor, Tensor]) -> None:
     kind, features, guide = case[0], case[1].clone().requires_grad_(), Guide(case[2])
     auxiliaries = decoders(kinds=[kind])
-    target = torch.rand(2, CLASSES, 4 * STRIDE, 5 * STRIDE, dtype=torch.float64).softmax(dim=1)
+    target = torch.rand(2, CLASSES, PIXELS, dtype=torch.float64).softmax(dim=1)
 
     def terms(logits: Tensor, kept: Tensor) -> Tensor:
-        return squared_distance(logits, target, kept[:, None, None].expand(2, 4 * STRIDE, 5 * STRIDE))[None]
+        return squared_distance(logits, target, kept[:, None].expand(2, PIXELS))[None]
 
     seed = seed_that_erases(auxiliaries[0], features, guide)
     torch.manual_seed(seed)
@@ -307,3 +313,59 @@ def test_a_decoder_for_which_nothing_is_left_still_counts_among_the_decoders() -
     pair = decoders(kinds=[ObjectMask(), ContextMask()])
     only = nn.ModuleList([pair[0]])  # without objects it changes nothing
     torch.testing.assert_close(auxiliary_losses(features, pair, nothing, terms), auxiliary_losses(features, only, nothing, terms) / 2, rtol=1e-12, atol=0)
+
+
+# Some of the decoders, some of the pixels
+
+
+def test_a_sample_of_decoders_estimates_the_mean_over_all_without_bias() -> None:
+    """Over all draws of two of four decoders, each pair once in six: the mean of losses and gradients is that of all four."""
+    auxiliaries = decoders(kinds=[ObjectMask(), ContextMask()] * 2)  # nothing in them is drawn
+    features, guide, terms = example()
+    features.requires_grad_()
+    losses = auxiliary_losses(features, auxiliaries, guide, terms)
+    expected = [losses.detach(), *gradients(weighted(losses), features, auxiliaries)]
+    found: dict[tuple[float, ...], list[Tensor]] = {}
+    for seed in range(200):
+        torch.manual_seed(seed)
+        losses = auxiliary_losses(features, auxiliaries, guide, terms, sample=2)
+        found.setdefault(tuple(losses.tolist()), [losses.detach(), *gradients(weighted(losses), features, auxiliaries)])
+    assert len(found) == 6
+    for whole, parts in zip(expected, zip(*found.values(), strict=True), strict=True):
+        torch.testing.assert_close(torch.stack(parts).mean(dim=0), whole, rtol=1e-9, atol=1e-15)
+
+
+def test_decoders_that_were_not_drawn_have_a_gradient_of_0() -> None:
+    auxiliaries = decoders()
+    features, guide, terms = example()
+    torch.manual_seed(0)
+    weighted(auxiliary_losses(features.requires_grad_(), auxiliaries, guide, terms, sample=3)).backward()  # type: ignore[no-untyped-call]
+    learning = [any(parameter.grad.any() for parameter in auxiliary.parameters()) for auxiliary in auxiliaries]  # type: ignore[union-attr]
+    assert sum(learning) == 3 and len(learning) == 7
+
+
+def test_a_sample_of_all_decoders_is_the_whole_mean() -> None:
+    auxiliaries = decoders(kinds=[ObjectMask(), ContextMask()])
+    features, guide, terms = example()
+    torch.testing.assert_close(auxiliary_losses(features, auxiliaries, guide, terms, sample=2), auxiliary_losses(features, auxiliaries, guide, terms))
+
+
+@pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
+def test_the_mean_over_all_grids_is_the_mean_over_all_pixels(kind: str) -> None:
+    auxiliaries = decoders(kind=kind, kinds=[ObjectMask(), ContextMask()])
+    features, guide, _ = example()
+    features.requires_grad_()
+    target = torch.rand(2, CLASSES, 4 * STRIDE, 5 * STRIDE, dtype=torch.float64).softmax(dim=1)
+
+    def on(grid: Grid) -> list[Tensor]:
+        kept = auxiliaries[0].decoder.in_order(target, grid)
+
+        def terms(logits: Tensor, images: Tensor) -> Tensor:
+            return squared_distance(logits, kept, images[:, None].expand(len(kept), kept.shape[2]))[None]
+
+        (loss,) = auxiliary_losses(features, auxiliaries, guide, terms, grid=grid)
+        return [loss.detach(), *gradients(loss, features, auxiliaries)]
+
+    grids = [on(Grid(2, row, column)) for row in range(2) for column in range(2)]
+    for whole, parts in zip(on(Grid()), zip(*grids, strict=True), strict=True):
+        torch.testing.assert_close(torch.stack(parts).mean(dim=0), whole, rtol=1e-9, atol=1e-15)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from multidomain_cct.model.decoders import build_decoder, icnr_
+from multidomain_cct.model.decoders import Decoder, Grid, PixelShuffleDecoder, build_decoder, icnr_
 
 
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
@@ -84,3 +85,56 @@ def test_bilinear_passes_constants_and_interpolates_between_positions() -> None:
     # Pixel centres of a stride of 4: two pixels beyond each position's centre, four equal steps of a quarter between them.
     weights = torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1])
     torch.testing.assert_close(row, ends[0, :, :1] + (ends[0, :, 1:] - ends[0, :, :1]) * weights)
+
+
+# Pixels in the decoder's own order
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize(("kind", "stride"), [("pixelshuffle", 1), ("pixelshuffle", 2), ("pixelshuffle", 8), ("bilinear", 6)])
+def test_pixels_are_those_of_the_picture_in_the_decoders_order(kind: str, stride: int, memory_format: torch.memory_format) -> None:
+    decoder, features = trained_looking(kind, stride), torch.rand(2, 16, 3, 5).to(memory_format=memory_format)
+    picture = decoder(features)
+    assert picture.unique().numel() > picture.numel() // 2  # a wrong order would show
+    torch.testing.assert_close(decoder.pixels(features), decoder.in_order(picture))
+
+
+def test_a_pixelshuffle_decoder_is_its_convolutions_and_shuffles() -> None:
+    decoder, features = trained_looking("pixelshuffle", 8), torch.rand(2, 16, 3, 5)
+    assert isinstance(decoder, PixelShuffleDecoder)
+    expected = decoder.classify(features)
+    for number, doubling in enumerate(decoder.doublings):
+        expected = F.pixel_shuffle(doubling(expected.relu() if number else expected), 2)
+    torch.testing.assert_close(decoder(features), expected)
+
+
+@pytest.mark.parametrize("grid", [Grid(2, 0, 1), Grid(2, 1, 0), Grid(4, 3, 2), Grid(8, 5, 6)])
+@pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
+def test_a_grid_leaves_every_so_manyth_pixel_of_every_so_manyth_row(kind: str, grid: Grid) -> None:
+    decoder, features = trained_looking(kind, 8), torch.rand(2, 16, 3, 5)
+    picture = decoder(features)
+    found = decoder.pixels(features, grid)
+    assert found.shape == (2, 3, 24 * 40 // grid.step**2)
+    torch.testing.assert_close(found, decoder.in_order(picture, grid))
+    kept = picture[:, :, grid.row :: grid.step, grid.column :: grid.step]
+    torch.testing.assert_close(found.sort(dim=2).values, kept.flatten(2).sort(dim=2).values)
+
+
+@pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
+def test_maps_of_any_type_and_leading_dimensions_are_ordered_alike(kind: str) -> None:
+    decoder = build_decoder(kind, 16, 3, 4)
+    ids = torch.arange(2 * 8 * 12).view(2, 8, 12)
+    order = decoder.in_order(ids)
+    assert order.shape == (2, 96) and [part.unique().numel() for part in order] == [96, 96]
+    assert torch.equal(decoder.in_order(ids < 20), order < 20)
+    assert torch.equal(decoder.in_order(ids[:, None].expand(2, 3, 8, 12)), order[:, None].expand(2, 3, 96))
+
+
+def trained_looking(kind: str, stride: int) -> Decoder:
+    """A decoder whose sub-pixels differ."""
+    torch.manual_seed(3)
+    decoder = build_decoder(kind, 16, 3, stride)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.normal_()
+    return decoder
