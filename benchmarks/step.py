@@ -1,14 +1,16 @@
-"""How fast a CCT step is, and how much memory it takes, beside the plain implementation of the same formulas (benchmarks/plain_cct.py).
+"""How fast a CCT step is, and how much memory it takes, beside the plain implementation of the same formulas (benchmarks/plain_cct.py) and beside its encoder.
 
 python benchmarks/step.py [--encoder resnet18] [--context fpn] [--stride 8] [--width 128] [--decoder pixelshuffle] [--crop 128] [--batch 2]
-                          [--copies 1] [--classes 21] [--domains 1] [--steps 3] [--device cpu] [--threads 1] [--json]
+                          [--decoders 30] [--classes 21] [--domains 1] [--steps 3] [--device cpu] [--threads 1] [--only ours] [--json]
+                          [--sample 0] [--consistency-stride 1] [--checkpoint] [--compile]
 
 A step is forward, backward and SGD on drawn images. The plain one sends labelled and unlabelled images through the encoder in two passes, holds the logits
-of all K auxiliary decoders until its one backward pass, and keeps torch's default memory format; the networks start from the same weights. `--copies` is how
-many auxiliary decoders there are of each of the seven perturbations.
+of all K auxiliary decoders until its one backward pass, and keeps torch's default memory format; the networks start from the same weights. `encoder` is
+forward and backward of our encoder alone, in one pass, on the same images. The K auxiliary decoders are spread evenly over the authors' thirty.
 
-Two processes, one for each, take turns step by step, so that neither runs while the other is timed; medians are compared. Memory is the peak of the resident
-set (on a GPU: of torch's allocations) in a process that does nothing else; what it holds before the first step is given apart.
+A process for each takes turns with the others step by step, so that none runs while another is timed; medians are compared. Memory is the peak of the
+resident set (on a GPU: of torch's allocations) in a process that does nothing else; what it holds before the first step is given apart. The options of the
+last line are those of recipes that trade exactness or time: they change ours only.
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WHICH = ("plain", "ours")
+WHICH = ("plain", "ours", "encoder")
+RATIOS = {"step": ("ours", "plain"), "tax": ("ours", "encoder")}
+"""By name: what is divided by what."""
 MIB = 2**20
 
 
-def arguments() -> argparse.Namespace:
+def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", default="resnet18")
     parser.add_argument("--context", default="fpn")
@@ -43,17 +47,22 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--decoder", default="pixelshuffle")
     parser.add_argument("--crop", type=int, default=128, help="side in pixels")
     parser.add_argument("--batch", type=int, default=2, help="labelled images of a domain, and as many unlabelled ones")
-    parser.add_argument("--copies", type=int, default=1, help="auxiliary decoders of each of the seven perturbations: K = 7 x copies")
+    parser.add_argument("--decoders", type=int, default=30, help="K, auxiliary decoders of a domain")
     parser.add_argument("--classes", type=int, default=21)
     parser.add_argument("--domains", type=int, default=1)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each, after one that is not")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
+    parser.add_argument("--only", choices=WHICH, nargs="+", default=list(WHICH))
+    parser.add_argument("--sample", type=int, default=0, help="auxiliary decoders drawn per step; 0: all")
+    parser.add_argument("--consistency-stride", type=int, default=1)
+    parser.add_argument("--checkpoint", action="store_true", help="recompute the encoder's activations in backward")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the encoder")
     parser.add_argument("--json", action="store_true")
-    return parser.parse_args()
+    return parser.parse_args(given)
 
 
-def build(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The network and one step's batches, the same in every process."""
     # torch is imported by the processes that need it only: their memory is what is measured.
     import torch
@@ -61,30 +70,28 @@ def build(options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     from multidomain_cct.data.loader import Batch
     from multidomain_cct.methods.cct import CCT
     from multidomain_cct.model.encoder import EncoderSettings
+    from multidomain_cct.model.losses import ConsistencySettings
     from multidomain_cct.model.network import Task
-    from multidomain_cct.model.perturbations import (
-        AdversarialNoise,
-        ContextMask,
-        Dropout,
-        FeatureDrop,
-        FeatureNoise,
-        GuidedCutout,
-        ObjectMask,
-        Perturbations,
-    )
+    from multidomain_cct.model.perturbations import Perturbations
 
-    n = options.copies
-    mix = Perturbations(FeatureNoise(n), FeatureDrop(n), Dropout(n), ObjectMask(n), ContextMask(n), GuidedCutout(n), AdversarialNoise(n))
-    task = Task(tuple(number % 2 == 1 for number in range(options.classes)), perturbations=tuple(mix.each()))
-    encoder = EncoderSettings(name=options.encoder, stride=options.stride, context=options.context, width=options.width)
+    authors = Perturbations().each()
+    mix = tuple(authors[number * len(authors) // options.decoders % len(authors)] for number in range(options.decoders))
+    ours = which == "ours"
+    consistency = ConsistencySettings(sample=options.sample, stride=options.consistency_stride) if ours else ConsistencySettings()
+    task = Task(tuple(number % 2 == 1 for number in range(options.classes)), perturbations=mix, consistency=consistency)
+    extras = {"checkpoint": options.checkpoint, "compile": options.compile} if ours else {}
+    encoder = EncoderSettings(name=options.encoder, stride=options.stride, context=options.context, width=options.width, **extras)
     names = [f"domain_{number}" for number in range(options.domains)]
     model = CCT(encoder, {name: task for name in names}, decoder=options.decoder).to(options.device)
     generator, size = torch.Generator().manual_seed(0), (options.batch, options.crop, options.crop)
     batches = {}
     for name in names:
-        labelled, unlabelled = torch.randint(0, 256, (2, options.batch, 3, *size[1:]), dtype=torch.uint8, generator=generator)
+        # Coarse blocks, as real images have them: on noise every pixel would be an object of its own.
+        blocks = torch.randint(0, 256, (2, options.batch, 3, 4, 4), dtype=torch.uint8, generator=generator)
+        labelled, unlabelled = (block.repeat_interleave(-(-options.crop // 4), 2).repeat_interleave(-(-options.crop // 4), 3) for block in blocks)
         masks = torch.randint(0, options.classes, size, dtype=torch.uint8, generator=generator)
-        batches[name] = Batch(labelled, masks, unlabelled, torch.ones(size, dtype=torch.bool)).to(torch.device(options.device))
+        images, others = (part[..., : options.crop, : options.crop].contiguous() for part in (labelled, unlabelled))
+        batches[name] = Batch(images, masks, others, torch.ones(size, dtype=torch.bool)).to(torch.device(options.device))
     return model, batches
 
 
@@ -103,7 +110,7 @@ def serve(which: str, options: argparse.Namespace, pipe: Connection) -> None:
 
     torch.set_num_threads(options.threads)
     on_gpu = options.device.startswith("cuda")
-    model, batches = build(options)
+    model, batches = build(which, options)
     if which == "plain":
         model.to(memory_format=torch.contiguous_format)
         step_losses = plain_step_losses()
@@ -112,9 +119,14 @@ def serve(which: str, options: argparse.Namespace, pipe: Connection) -> None:
     def step(number: int) -> float:
         torch.manual_seed(number)
         started = time.perf_counter()
-        losses = step_losses(model, batches, 1.0, passes="two") if which == "plain" else model(batches, 1.0)
-        torch.stack(list(losses.values())).sum().backward()
-        optimiser.step()
+        if which == "encoder":
+            images = torch.cat([part for batch in batches.values() for part in (batch.images, batch.unlabelled)])
+            features = model.encoder(images, [(name, 2 * options.batch) for name in batches])
+            features.backward(torch.ones_like(features))
+        else:
+            losses = step_losses(model, batches, 1.0, passes="two") if which == "plain" else model(batches, 1.0)
+            torch.stack(list(losses.values())).sum().backward()
+            optimiser.step()
         optimiser.zero_grad()
         if on_gpu:
             torch.cuda.synchronize()
@@ -156,26 +168,33 @@ class Worker:
         return found
 
 
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    workers = {which: Worker(which, options) for which in WHICH}
-    seconds: dict[str, list[float]] = {which: [] for which in WHICH}
-    for number in range(options.steps + 1):
-        for which in WHICH if number % 2 else WHICH[::-1]:
-            taken = workers[which].step(number)
-            if number:
-                seconds[which].append(taken)
-    memory = {which: worker.stop() for which, worker in workers.items()}
+def circumstances(options: argparse.Namespace) -> dict[str, Any]:
+    """When, where and with which settings."""
     return {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, {options.device}",
         "settings": {key: value for key, value in vars(options).items() if key != "json"},
-        "auxiliary_decoders": 7 * options.copies,
-        **{f"{which}_s": statistics.median(seconds[which]) for which in WHICH},
-        **{f"{which}_all_s": seconds[which] for which in WHICH},
-        "plain_over_ours": statistics.median(p / o for p, o in zip(seconds["plain"], seconds["ours"], strict=True)),
-        **{f"{which}_mib_before": memory[which][0] for which in WHICH},
-        **{f"{which}_mib_peak": memory[which][1] for which in WHICH},
     }
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    workers = {which: Worker(which, options) for which in options.only}
+    seconds: dict[str, list[float]] = {which: [] for which in workers}
+    for number in range(options.steps + 1):
+        for which in list(workers)[:: 1 if number % 2 else -1]:
+            taken = workers[which].step(number)
+            if number:
+                seconds[which].append(taken)
+    memory = {which: worker.stop() for which, worker in workers.items()}
+    result = circumstances(options) | {"images_per_step": 2 * options.batch * options.domains}
+    for which in workers:
+        result |= {f"{which}_s": statistics.median(seconds[which]), f"{which}_all_s": seconds[which]}
+        result |= {f"{which}_mib_before": memory[which][0], f"{which}_mib_peak": memory[which][1]}
+    for name, (above, below) in RATIOS.items():
+        if above in workers and below in workers:
+            result[f"{name}_time"] = statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+            result[f"{name}_memory"] = memory[above][1] / memory[below][1]
+    return result
 
 
 def main() -> None:
@@ -185,12 +204,15 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         return
     what = f"{options.encoder}, {options.context}, {options.domains} x ({options.batch} + {options.batch}) images of {options.crop}x{options.crop}"
-    table = Table(title=f"CCT step, {what}, C = {options.classes}, K = {result['auxiliary_decoders']}, {result['date']}, {result['machine']}")
+    title = f"CCT step, {what}, {options.decoder}, C = {options.classes}, K = {options.decoders}, {result['date']}, {result['machine']}"
+    table = Table(title=title)
     for column in ("", "s per step", "peak MiB", "MiB before the first step"):
         table.add_column(column, justify="right")
-    for which in WHICH:
+    for which in options.only:
         table.add_row(which, f"{result[f'{which}_s']:.3f}", f"{result[f'{which}_mib_peak']:.0f}", f"{result[f'{which}_mib_before']:.0f}")
-    table.add_row("plain / ours", f"{result['plain_over_ours']:.2f}", f"{result['plain_mib_peak'] / result['ours_mib_peak']:.2f}", "")
+    for name, (above, below) in RATIOS.items():
+        if f"{name}_time" in result:
+            table.add_row(f"{above} / {below}", f"{result[f'{name}_time']:.2f}", f"{result[f'{name}_memory']:.2f}", "")
     Console().print(table)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.model.consistency import auxiliary_losses
+from multidomain_cct.model.decoders import Grid
 from multidomain_cct.model.guides import Guide, objects_of
 from multidomain_cct.model.losses import DISTANCES, confident, mean_over_valid, pixel_cross_entropy
 from multidomain_cct.model.network import Segmenter, labelled_images
@@ -39,10 +40,10 @@ class CCT(Segmenter):
         task, settings = self.tasks[name], self.tasks[name].consistency
         picture = self.target(features, name)  # (U, C, H, W)
         guide = Guide(objects_of(picture, batch.valid, task.things, self.encoder.stride))
-        in_order, distance = self.head(name).main.in_order, DISTANCES[settings.distance]
-        target = in_order(picture)  # (U, C, P)
-        counted = confident(target, in_order(batch.valid), settings.confidence)
-        pseudo_labels = None if batch.pseudo_labels is None else in_order(batch.pseudo_labels)
+        head, grid, distance = self.head(name), Grid.drawn(settings.stride), DISTANCES[settings.distance]
+        target = head.main.in_order(picture, grid)  # (U, C, P)
+        counted = confident(target, head.main.in_order(batch.valid, grid), settings.confidence)
+        pseudo_labels = None if batch.pseudo_labels is None else head.main.in_order(batch.pseudo_labels, grid)
 
         def terms(logits: Tensor, kept: Tensor) -> Tensor:
             # An image of whose features nothing was left says nothing, and counts as 0.
@@ -52,7 +53,7 @@ class CCT(Segmenter):
                 found.append(mean_over_valid(pixel_cross_entropy(logits, pseudo_labels), (pseudo_labels != IGNORE) & valid))
             return torch.stack(found)
 
-        losses = auxiliary_losses(features, self.head(name).auxiliaries, guide, terms)
+        losses = auxiliary_losses(features, head.auxiliaries, guide, terms, sample=settings.sample, grid=grid)
         factor = task.weight * settings.ramp_at(progress)
         found = {f"{name}/consistency": factor * settings.weight_per_pixel(task.num_classes) * losses[0]}
         if pseudo_labels is not None:

@@ -26,6 +26,11 @@ class Grid:
     row: int = 0
     column: int = 0
 
+    @classmethod
+    def drawn(cls, step: int) -> Grid:
+        """One of the step x step grids, at random; of step 1 there is only one, and nothing is drawn."""
+        return cls(step, *torch.randint(step, (2,)).tolist()) if step > 1 else cls()
+
 
 ALL_PIXELS = Grid()
 

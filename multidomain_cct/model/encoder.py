@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import difflib
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -43,6 +43,10 @@ class EncoderSettings:
     """`shared`: one batch norm for all domains; `per_domain`: statistics and scale of its own for each; `frozen`: the trunk's batch norms stay as loaded
     and the context module uses group norm.
     """
+    checkpoint: bool = False
+    """Keep the activations between stages only and compute the others again in the backward pass: less memory, more time (docs/speed.md). Exact."""
+    compile: bool = False
+    """torch.compile the encoder for training. Where that fails, training goes on without it, with one notice."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("context", CONTEXTS), ("norm", NORMS)):
@@ -52,6 +56,11 @@ class EncoderSettings:
             raise ValueError(f"encoder.width is {self.width}; it is a multiple of 32.")
         if self.stride < 1:
             raise ValueError(f"encoder.stride is {self.stride}; it is at least 1.")
+        if self.checkpoint and self.norm == "per_domain":
+            # Activations are computed again when it is no longer known of which domains they are.
+            raise ValueError("encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`.")
+        if self.checkpoint and self.compile:
+            raise ValueError("encoder.checkpoint and encoder.compile are both set; choose one.")
 
 
 class Encoder(nn.Module):
@@ -80,6 +89,12 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(facts["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("deviation", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.compiled: Callable[[Tensor], Tensor] | None = torch.compile(self._features, dynamic=False) if settings.compile else None
+        """For training only, where all images have one size."""
+        self._recomputed: dict[nn.BatchNorm2d, float | None] = {}
+        if settings.checkpoint:
+            _keep_activations_between_stages_only(self.trunk, settings)
+            self._recomputed = {norm: norm.momentum for norm in self.trunk.modules() if isinstance(norm, nn.BatchNorm2d)}
 
     def forward(self, images: Tensor, parts: Sequence[tuple[str, int]]) -> Tensor:
         """(B, D, h, w) features, not negative, of (B, 3, H, W) uint8 images.
@@ -87,6 +102,15 @@ class Encoder(nn.Module):
         `parts` says which domain the images are of, in order: (name, number of images). H and W are multiples of the stride.
         """
         self.segments.parts = tuple(parts)
+        # Norms see activations that are computed again a second time, in the backward pass, and must not count them twice.
+        for norm, momentum in self._recomputed.items():
+            norm.momentum = momentum
+        features = self.compiled(images) if self.compiled is not None and self.training else self._features(images)
+        for norm in self._recomputed:
+            norm.momentum = 0.0
+        return features
+
+    def _features(self, images: Tensor) -> Tensor:
         normalised = (images.to(self.mean.dtype) - self.mean) / self.deviation
         features: Tensor = self.context(self.trunk(normalised))
         return features
@@ -106,6 +130,15 @@ def build_trunk(settings: EncoderSettings) -> Any:
         raise ValueError(f"{settings.name} cannot give stride {settings.stride}: its strides are {reductions}. Use context `fpn`, or another stride.")
     _try_out(trunk, settings)
     return trunk
+
+
+def _keep_activations_between_stages_only(trunk: Any, settings: EncoderSettings) -> None:
+    # A plain ViT's extractor leaves it to the model that it wraps.
+    for module in (trunk, *trunk.children()):
+        if hasattr(module, "set_grad_checkpointing"):
+            module.set_grad_checkpointing(True)
+            return
+    raise ValueError(f"encoder.checkpoint is set, but timm cannot compute the activations of {settings.name} again. Leave it out, or use another encoder.")
 
 
 def _level_options(settings: EncoderSettings, levels: Mapping[int, int]) -> dict[str, Any]:

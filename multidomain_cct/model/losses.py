@@ -60,6 +60,10 @@ class ConsistencySettings:
     """How the weight rises: `exp`, weight * exp(-5 (1 - t/T)^2); `linear`; `cosine`; `log`, weight * (1 - exp(-5 t/T)); `none`."""
     ramp_fraction: float = 0.1
     """T as a share of the run, 0 to 1."""
+    sample: int = 0
+    """`cct`: auxiliary decoders that are drawn for a step, at most as many as there are; 0: all. An unbiased, noisier estimate of the mean over them."""
+    stride: int = 1
+    """`cct`: every so-manyth pixel of every so-manyth row is compared, from a random one on; it divides the encoder's stride. Unbiased, noisier."""
     weak_weight: float = 0.4
     """Weight, under the same ramp, of the cross-entropy of the auxiliary decoders on pseudo-labels (of a domain with `weak_split`)."""
 
@@ -72,6 +76,10 @@ class ConsistencySettings:
                 raise ValueError(f"consistency.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
         if not 0 <= self.confidence < 1:
             raise ValueError(f"consistency.confidence is {self.confidence}; a probability that can be exceeded lies in 0 to below 1.")
+        if self.sample < 0:
+            raise ValueError(f"consistency.sample is {self.sample}; it is a number of auxiliary decoders, or 0 for all.")
+        if self.stride < 1:
+            raise ValueError(f"consistency.stride is {self.stride}; it is at least 1, which compares every pixel.")
         if not 0 <= self.ramp_fraction <= 1:
             raise ValueError(f"consistency.ramp_fraction is {self.ramp_fraction}; it lies in 0 to 1.")
 

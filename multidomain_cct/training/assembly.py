@@ -6,13 +6,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.loader import Batch
 from multidomain_cct.data.streams import DomainStreams
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.methods.mean_teacher import MeanTeacher
 from multidomain_cct.methods.unimatch import UniMatch
 from multidomain_cct.methods.usss import Usss
-from multidomain_cct.model.network import Segmenter, Task
+from multidomain_cct.model.network import Segmenter, Task, labelled_images
 from multidomain_cct.model.perturbations import Perturbation
 from multidomain_cct.training.recipe import Recipe
 
@@ -26,6 +29,9 @@ def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Ma
     tasks = {}
     for name, domain in domains.items():
         perturbations = usable_perturbations(recipe, domain) if recipe.method == "cct" and name in sees_unlabelled else []
+        drawn, decoders = recipe.consistency_of(name).sample, len(usable_perturbations(recipe, domain))
+        if perturbations and drawn > decoders:
+            raise ValueError(f"domains.{name}: consistency.sample is {drawn}, but there are {decoders} auxiliary decoders. Draw at most so many; 0 takes all.")
         tasks[name] = Task(
             things=tuple(label.thing for label in domain.classes),
             head=domain.labels_of,
@@ -86,6 +92,28 @@ def notices(recipe: Recipe, domains: Mapping[str, Domain], *, parts: int = 1) ->
     if (recipe.encoder.norm, recipe.encoder.weights, recipe.init_from) == ("frozen", "none", None):
         lines.append("encoder.norm=frozen with encoder.weights=none freezes norms that were never trained; norm=shared, or pretrained weights, train better.")
     return lines
+
+
+def compile_encoder(model: Segmenter, batches: Mapping[str, Batch]) -> list[str]:
+    """Compile the encoder, if the recipe asks for it, on the images of a step. Where that fails it stays as it was; what is returned then says so."""
+    encoder = model.encoder
+    if encoder.compiled is None:
+        return []
+    statistics = [buffer.clone() for buffer in model.buffers()]
+    mode, trouble = model.training, []
+    model.train()
+    images = labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()}
+    try:
+        features = torch.cat([features.flatten() for features in model.encode(images).values()])
+        torch.autograd.grad(features.sum(), [parameter for parameter in encoder.parameters() if parameter.requires_grad], allow_unused=True)
+    except Exception as error:  # whatever a compiler, or the lack of one, raises
+        encoder.compiled = None
+        reason = (str(error).strip().splitlines() or [""])[0][:160]
+        trouble = [f"encoder.compile is off: it failed here ({type(error).__name__}: {reason})."]
+    model.train(mode)
+    for buffer, before in zip(model.buffers(), statistics, strict=True):
+        buffer.copy_(before)
+    return trouble
 
 
 def require_lenders(domains: Mapping[str, Domain]) -> None:

@@ -22,7 +22,7 @@ from multidomain_cct.data.shards import Shards
 from multidomain_cct.data.specification import find_domain
 from multidomain_cct.data.streams import open_streams
 from multidomain_cct.model.network import Segmenter
-from multidomain_cct.training.assembly import build_model, require_lenders, require_training_data, uses_unlabelled
+from multidomain_cct.training.assembly import build_model, compile_encoder, require_lenders, require_training_data, uses_unlabelled
 from multidomain_cct.training.assembly import notices as model_notices
 from multidomain_cct.training.checkpoint import RunState, load_checkpoint, load_initial_weights, matching_heads, save_checkpoint
 from multidomain_cct.training.recipe import Recipe
@@ -88,6 +88,9 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
         saved = load_checkpoint(resumed, run.bare_model, run.optimiser.optimizer, accelerator.scaler)
         state = replace(saved, recipe=state.recipe, domains=state.domains)
         notices.append(f"{recipe.folder}: going on from step {state.step}.")
+    if recipe.encoder.compile:
+        first = next(steps(data, 0, 1, workers=0))
+        notices += compile_encoder(run.bare_model, {name: batch.to(accelerator.device) for name, batch in first.items()})
     # The other processes look for an earlier run before the first one writes this one.
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:

@@ -150,6 +150,11 @@ class Recipe:
                 raise ValueError(
                     f"domains.{name}.weak_split is {choice.weak_split!r}; it names pseudo-labels that `weaklabels` made, whose splits end in {WEAK_ENDING}."
                 )
+        for name in self.domains:
+            if self.encoder.stride % self.consistency_of(name).stride:
+                raise ValueError(
+                    f"domains.{name}: consistency.stride is {self.consistency_of(name).stride}, which does not divide encoder.stride {self.encoder.stride}."
+                )
         crops = {"data.crop": self.data.crop} | {f"domains.{name}.crop": d.crop for name, d in self.domains.items() if d.crop is not None}
         for where, crop in crops.items():
             if len(crop) != 2 or min(crop) < 1:

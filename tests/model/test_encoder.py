@@ -207,6 +207,8 @@ def test_a_name_near_nothing_says_so() -> None:
         ({"width": 100}, "encoder.width is 100; it is a multiple of 32."),
         ({"width": 0}, "encoder.width is 0; it is a multiple of 32."),
         ({"context": "aspp"}, "encoder.context is 'aspp'; it is one of psp, fpn, none."),
+        ({"checkpoint": True, "norm": "per_domain"}, "encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`."),
+        ({"checkpoint": True, "compile": True}, "encoder.checkpoint and encoder.compile are both set; choose one."),
         ({"norm": "group"}, "encoder.norm is 'group'; it is one of shared, per_domain, frozen."),
     ],
 )
@@ -231,3 +233,59 @@ def test_parameters_that_reach_no_map_are_frozen() -> None:
     built(torch.zeros(1, 3, 64, 96, dtype=torch.uint8), [("a", 1)]).sum().backward()
     assert all((parameter.grad is not None) == parameter.requires_grad for parameter in built.parameters())
     assert not all(parameter.requires_grad for parameter in built.parameters())
+
+
+# Less memory, or less time
+
+
+@pytest.mark.parametrize(("name", "context"), [("test_resnet", "fpn"), ("tf_efficientnet_lite0", "fpn"), ("test_resnet", "psp"), ("test_vit", "none")])
+@pytest.mark.parametrize("norm", ["shared", "frozen"])
+def test_activations_that_are_computed_again_change_nothing(name: str, context: str, norm: str) -> None:
+    stride = 16 if name == "test_vit" else 8
+    found = []
+    for checkpoint in (False, True):
+        torch.manual_seed(0)
+        model = encoder(name=name, context=context, norm=norm, stride=stride, checkpoint=checkpoint).train()
+        for _ in range(2):
+            torch.manual_seed(1)  # of stochastic depth
+            model.zero_grad()
+            features = model(pictures(3), [("a", 3)])
+            features.square().mean().backward()
+        state = {key: tensor for key, tensor in model.state_dict().items() if tensor.is_floating_point()}
+        found.append((features, {key: parameter.grad for key, parameter in model.named_parameters()}, state))
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
+def test_activations_that_are_computed_again_are_not_kept() -> None:
+    def kept(checkpoint: bool) -> int:
+        total = 0
+
+        model = encoder(name="resnet18", checkpoint=checkpoint).train()
+        weights = {parameter.data_ptr() for parameter in model.parameters()}
+
+        def count(tensor: Tensor) -> Tensor:
+            nonlocal total
+            total += 0 if tensor.data_ptr() in weights else tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            model(pictures(2), [("a", 2)])
+        return total
+
+    assert kept(True) < 0.7 * kept(False)
+
+
+def test_a_compiled_encoder_gives_the_same_features_and_evaluates_uncompiled() -> None:
+    torch.manual_seed(0)
+    plain = encoder(norm="frozen").train()
+    compiled = encoder(norm="frozen", compile=True).train()
+    compiled.load_state_dict(plain.state_dict())
+    calls = []
+    whole = compiled.compiled
+    assert whole is not None
+    compiled.compiled = lambda images: (calls.append(len(images)), whole(images))[1]
+    images = pictures(2)
+    torch.testing.assert_close(compiled(images, [("a", 2)]), plain(images, [("a", 2)]), rtol=1e-4, atol=1e-5)
+    compiled.eval()(images, [("a", 2)])
+    assert calls == [2] and compiled.state_dict().keys() == plain.state_dict().keys()

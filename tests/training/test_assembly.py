@@ -36,6 +36,13 @@ TINY: dict[str, Any] = {
     },
 }
 
+ONE_STEP: dict[str, Any] = {
+    "name": "once",
+    "domains": {"shapes": {"labelled": "4", "val_split": ""}},
+    "data": {"crop": [64, 64], "labelled_batch": 2, "unlabelled_batch": 2, "workers": 0},
+    "training": {"steps": 1},
+}
+
 
 def recipe(**changes: object) -> Recipe:
     return recipe_from(TINY | changes, "the test's recipe")
@@ -144,13 +151,7 @@ def test_image_labels_that_are_not_used_and_mixing_that_cannot_be_are_noticed(do
 
 
 def test_a_run_prints_which_decoders_it_leaves_out(two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings: dict[str, Any] = {
-        "name": "once",
-        "runs": str(tmp_path),
-        "domains": {"shapes": {"labelled": "4", "val_split": ""}},
-        "data": {"shards": str(two_domains), "crop": [64, 64], "labelled_batch": 2, "unlabelled_batch": 2, "workers": 0},
-        "training": {"steps": 1},
-    }
+    settings = ONE_STEP | {"runs": str(tmp_path), "data": ONE_STEP["data"] | {"shards": str(two_domains)}}
     run = train(recipe(**settings), [two_domains / "domains"])
     assert capsys.readouterr().out.count("shapes: its class table marks no class, or every class, as `thing`, so 5 auxiliary decoders") == 1
     assert (run / "checkpoints" / "step-00000001").is_dir()
