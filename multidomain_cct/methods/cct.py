@@ -11,12 +11,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.model.consistency import auxiliary_losses
 from multidomain_cct.model.decoders import Grid
 from multidomain_cct.model.guides import Guide, objects_of
-from multidomain_cct.model.losses import DISTANCES, confident, mean_over_valid, pixel_cross_entropy
+from multidomain_cct.model.losses import DISTANCES, CrossEntropy, at_least_float32, confident
 from multidomain_cct.model.network import Segmenter, labelled_images
 
 
@@ -38,24 +37,18 @@ class CCT(Segmenter):
     def _unsupervised_losses(self, name: str, features: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
         """Consistency with the main decoder's prediction and, where the batch has pseudo-labels, agreement of the auxiliary decoders with them."""
         task, settings = self.tasks[name], self.tasks[name].consistency
-        picture = self.target(features, name)  # (U, C, H, W)
-        guide = Guide(objects_of(picture, batch.valid, task.things, self.encoder.stride))
-        head, grid, distance = self.head(name), Grid.drawn(settings.stride), DISTANCES[settings.distance]
-        target = head.main.in_order(picture, grid)  # (U, C, P)
+        head, grid = self.head(name), Grid.drawn(settings.stride)
+        with torch.no_grad():
+            middles = head.main.pixels(features, Grid.middle(self.encoder.stride)).view(len(features), -1, *features.shape[2:])
+            target = at_least_float32(head.main.pixels(features, grid)).softmax(dim=1)  # (U, C, P)
         counted = confident(target, head.main.in_order(batch.valid, grid), settings.confidence)
-        pseudo_labels = None if batch.pseudo_labels is None else head.main.in_order(batch.pseudo_labels, grid)
-
-        def terms(logits: Tensor, kept: Tensor) -> Tensor:
-            # An image of whose features nothing was left says nothing, and counts as 0.
-            valid = kept[:, None]
-            found = [distance(logits, target, counted & valid)]
-            if pseudo_labels is not None:
-                found.append(mean_over_valid(pixel_cross_entropy(logits, pseudo_labels), (pseudo_labels != IGNORE) & valid))
-            return torch.stack(found)
-
+        terms = [DISTANCES[settings.distance](target, counted)]
+        if batch.pseudo_labels is not None:
+            terms.append(CrossEntropy(head.main.in_order(batch.pseudo_labels, grid), target.dtype))
+        guide = Guide(objects_of(middles, batch.valid, task.things, self.encoder.stride))
         losses = auxiliary_losses(features, head.auxiliaries, guide, terms, sample=settings.sample, grid=grid)
         factor = task.weight * settings.ramp_at(progress)
         found = {f"{name}/consistency": factor * settings.weight_per_pixel(task.num_classes) * losses[0]}
-        if pseudo_labels is not None:
+        if batch.pseudo_labels is not None:
             found[f"{name}/weak"] = factor * settings.weak_weight * losses[1]
         return found

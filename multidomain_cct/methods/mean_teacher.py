@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.methods.views import draw_cutmix, strong_view
-from multidomain_cct.model.losses import DISTANCES, at_least_float32, confident
+from multidomain_cct.model.losses import DISTANCES, at_least_float32, confident, differentiable
 from multidomain_cct.model.network import Segmenter, labelled_images, whole_image_logits
 
 
@@ -67,7 +67,7 @@ class MeanTeacher(Segmenter):
                 with torch.no_grad():
                     target = mix(at_least_float32(self.logits(batch.unlabelled, name)).softmax(dim=1))
                 counted = confident(target, mix(batch.valid), settings.confidence)
-                distance = DISTANCES[settings.distance](self.head(name).main(features[name, "strong"]), target, counted)
+                distance = differentiable(DISTANCES[settings.distance](target, counted), self.head(name).main(features[name, "strong"]))
                 weight = settings.weight_per_pixel(task.num_classes) * settings.ramp_at(progress)
                 losses[f"{name}/consistency"] = task.weight * weight * distance
         return losses

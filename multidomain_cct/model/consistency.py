@@ -8,7 +8,7 @@ Shapes: B images, T terms of the loss, C classes, D feature channels, h w featur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from multidomain_cct.model.decoders import ALL_PIXELS, Decoder, Grid
 from multidomain_cct.model.guides import Guide
+from multidomain_cct.model.losses import Term
 from multidomain_cct.model.perturbations import Perturbation
 
 FP16_LOSS_SCALE = 2.0**12
@@ -36,55 +37,50 @@ class AuxiliaryDecoder(nn.Module):
         return self.decoder.pixels(perturbed, grid), (perturbed.detach() != 0).any(dim=(1, 2, 3))
 
 
-Terms = Callable[[Tensor, Tensor], Tensor]
-"""(B, C, P) logits and (B,) kept -> (T,): the terms of the loss for one decoder."""
+def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Sequence[Term], *, sample: int = 0, grid: Grid = ALL_PIXELS) -> Tensor:
+    """(T,): the mean over the decoders of each term of the loss (CCT equation 2), differentiable in the features and in the decoders' parameters.
 
-
-def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Terms, *, sample: int = 0, grid: Grid = ALL_PIXELS) -> Tensor:
-    """(T,): the mean over the decoders of `terms(logits, kept)` (CCT equation 2), differentiable in the features and in the decoders' parameters.
-
-    With `sample` it is the mean over so many of them, drawn at random, and with a `grid` over the pixels in it: both estimate the whole mean without bias.
-    The gradient of a decoder that was not drawn is 0.
+    An image of whose features a perturbation leaves nothing says nothing, and counts as 0. With `sample` it is the mean over so many decoders, drawn at
+    random, and with a `grid` over the pixels in it: both estimate the whole mean without bias. The gradient of a decoder that was not drawn is 0.
     """
     drawn = torch.randperm(len(auxiliaries))[:sample].sort().values.tolist() if sample else range(len(auxiliaries))
-    if not torch.is_grad_enabled():
-        return torch.stack([terms(*auxiliaries[number](features, guide, grid)) for number in drawn]).mean(dim=0)
     parameters = [parameter for auxiliary in auxiliaries for parameter in auxiliary.parameters()]
-    losses: Tensor = _EachInTurn.apply(features, [auxiliaries[number] for number in drawn], guide, terms, grid, *parameters)  # type: ignore[no-untyped-call]
+    chosen = [auxiliaries[number] for number in drawn]
+    losses: Tensor = _EachInTurn.apply(torch.is_grad_enabled(), features, chosen, guide, terms, grid, *parameters)  # type: ignore[no-untyped-call]
     return losses
 
 
 class _EachInTurn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, features: Tensor, drawn: Sequence[nn.Module], guide: Guide, terms: Terms, grid: Grid, *parameters: Tensor) -> Tensor:
-        """`parameters` are those of all decoders, drawn or not: a wrapper for several processes waits for the gradient of each."""
-        leaf = features.detach().requires_grad_()
+    def forward(
+        ctx: Any, wanted: bool, features: Tensor, drawn: Sequence[nn.Module], guide: Guide, terms: Sequence[Term], grid: Grid, *parameters: Tensor
+    ) -> Tensor:
+        """`wanted` says whether gradients are. `parameters` are those of all decoders, drawn or not: a wrapper for several processes waits for each."""
+        leaf = features.detach().requires_grad_(wanted)
         half = torch.is_autocast_enabled(features.device.type) and torch.get_autocast_dtype(features.device.type) == torch.float16
         scale = FP16_LOSS_SCALE if half else 1.0
         # Sums stay scaled, in 32 bits, until backward: taking the scale out of 16-bit numbers would flush most of them to 0.
-        feature_gradients: list[Tensor] = []
-        own_gradients: list[list[Tensor]] = []
-        totals: Tensor | None = None
+        feature_gradients = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for _ in terms if wanted]
+        own_gradients: list[list[Tensor]] = [[] for _ in terms]
+        totals: list[Tensor] = []
         for auxiliary in drawn:
-            with torch.enable_grad():
-                losses = terms(*auxiliary(leaf, guide, grid)) / len(drawn)
-                scaled = (losses * scale).unbind()
-            if totals is None:
-                totals = torch.zeros_like(losses)
-                feature_gradients = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for _ in losses]
-                own_gradients = [[] for _ in losses]
-            for number, loss in enumerate(scaled):
-                first, *rest = torch.autograd.grad(loss, [leaf, *auxiliary.parameters()], retain_graph=number < len(scaled) - 1)
-                feature_gradients[number] += first
-                own_gradients[number] += rest
-            totals += losses.detach()
-        assert totals is not None
+            with torch.set_grad_enabled(wanted):
+                logits, kept = auxiliary(leaf, guide, grid)
+            for number, term in enumerate(terms):
+                loss, gradient = term(logits, kept)
+                totals.append(loss)
+                if wanted:
+                    scaled = (gradient.mul_(scale) if half else gradient).to(logits.dtype)
+                    last = number == len(terms) - 1
+                    first, *rest = torch.autograd.grad(logits, [leaf, *auxiliary.parameters()], scaled, retain_graph=not last)
+                    feature_gradients[number] += first
+                    own_gradients[number] += rest
         ctx.save_for_backward(*feature_gradients, *(gradient for term in own_gradients for gradient in term))
         own = {id(parameter): place for place, parameter in enumerate(parameter for auxiliary in drawn for parameter in auxiliary.parameters())}
         ctx.places = [own.get(id(parameter)) for parameter in parameters]
         ctx.shapes = [parameter.shape for parameter in parameters]
-        ctx.scale, ctx.dtype, ctx.num_terms = scale, features.dtype, len(totals)
-        return totals
+        ctx.scale, ctx.dtype, ctx.num_terms = scale * len(drawn), features.dtype, len(terms)
+        return torch.stack(totals).view(len(drawn), len(terms)).mean(dim=0)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -101,4 +97,4 @@ class _EachInTurn(torch.autograd.Function):
 
         own = [weighted(rest[place::share]) for place in range(share)]
         each = (factors.new_zeros(shape) if place is None else own[place] for place, shape in zip(ctx.places, ctx.shapes, strict=True))
-        return (weighted(feature_gradients).to(ctx.dtype), None, None, None, None, *each)
+        return (None, weighted(feature_gradients).to(ctx.dtype), None, None, None, None, *each)

@@ -27,6 +27,11 @@ class Grid:
     column: int = 0
 
     @classmethod
+    def middle(cls, stride: int) -> Grid:
+        """The pixel in the middle of each feature position."""
+        return cls(stride, stride // 2, stride // 2)
+
+    @classmethod
     def drawn(cls, step: int) -> Grid:
         """One of the step x step grids, at random; of step 1 there is only one, and nothing is drawn."""
         return cls(step, *torch.randint(step, (2,)).tolist()) if step > 1 else cls()

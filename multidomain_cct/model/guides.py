@@ -40,14 +40,13 @@ class Guide:
         return regions_of(self.objects[:, 0])
 
 
-def objects_of(target: Tensor, valid: Tensor, things: Sequence[bool], stride: int) -> Tensor:
-    """(B, 1, h, w) bool: where (B, C, H, W) class probabilities are largest for a class that is a thing, at the pixel in the middle of each position.
+def objects_of(middles: Tensor, valid: Tensor, things: Sequence[bool], stride: int) -> Tensor:
+    """(B, 1, h, w) bool: where the class of the largest of (B, C, h, w) logits, those of the pixel in the middle of each position, is a thing.
 
     Positions whose middle is not valid, in (B, H, W), hold no object.
     """
-    middle = (..., slice(stride // 2, None, stride), slice(stride // 2, None, stride))
-    table = torch.tensor(list(things), device=target.device)
-    found: Tensor = (table[target[middle].argmax(dim=1)] & valid[middle]).unsqueeze(1)
+    table = torch.tensor(list(things), device=middles.device)
+    found: Tensor = (table[middles.argmax(dim=1)] & valid[:, stride // 2 :: stride, stride // 2 :: stride]).unsqueeze(1)
     return found
 
 

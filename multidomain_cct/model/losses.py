@@ -10,6 +10,7 @@ Shapes: B images, C classes of the domain, H W image size, * any pixel dimension
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -134,12 +135,12 @@ def squared_distance(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
     The authors take the mean over classes too, so that the same weight weighs domains of many classes less; here it does not.
     """
-    return _distance(logits, target, valid, _squared)
+    return differentiable(SquaredDistance(target, valid), logits)
 
 
 def kl_divergence(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
     """Scalar: KL(target || softmax(logits)) in nats, 0 or more. The authors' masked and unmasked forms differ by a factor C; this is the textbook one."""
-    return _distance(logits, target, valid, _kullback_leibler)
+    return differentiable(KullbackLeibler(target, valid), logits)
 
 
 def jensen_shannon(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
@@ -147,12 +148,7 @@ def jensen_shannon(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
 
     It is the mean of both divergences *from* their mixture; the authors' code takes those *of* the mixture, which have no bound.
     """
-    return _distance(logits, target, valid, _jensen_shannon)
-
-
-Distance = Callable[[Tensor, Tensor, Tensor], Tensor]
-DISTANCES: dict[str, Distance] = {"mse": squared_distance, "kl": kl_divergence, "js": jensen_shannon}
-"""By name in the recipe: (logits, target probabilities, valid) -> scalar."""
+    return differentiable(JensenShannon(target, valid), logits)
 
 
 def confident(target: Tensor, valid: Tensor, threshold: float) -> Tensor:
@@ -172,60 +168,122 @@ def at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.itemsize < 4 else logits
 
 
-# Distances with their gradients. Autograd would keep the probabilities and every step on the way to the distance; here only the gradient is kept.
-
-_WithGradient = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(B, C, *) logits and target -> the distance of each pixel, (B, *), and its gradient with respect to the logits."""
+# Losses with their gradients. Autograd would keep the probabilities and every step on the way to the loss, and what hangs on the target alone would be
+# computed for each of many decoders.
 
 
-def _squared(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    own = logits.softmax(dim=1)
-    difference = own - target
-    gradient = _through_softmax(own, difference).mul_(2)
-    return difference.square_().sum(dim=1), gradient
+class Term(ABC):
+    """A loss on logits that many decoders give for the same images: `mean_over_valid` of a value per pixel, with its gradient."""
+
+    def __init__(self, valid: Tensor, dtype: torch.dtype) -> None:
+        """(B, *) bool: the pixels that count."""
+        self.valid = valid
+        counts = valid.flatten(1).sum(dim=1).clamp(min=1) * len(valid)
+        self.weight = valid.to(dtype) / counts.view(-1, *[1] * (valid.ndim - 1))  # (B, *)
+
+    def __call__(self, logits: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The loss, and its gradient with respect to (B, C, *) logits, in 32 bits or more. Images that are not `kept`, (B,) bool, count as 0."""
+        pixels, gradient = self.weighted(at_least_float32(logits.detach()))
+        counted = self.valid if kept is None else self.valid & kept.view(-1, *[1] * (self.valid.ndim - 1))
+        # On a CPU looking whether there is anything to do is free; on a GPU it would wait.
+        if kept is not None and not (kept.device.type == "cpu" and kept.all()):
+            gradient.masked_fill_(~kept.view(-1, *[1] * (gradient.ndim - 1)), 0)
+        # where, not a product: an invalid pixel may be infinite.
+        return pixels.where(counted, pixels.new_zeros(())).sum(), gradient
+
+    @abstractmethod
+    def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted value of each pixel, (B, *), of which those that count add up to the loss, and their gradient, (B, C, *)."""
 
 
-def _kullback_leibler(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    own_log = logits.log_softmax(dim=1)
-    pixels = (torch.xlogy(target, target) - target * own_log).sum(dim=1)
-    return pixels, own_log.exp_().sub_(target)
+class SquaredDistance(Term):
+    """Of softmax(logits) to target probabilities."""
+
+    def __init__(self, target: Tensor, valid: Tensor) -> None:
+        super().__init__(valid, target.dtype)
+        self.negative = -target * self.weight.unsqueeze(1)
+
+    def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        own = logits.softmax(dim=1)
+        difference = torch.addcmul(self.negative, own, self.weight.unsqueeze(1))  # weight * (own - target)
+        gradient = _through_softmax(own, difference)
+        # The weights of the pixels that count are above 0, and only these are summed.
+        return difference.square_().sum(dim=1) / self.weight, gradient.mul_(2)
 
 
-def _jensen_shannon(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    own_log = logits.log_softmax(dim=1)
-    own = own_log.exp()
-    # Where both probabilities underflow, the logarithm must stay finite for 0 * log 0 to be 0.
-    mixture_log = ((own + target) / 2).clamp_(min=torch.finfo(own.dtype).tiny).log_()
-    own_ratio = own_log.sub_(mixture_log)
-    pixels = (own * own_ratio + torch.xlogy(target, target) - target * mixture_log).sum(dim=1) / 2
-    return pixels, _through_softmax(own, own_ratio).div_(2)
+class KullbackLeibler(Term):
+    """Of softmax(logits) from target probabilities."""
+
+    def __init__(self, target: Tensor, valid: Tensor) -> None:
+        super().__init__(valid, target.dtype)
+        self.negative = -target * self.weight.unsqueeze(1)
+        self.own = torch.xlogy(target, target).sum(dim=1) * self.weight
+
+    def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        own_log = logits.log_softmax(dim=1)
+        pixels = self.own + (self.negative * own_log).sum(dim=1)
+        return pixels, torch.addcmul(self.negative, own_log.exp_(), self.weight.unsqueeze(1))
+
+
+class JensenShannon(Term):
+    """Of softmax(logits) and target probabilities."""
+
+    def __init__(self, target: Tensor, valid: Tensor) -> None:
+        super().__init__(valid, target.dtype)
+        self.target = target
+        self.own = torch.xlogy(target, target).sum(dim=1)
+
+    def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        own_log = logits.log_softmax(dim=1)
+        own = own_log.exp()
+        # Where both probabilities underflow, the logarithm must stay finite for 0 * log 0 to be 0.
+        mixture_log = ((own + self.target) / 2).clamp_(min=torch.finfo(own.dtype).tiny).log_()
+        ratio_log = own_log.sub_(mixture_log)
+        pixels = self.own + (own * ratio_log - self.target * mixture_log).sum(dim=1)
+        half = self.weight / 2
+        return pixels * half, _through_softmax(own, ratio_log).mul_(half.unsqueeze(1))
+
+
+class CrossEntropy(Term):
+    """With (B, *) train ids; pixels of id 255 do not count."""
+
+    def __init__(self, ids: Tensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(ids != IGNORE, dtype)
+        self.known = ids.long().where(self.valid, 0).unsqueeze(1)
+
+    def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        own_log = logits.log_softmax(dim=1)
+        pixels = -own_log.gather(1, self.known).squeeze(1)
+        gradient = own_log.exp_().scatter_add_(1, self.known, own_log.new_full((), -1.0).expand(self.known.shape))
+        return pixels * self.weight, gradient.mul_(self.weight.unsqueeze(1))
+
+
+DISTANCES: dict[str, Callable[[Tensor, Tensor], Term]] = {"mse": SquaredDistance, "kl": KullbackLeibler, "js": JensenShannon}
+"""By name in the recipe: (target probabilities, valid) -> term."""
+
+
+def differentiable(term: Term, logits: Tensor) -> Tensor:
+    """Scalar: the term's loss, for autograd."""
+    loss: Tensor = _WithGradient.apply(logits, term)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _WithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, term: Term) -> Tensor:
+        loss, gradient = term(logits)
+        ctx.save_for_backward(gradient)
+        ctx.dtype = logits.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * factor).to(ctx.dtype), None
 
 
 def _through_softmax(own: Tensor, gradient: Tensor) -> Tensor:
     """The gradient with respect to logits, given their softmax and the gradient with respect to that."""
     weighted = own * gradient
     return weighted.addcmul_(own, weighted.sum(dim=1, keepdim=True), value=-1)
-
-
-def _distance(logits: Tensor, target: Tensor, valid: Tensor, pixelwise: _WithGradient) -> Tensor:
-    loss: Tensor = _MeanDistance.apply(logits, target, valid, pixelwise)  # type: ignore[no-untyped-call]
-    return loss
-
-
-class _MeanDistance(torch.autograd.Function):
-    """`mean_over_valid` of a distance."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, valid: Tensor, pixelwise: _WithGradient) -> Tensor:
-        pixels, gradient = pixelwise(at_least_float32(logits), target)
-        weight = valid.to(pixels.dtype)
-        weight /= weight.flatten(1).sum(dim=1).clamp(min=1).mul(len(weight)).view(-1, *[1] * (weight.ndim - 1))
-        ctx.save_for_backward(gradient, weight)
-        ctx.dtype = logits.dtype
-        return mean_over_valid(pixels, valid)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, weight = ctx.saved_tensors
-        return (gradient * (weight * loss_gradient).unsqueeze(1)).to(ctx.dtype), None, None, None

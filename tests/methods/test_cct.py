@@ -67,6 +67,10 @@ def test_the_terms_are_named_by_domain_and_are_scalars() -> None:
     assert all(loss.shape == () and loss.isfinite() and loss > 0 for loss in losses.values())
 
 
+def guide_of(target: Tensor, own: Batch, task: Task) -> Guide:
+    return Guide(objects_of(target[:, :, 4::8, 4::8], own.valid, task.things, 8))
+
+
 def prediction(auxiliary: nn.Module, z: Tensor, guide: Guide) -> Tensor:
     """(U, C, H, W) logits of perturbed features."""
     assert isinstance(auxiliary, AuxiliaryDecoder)
@@ -87,7 +91,7 @@ def test_the_terms_are_those_of_the_papers_equations_with_their_weights() -> Non
         torch.testing.assert_close(found[f"{name}/supervised"], settings.weight * supervised)
         z = model.encoder(own.unlabelled, [(name, len(own.unlabelled))]).detach()
         target = head.main(z).softmax(dim=1)  # type: ignore[union-attr, operator]
-        guide = Guide(objects_of(target, own.valid, settings.things, 8))
+        guide = guide_of(target, own, settings)
         distances = []
         for auxiliary in head.auxiliaries:  # type: ignore[union-attr]
             squares = (prediction(auxiliary, z, guide).softmax(dim=1) - target).square().sum(dim=1) * own.valid
@@ -116,7 +120,7 @@ def test_pixels_of_which_the_main_decoder_is_not_confident_do_not_count() -> Non
     threshold = target.amax(dim=1).median().item()
     model = network(FROZEN, street=replace(STREET, perturbations=(ObjectMask(),), consistency=ConsistencySettings(weight=1.0, confidence=threshold))).double()
     found = seeded_forward(model, {"street": own})["street/consistency"]
-    logits = prediction(model.head("street").auxiliaries[0], z, Guide(objects_of(target, own.valid, STREET.things, 8)))
+    logits = prediction(model.head("street").auxiliaries[0], z, guide_of(target, own, STREET))
     counted = own.valid & (target.amax(dim=1) >= threshold)
     squares = (logits.softmax(dim=1) - target).square().sum(dim=1).where(counted, 0)
     torch.testing.assert_close(found, (squares.sum(dim=(1, 2)) / counted.sum(dim=(1, 2))).mean().detach(), check_stride=False)
@@ -137,7 +141,7 @@ def test_the_distance_is_the_one_that_was_chosen(distance: str) -> None:
     task = replace(STREET, perturbations=(ObjectMask(),), consistency=ConsistencySettings(weight=1.0, distance=distance))
     model = network(FROZEN, street=task).double()
     z, p = predicted(model, own, "street")
-    logits = prediction(model.head("street").auxiliaries[0], z, Guide(objects_of(p, own.valid, STREET.things, 8)))
+    logits = prediction(model.head("street").auxiliaries[0], z, guide_of(p, own, STREET))
     q = logits.softmax(dim=1).detach()
     mixture = (p + q) / 2
     pixels = {
@@ -158,7 +162,7 @@ def test_pseudo_labels_give_a_term_of_their_own_under_the_same_ramp() -> None:
     losses = seeded_forward(model, {"street": own}, progress=0.1)
     assert list(losses) == ["street/supervised", "street/consistency", "street/weak"]
     z, target = predicted(model, own, "street")
-    guide = Guide(objects_of(target, own.valid, STREET.things, 8))
+    guide = guide_of(target, own, STREET)
     predictions = [prediction(auxiliary, z, guide) for auxiliary in model.head("street").auxiliaries]
     entropies = [F.cross_entropy(logits, labels.long(), ignore_index=255, reduction="none") for logits in predictions]
     means = [(pixels.sum(dim=(1, 2)) / (labels != 255).sum(dim=(1, 2))).mean() for pixels in entropies]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multidomain_cct.model.consistency import AuxiliaryDecoder, Terms, auxiliary_losses
+from multidomain_cct.model.consistency import AuxiliaryDecoder, auxiliary_losses
 from multidomain_cct.model.decoders import Grid, build_decoder
 from multidomain_cct.model.guides import Guide
-from multidomain_cct.model.losses import kl_divergence, squared_distance
+from multidomain_cct.model.losses import KullbackLeibler, SquaredDistance, Term, mean_over_valid
 from multidomain_cct.model.perturbations import (
     AdversarialNoise,
     ContextMask,
@@ -45,25 +45,32 @@ def decoders(dtype: torch.dtype = torch.float64, kind: str = "pixelshuffle", cop
     return nn.ModuleList(AuxiliaryDecoder(each, build_decoder(kind, CHANNELS, CLASSES, STRIDE)) for each in kinds * copies).to(dtype)
 
 
-def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Guide, Terms]:
-    """Features, where objects are, and two distances of logits to a target of which some pixels do not count."""
+def drawn(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Features, a target, and which of its pixels count."""
     torch.manual_seed(2)
     features = torch.rand(2, CHANNELS, 4, 5, dtype=dtype)
     target = torch.randn(2, CLASSES, PIXELS, dtype=dtype).mul(3).softmax(dim=1)
-    valid = torch.rand(2, PIXELS) < 0.8
+    return features, target, torch.rand(2, PIXELS) < 0.8
+
+
+def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Guide, list[Term]]:
+    """Features, where objects are, and two distances of logits to a target of which some pixels do not count."""
+    features, target, valid = drawn(dtype)
     objects = torch.zeros(2, 1, 4, 5, dtype=torch.bool)
     objects[:, :, :3, 1:4] = True
-
-    def terms(logits: Tensor, kept: Tensor) -> Tensor:
-        counted = valid & kept[:, None]
-        return torch.stack([distance(logits, target, counted) for distance in (squared_distance, kl_divergence)])
-
-    return features, Guide(objects), terms
+    return features, Guide(objects), [SquaredDistance(target, valid), KullbackLeibler(target, valid)]
 
 
-def plain_mean(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Terms) -> Tensor:
-    """CCT equation 2, all decoders at once."""
-    return torch.stack([terms(*auxiliary(features, guide)) for auxiliary in auxiliaries]).mean(dim=0)
+def plain_mean(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Sequence[Term]) -> Tensor:
+    """CCT equation 2 for the terms of the example, all decoders at once, with autograd's gradients."""
+    with torch.random.fork_rng():  # the perturbations' draws stay as seeded
+        _, target, valid = drawn(features.dtype)
+    losses = []
+    for auxiliary in auxiliaries:
+        logits, kept = auxiliary(features, guide)
+        pixels = [(logits.softmax(dim=1) - target).square().sum(dim=1), (target * (target.log() - logits.log_softmax(dim=1))).sum(dim=1)]
+        losses.append(torch.stack([mean_over_valid(each, valid & kept[:, None]) for each in pixels]))
+    return torch.stack(losses).mean(dim=0)
 
 
 def weighted(losses: Tensor) -> Tensor:
@@ -147,12 +154,14 @@ def test_a_decoders_graph_is_gone_before_the_next_ones_is_built() -> None:
         kept.add(holder)
         return holder
 
-    def watched(logits: Tensor, kept_images: Tensor) -> Tensor:
-        alive.append(sum(holder.tensor.numel() for holder in kept))
-        return terms(logits, kept_images)
+    class Watched(SquaredDistance):
+        def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+            alive.append(sum(holder.tensor.numel() for holder in kept))
+            return super().weighted(logits)
 
+    target, valid = torch.rand(2, CLASSES, PIXELS, dtype=torch.float64).softmax(dim=1), torch.ones(2, PIXELS, dtype=torch.bool)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
-        auxiliary_losses(features.requires_grad_(), auxiliaries, guide, watched)
+        auxiliary_losses(features.requires_grad_(), auxiliaries, guide, [Watched(target, valid)])
     # The same perturbations three times: the same numbers are kept each time.
     count = len(ALL)
     assert len(alive) == 3 * count and min(alive) > 0 and alive[:count] == alive[count : 2 * count] == alive[2 * count :]
@@ -215,8 +224,8 @@ def test_small_gradients_do_not_vanish_in_16_bit_floats() -> None:
         torch.manual_seed(3)
         with torch.autocast("cpu", dtype=torch.float16, enabled=enabled):
             # One of a thousand images: the gradient of a pixel lies below the smallest 16-bit float.
-            (loss,) = auxiliary_losses(leaf, auxiliaries, guide, lambda logits, kept: squared_distance(logits, target, valid)[None] / 1000)
-        (gradient,) = torch.autograd.grad(loss, leaf)
+            (loss,) = auxiliary_losses(leaf, auxiliaries, guide, [SquaredDistance(target, valid)])
+        (gradient,) = torch.autograd.grad(loss / 1000, leaf)
         found.append(gradient)
     assert (found[0] - found[1]).norm() <= 0.02 * found[0].norm()
 
@@ -229,12 +238,9 @@ def test_sixteen_bit_feature_gradients_do_not_vanish_or_overflow() -> None:
     target = torch.rand(4, 21, 64 * 64).softmax(dim=1)
     valid = torch.ones(4, 64 * 64, dtype=torch.bool)
 
-    def distance(logits: Tensor, kept: Tensor) -> Tensor:
-        return squared_distance(logits, target.to(torch.promote_types(logits.dtype, torch.float32)), valid)[None]
-
     def gradient(leaf: Tensor, scale: float) -> Tensor:
         torch.manual_seed(1)
-        (loss,) = auxiliary_losses(leaf, auxiliaries, guide, distance)
+        (loss,) = auxiliary_losses(leaf, auxiliaries, guide, [SquaredDistance(target, valid)])
         (found,) = torch.autograd.grad(loss * scale, leaf)
         return found.double() / scale
 
@@ -283,9 +289,7 @@ def test_an_image_of_which_nothing_is_left_is_told_apart_and_counts_as_0(case: t
     auxiliaries = decoders(kinds=[kind])
     target = torch.rand(2, CLASSES, PIXELS, dtype=torch.float64).softmax(dim=1)
 
-    def terms(logits: Tensor, kept: Tensor) -> Tensor:
-        return squared_distance(logits, target, kept[:, None].expand(2, PIXELS))[None]
-
+    terms = [SquaredDistance(target, torch.ones(2, PIXELS, dtype=torch.bool))]
     seed = seed_that_erases(auxiliaries[0], features, guide)
     torch.manual_seed(seed)
     losses = auxiliary_losses(features, auxiliaries, guide, terms)
@@ -360,9 +364,7 @@ def test_the_mean_over_all_grids_is_the_mean_over_all_pixels(kind: str) -> None:
     def on(grid: Grid) -> list[Tensor]:
         kept = auxiliaries[0].decoder.in_order(target, grid)
 
-        def terms(logits: Tensor, images: Tensor) -> Tensor:
-            return squared_distance(logits, kept, images[:, None].expand(len(kept), kept.shape[2]))[None]
-
+        terms = [SquaredDistance(kept, torch.ones(2, kept.shape[2], dtype=torch.bool))]
         (loss,) = auxiliary_losses(features, auxiliaries, guide, terms, grid=grid)
         return [loss.detach(), *gradients(loss, features, auxiliaries)]
 

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE
+from multidomain_cct.model import losses
 from multidomain_cct.model.losses import (
-    DISTANCES,
     ConsistencySettings,
+    CrossEntropy,
     SupervisedSettings,
     ab_threshold,
     bootstrapped_cross_entropy,
     confident,
     cross_entropy,
+    differentiable,
     jensen_shannon,
     kl_divergence,
     mean_over_valid,
@@ -30,6 +32,7 @@ from multidomain_cct.model.losses import (
 )
 
 SEEDS = st.integers(0, 10_000)
+DISTANCES = {"mse": squared_distance, "kl": kl_divergence, "js": jensen_shannon}
 
 
 def example(seed: int = 0, images: int = 4, classes: int = 5, size: tuple[int, int] = (6, 7)) -> tuple[Tensor, Tensor, Tensor]:
@@ -379,3 +382,38 @@ def test_settings_that_cannot_be_are_refused(kind: type, settings: dict[str, obj
     with pytest.raises(ValueError) as caught:
         kind(**settings)
     assert str(caught.value) == message
+
+
+# Terms, which many decoders give for the same images
+
+
+@settings(max_examples=20)
+@given(seed=SEEDS)
+def test_the_cross_entropy_of_pseudo_labels_is_the_plain_one(seed: int) -> None:
+    logits, ids, _ = example(seed)
+    ids[0] = IGNORE
+    results = []
+    for loss in (cross_entropy(logits.requires_grad_(), ids), differentiable(CrossEntropy(ids, torch.float64), logits)):
+        (gradient,) = torch.autograd.grad(loss, logits)
+        results.append((loss.detach(), gradient))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["mse", "kl", "js", "ce"])
+def test_images_that_are_not_kept_count_as_0_and_teach_nothing(name: str) -> None:
+    logits, ids, target = example()
+    term = CrossEntropy(ids, torch.float64) if name == "ce" else losses.DISTANCES[name](target, ids != IGNORE)
+    kept = torch.tensor([True, False, True, False])
+    loss, gradient = term(logits, kept)
+    parts = [own for own in range(4) if kept[own]]
+    alone = [
+        CrossEntropy(ids[own : own + 1], torch.float64) if name == "ce" else losses.DISTANCES[name](target[own : own + 1], ids[own : own + 1] != IGNORE)
+        for own in parts
+    ]
+    expected = [one(logits[own : own + 1]) for one, own in zip(alone, parts, strict=True)]
+    assert loss.item() == pytest.approx(sum(each.item() for each, _ in expected) / 4)
+    assert not gradient[~kept].any()
+    torch.testing.assert_close(gradient[kept], torch.cat([each for _, each in expected]) / 4)
+    whole, everything = term(logits, torch.ones(4, dtype=torch.bool)), term(logits)
+    assert torch.equal(whole[0], everything[0]) and torch.equal(whole[1], everything[1])
