@@ -144,7 +144,8 @@ def _at_each_position(features: Tensor, weight: Tensor, bias: Tensor | None = No
     where a matrix has few rows or columns (benchmarks/step.py).
     """
     weights = weight.flatten(1).expand(len(features), -1, -1)
-    return torch.bmm(weights, features) if bias is None else torch.baddbmm(bias[:, None], weights, features)
+    values = torch.bmm(weights, features)
+    return values if bias is None else values.add_(bias[:, None])
 
 
 def upsample_bilinear(maps: Tensor, factor: int, grid: Grid = ALL_PIXELS) -> Tensor:

@@ -94,19 +94,19 @@ class ConsistencySettings:
 
 
 def supervised_loss(logits: Tensor, masks: Tensor, settings: SupervisedSettings, progress: float) -> Tensor:
-    """Scalar: the chosen loss of (B, C, H, W) logits on (B, H, W) train ids when `progress` (0 to 1) of the run is done."""
+    """Scalar: the chosen loss of (B, C, *) logits on (B, *) train ids when `progress` (0 to 1) of the run is done."""
     if settings.loss == "ce":
         return cross_entropy(logits, masks)
     return bootstrapped_cross_entropy(logits, masks, ab_threshold(settings, logits.shape[1], progress))
 
 
 def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """Scalar: cross-entropy of (B, C, H, W) logits with (B, H, W) train ids, in nats; pixels of id 255 do not count."""
+    """Scalar: cross-entropy of (B, C, *) logits with (B, *) train ids, in nats; pixels of id 255 do not count."""
     return mean_over_valid(pixel_cross_entropy(logits, masks), masks != IGNORE)
 
 
 def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """(B, H, W): cross-entropy in nats; 0 at pixels of id 255."""
+    """(B, *): cross-entropy in nats; 0 at pixels of id 255."""
     return F.cross_entropy(at_least_float32(logits), masks.long(), ignore_index=IGNORE, reduction="none")
 
 
@@ -117,7 +117,7 @@ def bootstrapped_cross_entropy(logits: Tensor, masks: Tensor, threshold: float) 
     """
     pixels = pixel_cross_entropy(logits, masks)  # -log of the true class's probability
     valid = masks != IGNORE
-    hardest = pixels.detach().where(valid, -math.inf).amax(dim=(1, 2), keepdim=True)  # (B, 1, 1)
+    hardest = pixels.detach().where(valid, -math.inf).flatten(1).amax(dim=1).view(-1, *[1] * (pixels.ndim - 1))  # (B, 1, 1)
     # Equal to the hardest only when it is the hardest: of several equal ones all count.
     # Not the same as `>`: a pixel that is nan counts, so that the loss shows it.
     hard = ~(pixels.detach() <= (-math.log(threshold) if threshold > 0 else math.inf)) | (pixels.detach() == hardest)
@@ -173,13 +173,23 @@ def at_least_float32(logits: Tensor) -> Tensor:
 
 
 class Term(ABC):
-    """A loss on logits that many decoders give for the same images: `mean_over_valid` of a value per pixel, with its gradient."""
+    """A loss on logits that many decoders give for the same images: `mean_over_valid` of a value per pixel, with its gradient.
+
+    The gradient lies in memory that the next call uses again: fresh memory of this size costs a CPU as much time as the arithmetic.
+    """
 
     def __init__(self, valid: Tensor, dtype: torch.dtype) -> None:
         """(B, *) bool: the pixels that count."""
         self.valid = valid
         counts = valid.flatten(1).sum(dim=1).clamp(min=1) * len(valid)
         self.weight = valid.to(dtype) / counts.view(-1, *[1] * (valid.ndim - 1))  # (B, *)
+        self._rooms: list[Tensor] = []
+
+    def room(self, number: int, like: Tensor) -> Tensor:
+        """Memory for a tensor like this one, the same in every call."""
+        if number == len(self._rooms):
+            self._rooms.append(torch.empty_like(like))
+        return self._rooms[number]
 
     def __call__(self, logits: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient with respect to (B, C, *) logits, in 32 bits or more. Images that are not `kept`, (B,) bool, count as 0."""
@@ -204,9 +214,9 @@ class SquaredDistance(Term):
         self.negative = -target * self.weight.unsqueeze(1)
 
     def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        own = logits.softmax(dim=1)
-        difference = torch.addcmul(self.negative, own, self.weight.unsqueeze(1))  # weight * (own - target)
-        gradient = _through_softmax(own, difference)
+        own = torch.softmax(logits, dim=1, out=self.room(0, logits))
+        difference = torch.addcmul(self.negative, own, self.weight.unsqueeze(1), out=self.room(1, logits))  # weight * (own - target)
+        gradient = _through_softmax(own, difference, out=self.room(2, logits))
         # The weights of the pixels that count are above 0, and only these are summed.
         return difference.square_().sum(dim=1) / self.weight, gradient.mul_(2)
 
@@ -221,8 +231,8 @@ class KullbackLeibler(Term):
 
     def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         own_log = logits.log_softmax(dim=1)
-        pixels = self.own + (self.negative * own_log).sum(dim=1)
-        return pixels, torch.addcmul(self.negative, own_log.exp_(), self.weight.unsqueeze(1))
+        pixels = self.own + torch.mul(self.negative, own_log, out=self.room(0, logits)).sum(dim=1)
+        return pixels, torch.addcmul(self.negative, own_log.exp_(), self.weight.unsqueeze(1), out=self.room(0, logits))
 
 
 class JensenShannon(Term):
@@ -241,7 +251,7 @@ class JensenShannon(Term):
         ratio_log = own_log.sub_(mixture_log)
         pixels = self.own + (own * ratio_log - self.target * mixture_log).sum(dim=1)
         half = self.weight / 2
-        return pixels * half, _through_softmax(own, ratio_log).mul_(half.unsqueeze(1))
+        return pixels * half, _through_softmax(own, ratio_log, out=self.room(0, logits)).mul_(half.unsqueeze(1))
 
 
 class CrossEntropy(Term):
@@ -283,7 +293,7 @@ class _WithGradient(torch.autograd.Function):
         return (gradient * factor).to(ctx.dtype), None
 
 
-def _through_softmax(own: Tensor, gradient: Tensor) -> Tensor:
+def _through_softmax(own: Tensor, gradient: Tensor, *, out: Tensor) -> Tensor:
     """The gradient with respect to logits, given their softmax and the gradient with respect to that."""
-    weighted = own * gradient
+    weighted = torch.mul(own, gradient, out=out)
     return weighted.addcmul_(own, weighted.sum(dim=1, keepdim=True), value=-1)

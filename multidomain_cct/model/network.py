@@ -97,8 +97,9 @@ class Segmenter(nn.Module):
         losses = {}
         for name, batch in batches.items():
             if (name, "labelled") in features:
-                task, logits = self.tasks[name], self.head(name).main(features[name, "labelled"])
-                losses[f"{name}/supervised"] = task.weight * supervised_loss(logits, batch.masks, task.supervised, progress)
+                task, decoder = self.tasks[name], self.head(name).main
+                logits, ids = decoder.pixels(features[name, "labelled"]), decoder.in_order(batch.masks)
+                losses[f"{name}/supervised"] = task.weight * supervised_loss(logits, ids, task.supervised, progress)
         return losses
 
     @torch.no_grad()
