@@ -72,7 +72,7 @@ def draw(folder: Path, count: int, size: tuple[int, int], classes: int, ids: np.
         wrong = Image.fromarray(rng.random((16, 32)) < 0.2).resize(size, Image.Resampling.NEAREST)
         truth = np.array(regions)
         prediction = np.where(np.asarray(wrong), (truth + 1) % classes, truth)
-        prediction = np.roll(prediction, 3, axis=1)
+        prediction = np.roll(prediction, max(1, size[0] // 512), axis=1)
         truth[: size[1] // 40] = 255
         truth[rng.random(truth.shape) < 0.02] = 255
         for name, picture in (("truth", truth), ("prediction", prediction)):
