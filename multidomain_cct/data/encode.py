@@ -6,11 +6,13 @@ import io
 import json
 import struct
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.masks import mask_picture
@@ -89,19 +91,60 @@ def fitted_size(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int
 
 def load_image(source: bytes | Path, name: str) -> Image.Image:
     """The image as 8-bit RGB, turned upright as its EXIF tag asks. Raises ValueError, starting with `name`, when it cannot be read."""
+    # Loaded, it outlives its file.
+    with open_image(source, name) as image:
+        return decoded(image, name)
+
+
+def open_image(source: bytes | Path, name: str) -> Image.Image:
+    """The image with its header read and its pixels not yet, for `decoded`. Raises ValueError, starting with `name`, when it cannot be read."""
+    with _errors_that_name(name):
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+
+
+def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
+    """(width, height) that an opened image has once it is turned upright."""
+    return image.size if _orientation(image, name) < 5 else (image.height, image.width)
+
+
+def decode_smaller(image: Image.Image, name: str, wanted: tuple[int, int]) -> tuple[float, float]:
+    """Let an opened JPEG be decoded at a half, a quarter or an eighth of its size when that is still at least `wanted`.
+
+    Gives (width, height) of the whole picture in decoded pixels. They are not whole numbers where the factor does not divide the size; the last column or
+    row then shows the picture only in part. A JPEG that has to be turned is left alone: its part of a pixel would lie on another side.
+    """
+    if image.format == "JPEG" and _orientation(image, name) == 1 and (drafted := image.draft(None, wanted)) is not None:
+        return drafted[1][2], drafted[1][3]
+    return upright_size(image, name)
+
+
+def decoded(image: Image.Image, name: str) -> Image.Image:
+    """An opened image as 8-bit RGB, turned upright. Raises ValueError, starting with `name`, when it cannot be read."""
+    with _errors_that_name(name):
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            # Pillow clips 16 bits to 255 instead of scaling them.
+            return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image.Image, name: str) -> int:
+    """The EXIF tag: 1 is upright, 5 to 8 lie on their side."""
+    with _errors_that_name(name):
+        found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
+@contextmanager
+def _errors_that_name(name: str) -> Iterator[None]:
+    """What Pillow raises within becomes a ValueError of one line."""
     try:
         with warnings.catch_warnings():
             # Pillow warns where it can go on: broken EXIF is no reason to fail, a picture of suspicious size is.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                image.load()
-                ImageOps.exif_transpose(image, in_place=True)
-                if image.mode.startswith("I"):
-                    # Pillow clips 16 bits to 255 instead of scaling them.
-                    return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-                # Loaded, it outlives its file.
-                return image if image.mode == "RGB" else image.convert("RGB")
+            yield
     except _UNREADABLE as error:
         reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise ValueError(f"{name}: the image cannot be read ({reason}).") from None

@@ -122,14 +122,8 @@ class TrainingSet(Dataset[Any]):
             epoch, chosen = order.at(position)
             source, number = samples[chosen]
             record = streams.sources[source].read(number, with_mask=kind == "labelled" or source == streams.weak_source)
-            image, mask = decode(record, streams.domain)
-            if mask is not None and mask.size != image.size:
-                raise ValueError(
-                    f"{record.shard}: key {record.key!r}: the mask is {mask.size[0]}x{mask.size[1]} but the image is {image.size[0]}x{image.size[1]}. Pack the"
-                    " split again."
-                )
             rng = np.random.default_rng(seed_from(self.seed, name, epoch, record.key, kind))
-            views.append(training_view(image, mask, self.augment, streams.crop, rng))
+            views.append(training_view(record, streams.domain, self.augment, streams.crop, rng))
             keys.append(record.key)
         stacked = View(*(torch.stack([getattr(view, part) for view in views]) for part in ("image", "ids", "inside")))
         return stacked, tuple(keys)

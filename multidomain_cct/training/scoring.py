@@ -1,11 +1,11 @@
 """Scores: an int64 confusion matrix per domain, and what follows from it.
 
-Shapes: C classes of the domain, H W size of the labels.
+Shapes: B images, C classes of the domain, H W size of the labels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.loader import scored_images
+from multidomain_cct.data.loader import ScoredImage, scored_images
 from multidomain_cct.data.shards import Shards
-from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.model.inference import InferenceSettings, batch_probabilities
 from multidomain_cct.model.network import Segmenter
 
 
@@ -80,15 +80,33 @@ def mean_iou(confusion: np.ndarray) -> float:
 
 
 def confusion_of(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
-    """(C, C) int64: pixels by truth and prediction, of (H, W) train ids; ignored pixels do not count."""
-    valid = truth != IGNORE
-    pairs = truth[valid].long() * num_classes + prediction[valid].long()
-    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)
+    """(C, C) int64: pixels by truth and prediction, of uint8 train ids of any one shape; ignored pixels do not count, whatever they are predicted as.
+
+    One count of truth x C + prediction. Ignored pixels are not taken out, which costs more than all the rest, but counted in row 255 and left there. In 16
+    bits, where they suffice, it takes half the time of 64.
+    """
+    dtype = torch.int16 if IGNORE * (num_classes + 1) <= torch.iinfo(torch.int16).max else torch.int32
+    # Each is narrowed by itself: adding different types converts value by value.
+    pairs = truth.to(dtype).mul_(num_classes).add_(prediction.to(dtype))
+    counts = torch.bincount(pairs.flatten(), minlength=num_classes**2)
+    return counts[: num_classes**2].view(num_classes, num_classes)
 
 
 def arithmetic_and_harmonic(values: list[float]) -> tuple[float, float]:
     """Both means over domains; the harmonic one is 0 when a value is."""
     return float(np.mean(values)), 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+def _batches(images: Iterable[ScoredImage], size: int) -> Iterator[list[ScoredImage]]:
+    """The images in their order, up to `size` together; one whose picture or labels measure other than the last one's begins a new batch."""
+    batch: list[ScoredImage] = []
+    for item in images:
+        if batch and (len(batch) == size or (item.image.shape, item.mask.shape) != (batch[0].image.shape, batch[0].mask.shape)):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
 
 
 @torch.inference_mode()
@@ -116,13 +134,17 @@ def score(
     confusion = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64, device=device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
     sizes = set()
-    for item in scored_images(shards, domain, range(rank, len(shards), world), workers=workers):
-        height, width = item.mask.shape
-        probabilities = predict_probabilities(model, item.image.to(device), domain.name, (height, width), settings)
-        confusion += confusion_of(item.mask.to(device), probabilities.argmax(dim=0), domain.num_classes)
-        count += 1
+    for batch in _batches(scored_images(shards, domain, range(rank, len(shards), world), workers=workers), settings.batch):
+        height, width = batch[0].mask.shape
+        # Stacked as they lie in memory, pixel by pixel: putting channel after channel takes several times as long.
+        pictures = torch.stack([item.image.permute(1, 2, 0) for item in batch]).to(device).permute(0, 3, 1, 2)
+        masks = torch.stack([item.mask for item in batch]).to(device)
+        prediction = batch_probabilities(model, pictures, domain.name, (height, width), settings).argmax(dim=1)
+        confusion += confusion_of(masks, prediction, domain.num_classes)
+        count += len(batch)
         sizes.add(f"{width}x{height}")
-        seen(item.key)
+        for item in batch:
+            seen(item.key)
     model.train(was_training)
     confusion, images = total(confusion), int(total(count))
     assert images == len(shards), f"{images} of {len(shards)} images were scored"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multidomain_cct.model.encoder import EncoderSettings
-from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.model.inference import InferenceSettings, batch_probabilities, predict_probabilities
 from multidomain_cct.model.network import Segmenter, Task
 
 CLASSES = 3
@@ -119,12 +119,23 @@ def test_scales_average_their_probabilities() -> None:
     assert not torch.allclose(predict(model, image, scales=[0.5]), predict(model, image), atol=1e-3)
 
 
+@pytest.mark.parametrize("settings", [{}, {"window": [40, 32], "flip": True, "scales": [0.75, 1.0]}], ids=str)
+def test_a_batch_gives_what_its_images_give_alone(settings: dict[str, object]) -> None:
+    model, images = network(), torch.stack([picture(70, 90, seed) for seed in range(3)])
+    with torch.no_grad():
+        found = batch_probabilities(model, images, "room", (50, 100), InferenceSettings(**settings))  # type: ignore[arg-type]
+    assert found.shape == (3, CLASSES, 50, 100)
+    torch.testing.assert_close(found, torch.stack([predict(model, image, (50, 100), **settings) for image in images]), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[0], found[1], atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"window": [64]}, "the window is [64]; it is [width, height] in pixels."),
         ({"window": [64, 0]}, "the window is [64, 0]; it is [width, height] in pixels."),
         ({"overlap": 1.0}, "the overlap is 1.0; it lies in 0 to below 1."),
+        ({"batch": 0}, "the batch is 0; it is at least 1 image."),
         ({"scales": []}, "the scales are []; at least one, each above 0."),
         ({"scales": [1.0, 0.0]}, "the scales are [1.0, 0.0]; at least one, each above 0."),
     ],

@@ -1,0 +1,244 @@
+"""How fast training views are made, beside bare decoding by the same library and beside a plain Dataset, and how long training waits for them.
+
+python benchmarks/loader.py [--images 8] [--size 2048x1024] [--crop 512] [--repeats 5] [--steps 40] [--json]
+
+Draws photographs of 2048x1024 with masks (PNG; as JPEG of quality 95 about 0.8 MB), packs them twice, at 1024x512 as domains/cityscapes.yaml stores them and at
+their original size, and makes the same views of both: a crop of what 1024x512 is at a random scale of 0.5 to 2.
+
+- bare: Pillow decodes the JPEGs that the shards hold, and resizes a region as large as the view's to the crop. No masks, checks, flips, tensors, batches.
+- loader: everything to the finished batch, in one worker process, half of the images with masks; and in this process, of images without and with masks.
+- plain: a usual torch Dataset over the folder of PNGs, in this process: open, convert, resize all of it, crop, flip, to tensors; every image with its mask.
+
+They take turns; medians are compared. Waiting is read from the metrics of a short training on drawn images of 320x240 with one worker, two domains as in
+recipes/real_small.yaml.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from torchvision.transforms.v2 import functional as F
+
+from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.domain import Domain, LabelClass, Split
+from multidomain_cct.data.loader import TrainingSet, steps
+from multidomain_cct.data.order import seed_from
+from multidomain_cct.data.pack import pack
+from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.training.runlog import read_metrics
+
+SCALE = (0.5, 2.0)
+"""On half the original size, whatever is stored."""
+COLORS = np.random.default_rng(1).integers(20, 236, (19, 3))
+DOMAIN = Domain(
+    name="drawn",
+    layout="folder",
+    splits={"train": Split("images/*.png", "masks/*.png")},
+    classes=tuple(LabelClass(f"class {n}", tuple(int(v) for v in color), ids=(n,)) for n, color in enumerate(COLORS)),
+)
+BATCH = 4
+
+
+def draw(raw: Path, count: int, size: tuple[int, int]) -> None:
+    """Smooth regions, shading, grain; masks of ids."""
+    for folder in ("images", "masks"):
+        (raw / folder).mkdir(parents=True)
+    for number in range(count):
+        rng = np.random.default_rng(number)
+        regions = Image.fromarray(rng.integers(0, 19, (16, 32), dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)
+        pixels = COLORS[np.asarray(regions)] * np.linspace(0.6, 1.0, size[1])[:, None, None] + rng.normal(0, 6, (size[1], size[0], 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(raw / f"images/{number:04d}.png", compress_level=1)
+        regions.save(raw / f"masks/{number:04d}.png")
+
+
+class PlainDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """What a user would write."""
+
+    def __init__(self, root: Path, size: tuple[int, int], crop: int) -> None:
+        self.images, self.masks, self.size, self.crop = sorted((root / "images").iterdir()), sorted((root / "masks").iterdir()), size, crop
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        image, mask = Image.open(self.images[number]).convert("RGB"), Image.open(self.masks[number])
+        factor = random.uniform(*SCALE) / 2
+        width, height = round(self.size[0] * factor), round(self.size[1] * factor)
+        image, mask = image.resize((width, height), Image.Resampling.BILINEAR), mask.resize((width, height), Image.Resampling.NEAREST)
+        left, top = random.randint(0, max(0, width - self.crop)), random.randint(0, max(0, height - self.crop))
+        box = (left, top, left + self.crop, top + self.crop)
+        # Beyond the image, Pillow fills with 0; a user would pad before.
+        image, mask = image.crop(box), mask.crop(box)
+        if random.random() < 0.5:
+            image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        return F.pil_to_tensor(image), F.pil_to_tensor(mask)[0]
+
+
+def plain_rate(raw: Path, size: tuple[int, int], crop: int) -> float:
+    data = torch.utils.data.DataLoader(PlainDataset(raw, size, crop), batch_size=BATCH)
+    return rate(iter(data), len(data), len(data.dataset) / len(data))
+
+
+def rate(batches: Iterator[Any], count: int, images: float) -> float:
+    """Images per second of wall time."""
+    started = time.perf_counter()
+    for _ in range(count):
+        next(batches)
+    return count * images / (time.perf_counter() - started)
+
+
+def bare_rate(jpegs: list[bytes], factors: list[float], crop: int) -> float:
+    started = time.perf_counter()
+    for content, factor in zip(jpegs, factors, strict=True):
+        image = Image.open(io.BytesIO(content))
+        width, height = min(image.width, crop / factor), min(image.height, crop / factor)
+        image.resize((min(crop, round(width * factor)), min(crop, round(height * factor))), Image.Resampling.BILINEAR, box=(0, 0, width, height))
+    return len(jpegs) / (time.perf_counter() - started)
+
+
+class Ours:
+    """The loader on the shards of one stored size."""
+
+    def __init__(self, shards: Path, domain: Domain, crop: int, images: int) -> None:
+        self.scale = SCALE if domain.size is not None else (SCALE[0] / 2, SCALE[1] / 2)
+        opened = Shards.open(shards / domain.name, "train")
+        self.jpegs = [opened.read(number, with_mask=False).image for number in range(images)]
+        # Each image's scale in the first epoch, so that the bare work is that of the very same views.
+        seeds = [seed_from(0, domain.name, 0, key, "unlabelled") for key in opened.keys[:images]]
+        self.factors = [float(np.random.default_rng(seed).uniform(*self.scale)) for seed in seeds]
+        self.shards, self.domain, self.crop, self.images = shards, domain, crop, images
+
+    def data(self, labelled: str, unlabelled: str) -> TrainingSet:
+        batch = {"labelled_batch": BATCH, "unlabelled_batch": BATCH}
+        settings = DataSettings(shards=str(self.shards), crop=[self.crop, self.crop], **batch)
+        streams = open_streams(self.domain, DomainSettings(labelled=labelled, unlabelled=unlabelled), settings)
+        return TrainingSet([streams], seed=0, augment=Augment(scale=list(self.scale)))
+
+    def rate_here(self, *, masks: bool) -> float:
+        data = self.data("all" if masks else "none", "none" if masks else "all")
+        count = max(1, self.images // BATCH)
+        return rate(steps(data, 0, count, workers=0), count, BATCH)
+
+    def rate_of_worker(self) -> float:
+        """Images per second of one worker process, once it has started and its queue is empty."""
+        data, started, count = self.data("1/2", "rest"), 3, max(2, self.images // BATCH)
+        batches = steps(data, 0, started + count, workers=1, prefetch=1)
+        for _ in range(started):
+            next(batches)
+        return rate(batches, count, 2 * BATCH)
+
+
+def measure_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    raw, width, height = folder / "raw", *(int(side) for side in options.size.split("x"))
+    draw(raw, options.images, (width, height))
+    stored = {f"{width // 2}x{height // 2}": replace(DOMAIN, name="half", size=(width // 2, height // 2)), options.size: DOMAIN}
+    rows = {}
+    for size, domain in stored.items():
+        pack(domain, raw, "train", folder / "shards", workers=2)
+        ours, found = Ours(folder / "shards", domain, options.crop, options.images), []
+        for _ in range(options.repeats):
+            found.append(
+                {
+                    "bare": bare_rate(ours.jpegs, ours.factors, options.crop),
+                    "worker": ours.rate_of_worker(),
+                    "here_without_masks": ours.rate_here(masks=False),
+                    "here_with_masks": ours.rate_here(masks=True),
+                    "plain": plain_rate(raw, (width, height), options.crop),
+                }
+            )
+        row = {f"{name}_images_per_s": statistics.median(repeat[name] for repeat in found) for name in found[0]}
+        for name in ("worker", "here_without_masks", "here_with_masks"):
+            row |= {f"{name}_over_{peer}": statistics.median(repeat[name] / repeat[peer] for repeat in found) for peer in ("bare", "plain")}
+        row["jpeg_kb"] = statistics.mean(map(len, ours.jpegs)) / 1024
+        rows[size] = row
+    return rows
+
+
+def measure_waiting(steps_: int, folder: Path) -> dict[str, float]:
+    """Of a short training, without its first ten steps, in which the worker starts."""
+    recipe = yaml.safe_load(Path(__file__).parents[1].joinpath("recipes/real_small.yaml").read_text(encoding="utf-8"))
+    (folder / "domains").mkdir(parents=True)
+    for name in recipe["domains"]:
+        domain = replace(DOMAIN, name=name)
+        draw(folder / name, 24, (320, 240))
+        pack(domain, folder / name, "train", folder / "shards", workers=1)
+        (folder / "domains" / f"{name}.yaml").write_text(domain.to_yaml(), encoding="utf-8")
+        recipe["domains"][name] = {"labelled": 10, "val_split": ""}
+    recipe |= {"name": "short", "runs": str(folder / "runs"), "training": {"steps": steps_, "log_every": min(10, steps_)}}
+    recipe["data"]["shards"] = str(folder / "shards")
+    recipe["encoder"]["weights"] = "none"
+    path = folder / "short.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    command = [sys.executable, "-m", "multidomain_cct", str(path), "--domains", str(folder / "domains")]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    if finished.returncode:
+        raise SystemExit(f"the short training failed: {finished.stderr.strip()}")
+    lines = [line for line in read_metrics(folder / "runs/short/metrics.jsonl") if "sys/data_wait_fraction" in line]
+    counted = [line for line in lines if line["step"] > 10] or lines
+    return {
+        "share": statistics.median(line["sys/data_wait_fraction"] for line in counted),
+        "images_per_s": statistics.median(line["sys/images_per_s"] for line in counted),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--size", default="2048x1024", help="of the drawn images, WIDTHxHEIGHT")
+    parser.add_argument("--crop", type=int, default=512, help="side in pixels")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40, help="of the training")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure_rates(options, Path(folder))
+        waiting = measure_waiting(options.steps, Path(folder) / "training")
+    result = {
+        "date": date.today().isoformat(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "images": options.images,
+        "size": options.size,
+        "crop": options.crop,
+        "stored": rows,
+        "waiting": waiting,
+    }
+    if options.json:
+        print(json.dumps(result, indent=1))
+        return
+    table = Table(title=f"views of {options.crop}x{options.crop}, images/s, {result['date']}, {result['machine']}")
+    for column in ("stored at", "", "images/s", "/ bare", "/ plain Dataset of PNGs"):
+        table.add_column(column, justify="right")
+    for size, row in rows.items():
+        for name in ("bare", "worker", "here_without_masks", "here_with_masks", "plain"):
+            ratios = (f"{row[f'{name}_over_{peer}']:.2f}" if f"{name}_over_{peer}" in row else "" for peer in ("bare", "plain"))
+            table.add_row(size, name.replace("_", " "), f"{row[f'{name}_images_per_s']:.1f}", *ratios)
+        table.add_section()
+    Console().print(table)
+    print(f"Training with one worker waits {waiting['share']:.2%} of its time for data, at {waiting['images_per_s']:.1f} images/s.")
+
+
+if __name__ == "__main__":
+    main()

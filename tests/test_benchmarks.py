@@ -1,0 +1,99 @@
+"""Each benchmark runs with its smallest settings, and what it prints has the figures that are read from it. None is judged here: machines differ."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(name: str, *arguments: object, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
+
+
+def printed(name: str, *arguments: object) -> dict[str, Any]:
+    """What the benchmark prints with --json; it holds a date and a machine, and no figure that is not a number."""
+    finished = run(name, *arguments, "--json")
+    assert finished.returncode == 0, finished.stderr
+    found: dict[str, Any] = json.loads(finished.stdout)
+    assert found["date"] and "cores" in found["machine"]
+    assert all(math.isfinite(value) for value in numbers(found))
+    return found
+
+
+def numbers(value: Any) -> list[float]:
+    """All numbers in what JSON holds."""
+    if isinstance(value, dict | list):
+        return [number for part in (value.values() if isinstance(value, dict) else value) for number in numbers(part)]
+    return [value] if isinstance(value, int | float) else []
+
+
+def test_loader_prints_rates_over_bare_decoding_and_over_a_plain_dataset_and_the_share_of_waiting() -> None:
+    found = printed("loader.py", "--images", 4, "--size", "256x128", "--crop", 64, "--repeats", 1, "--steps", 1)
+    assert set(found["stored"]) == {"128x64", "256x128"}
+    for size, row in found["stored"].items():
+        for rate in ("bare", "worker", "here_without_masks", "here_with_masks", "plain"):
+            assert row[f"{rate}_images_per_s"] > 0
+        for ours in ("worker", "here_without_masks", "here_with_masks"):
+            assert row[f"{ours}_over_bare"] == pytest.approx(row[f"{ours}_images_per_s"] / row["bare_images_per_s"])
+            assert row[f"{ours}_over_plain"] == pytest.approx(row[f"{ours}_images_per_s"] / row["plain_images_per_s"])
+        # Bits per pixel of photographs: an empty picture would decode far too quickly.
+        width, height = map(int, size.split("x"))
+        assert 2 < 8 * 1024 * row["jpeg_kb"] / (width * height) < 6
+    assert 0 <= found["waiting"]["share"] <= 1 and found["waiting"]["images_per_s"] > 0
+
+
+def test_evaluate_prints_times_and_the_same_mean_iou_for_all_that_is_installed() -> None:
+    found = printed("evaluate.py", "--images", 3, "--size", "96x64", "--repeats", 1)
+    assert {"ours", "ours, from files"} <= set(found["rows"])
+    assert 0.2 < found["miou"] < 1 and 0 < found["ignored"] < 0.2
+    for row in found["rows"].values():
+        assert row["ms_per_image"] > 0 and row["over_ours"] > 0
+        assert abs(row["miou_of_its_counts_minus_ours"]) < 1e-9
+
+
+def test_a_peer_that_cannot_be_imported_is_left_out_and_named_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "torchmetrics").mkdir()
+    (tmp_path / "torchmetrics/__init__.py").write_text("raise ImportError('broken here')\n", encoding="utf-8")
+    finished = run("evaluate.py", "--images", 1, "--size", "64x32", "--repeats", 1, "--json", path=(tmp_path,))
+    assert finished.returncode == 0
+    assert "torchmetrics is left out: broken here. Install it: pip install torchmetrics\n" in finished.stderr
+    found = json.loads(finished.stdout)
+    assert "torchmetrics" in found["skipped"] and not any("torchmetrics" in name for name in found["rows"])
+
+
+def test_resume_prints_the_first_batch_and_step_at_both_places_of_both() -> None:
+    found = printed("resume.py", "--samples", 6400, "--repeats", 1, "--workers", 0)
+    for name in ("ours", "plain"):
+        for place in ("0 %", "99 %"):
+            taken = found["first"][name][place]
+            assert 0 < taken["batch_s"] < taken["step_s"]
+    assert set(found["late_over_early"]) == {"ours", "plain"} and set(found["plain_over_ours"]) == {"0 %", "99 %"}
+
+
+def test_resume_refuses_a_run_that_is_too_short_to_have_an_end() -> None:
+    finished = run("resume.py", "--samples", 100)
+    assert finished.returncode == 2
+    assert finished.stderr.splitlines()[-1] == "resume.py: error: --samples is 100; it is at least 6400, so that 99 % is another place than the end."
+
+
+def test_pack_prints_its_rate_beside_the_plain_loop() -> None:
+    found = printed("pack.py", "--images", 4, "--workers", 1, "--repeats", 1)
+    assert found["efficiency"] == pytest.approx(found["pack_images_per_s"] / found["plain_images_per_s"])
+
+
+def test_step_prints_times_and_memory_of_both() -> None:
+    found = printed("step.py", "--encoder", "test_resnet", "--context", "none", "--width", 32, "--crop", 64, "--batch", 1, "--classes", 3, "--steps", 1)
+    for which in ("plain", "ours"):
+        assert found[f"{which}_s"] > 0 and found[f"{which}_mib_peak"] >= found[f"{which}_mib_before"] > 0
+    assert found["plain_over_ours"] > 0
