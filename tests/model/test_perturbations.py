@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from multidomain_cct.model.consistency import AuxiliaryDecoder, auxiliary_losses
 from multidomain_cct.model.decoders import build_decoder
 from multidomain_cct.model.guides import Guide
+from multidomain_cct.model.losses import SquaredDistance
 from multidomain_cct.model.perturbations import (
     AdversarialNoise,
     ContextMask,
@@ -487,9 +488,10 @@ def test_vat_adds_up_over_accumulated_micro_batches_as_in_one_plain_sum() -> Non
             torch.manual_seed(number)
             if plain:
                 torch.manual_seed(number)
-                loss = auxiliaries[0](own, guide)[0].softmax(dim=1).square().mean()
+                loss = auxiliaries[0](own, guide)[0].softmax(dim=1).square().sum(dim=1).mean()
             else:
-                (loss,) = auxiliary_losses(own, auxiliaries, guide, lambda logits, kept: logits.softmax(dim=1).square().mean()[None])
+                nothing = torch.zeros_like(decoder.pixels(own).detach())
+                (loss,) = auxiliary_losses(own, auxiliaries, guide, [SquaredDistance(nothing, nothing[:, 0] == 0)])
             loss.backward()
         collected.append([tensor.grad.clone() for tensor in (*micro_batches, *decoder.parameters())])  # type: ignore[union-attr]
     torch.testing.assert_close(*collected, rtol=1e-12, atol=1e-15)
