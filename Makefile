@@ -1,6 +1,6 @@
 # make demo   two toy domains, trained with and without unlabelled images, and a report (about 5 minutes on 2 cores after installation)
 # make test   what CI runs: lint, types, every test
-# make bench  the benchmarks
+# make bench  the benchmarks (about 20 minutes on 2 quiet cores); docs/speed.md says what each shows
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -32,9 +32,20 @@ lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+THREADS ?= 2
+PAPER := --encoder resnet50 --context psp --width 512 --stride 8 --decoder pixelshuffle --decoders 30 --classes 21 --batch 2 --threads $(THREADS)
+LAPTOP := --encoder tf_efficientnet_lite0 --context fpn --width 128 --decoders 12 --classes 11 --crop 208 --batch 8 --threads $(THREADS)
+
 bench: .venv/dev
+	$(BIN)/python benchmarks/step.py $(PAPER) --crop 160 --steps 3
+	$(BIN)/python benchmarks/step.py $(PAPER) --crop 320 --steps 2
+	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder pixelshuffle --steps 5
+	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder bilinear --steps 5
+	$(BIN)/python benchmarks/memory.py --threads $(THREADS)
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/evaluate.py
+	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/pack.py
-	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/crf.py
 
 docs: .venv/dev

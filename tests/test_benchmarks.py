@@ -92,8 +92,29 @@ def test_pack_prints_its_rate_beside_the_plain_loop() -> None:
     assert found["efficiency"] == pytest.approx(found["pack_images_per_s"] / found["plain_images_per_s"])
 
 
-def test_step_prints_times_and_memory_of_both() -> None:
-    found = printed("step.py", "--encoder", "test_resnet", "--context", "none", "--width", 32, "--crop", 64, "--batch", 1, "--classes", 3, "--steps", 1)
-    for which in ("plain", "ours"):
+TINY_STEP = ("--encoder", "test_resnet", "--context", "none", "--width", 32, "--crop", 64, "--batch", 1, "--classes", 3, "--steps", 1)
+
+
+def test_step_prints_times_and_memory_of_each_and_their_ratios() -> None:
+    found = printed("step.py", *TINY_STEP, "--decoders", 3)
+    for which in ("plain", "ours", "encoder"):
         assert found[f"{which}_s"] > 0 and found[f"{which}_mib_peak"] >= found[f"{which}_mib_before"] > 0
-    assert found["plain_over_ours"] > 0
+    assert found["step_time"] == pytest.approx(found["ours_s"] / found["plain_s"]) and found["tax_time"] == pytest.approx(found["ours_s"] / found["encoder_s"])
+    assert found["step_memory"] == pytest.approx(found["ours_mib_peak"] / found["plain_mib_peak"])
+
+
+def test_step_takes_the_settings_that_trade_exactness_or_time_for_ours_only() -> None:
+    found = printed("step.py", *TINY_STEP, "--decoders", 3, "--only", "ours", "--sample", 1, "--consistency-stride", 2, "--checkpoint")
+    assert found["ours_s"] > 0 and "plain_s" not in found and "step_time" not in found
+
+
+def test_memory_prints_growth_with_decoders_and_domains() -> None:
+    found = printed("memory.py", *TINY_STEP[:-6], "--classes", 3, "--steps", 1, "--decoders", 1, 2, "--domains", 1, 2, "--images", 4)
+    assert [row["decoders"] for row in found["by_decoders"]] == [1, 2] and [row["domains"] for row in found["by_domains"]] == [1, 2]
+    for rows in (found["by_decoders"], found["by_domains"]):
+        assert rows[0]["time_ratio"] == rows[0]["memory_ratio"] == 1 and rows[1]["mib"] > 0
+
+
+def test_memory_refuses_images_that_the_domains_do_not_divide() -> None:
+    finished = run("memory.py", "--domains", 1, 3, "--images", 16)
+    assert finished.returncode == 2 and "--images is 16, which twice the 3 domains do not divide." in finished.stderr
