@@ -5,6 +5,7 @@ Shapes: C classes of the domain, H W size of the labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -105,24 +106,29 @@ def score(
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda count: count,
     seen: Callable[[str], None] = lambda key: None,
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score every image of a split once.
 
-    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told each key. The model is left in the
-    mode it was in.
+    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told each key. `between` is called before
+    each image, equally often in every process; it may raise to end the scoring. The model is left in the mode it was in.
     """
     was_training = model.training
     model.eval()
     confusion = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64, device=device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
     sizes = set()
-    for item in scored_images(shards, domain, range(rank, len(shards), world), workers=workers):
+    own = range(rank, len(shards), world)
+    for item in scored_images(shards, domain, own, workers=workers):
+        between()
         height, width = item.mask.shape
         probabilities = predict_probabilities(model, item.image.to(device), domain.name, (height, width), settings)
         confusion += confusion_of(item.mask.to(device), probabilities.argmax(dim=0), domain.num_classes)
         count += 1
         sizes.add(f"{width}x{height}")
         seen(item.key)
+    if len(own) < math.ceil(len(shards) / world):
+        between()
     model.train(was_training)
     confusion, images = total(confusion), int(total(count))
     assert images == len(shards), f"{images} of {len(shards)} images were scored"
