@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -48,6 +49,10 @@ class Plan:
     nan_domain: str = "shapes"
     slow: float = 0.0
     """Seconds that each batch is late."""
+    file_limit: int = 0
+    """Bytes beyond which the system refuses to write a file; 0 for no limit."""
+    more: tuple[str, ...] = ()
+    """Further words of the command."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -144,8 +149,10 @@ def _program(arguments: list[str], plan: Plan) -> int:
     from multidomain_cct.__main__ import main
 
     os.environ.update(plan.environment)
+    if plan.file_limit:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (plan.file_limit, plan.file_limit))
     _follow(plan)
-    return main(arguments)
+    return main([*arguments, *plan.more])
 
 
 def _follow(plan: Plan) -> None:
