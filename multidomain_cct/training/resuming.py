@@ -1,7 +1,7 @@
 """assert_resumes_exactly: a test for transforms, methods and recipes of your own.
 
-A run that is killed and goes on must end with the bytes of one that was not. It does when everything random hangs on the step or on the sample: a transform that
-draws from numpy's or Python's global generator, counts its calls or reads the clock breaks that, and this is how to find out:
+A run that is killed and goes on must end with the bytes of one that was not. It does when everything random hangs on the step or on the sample: a transform
+that draws from numpy's or Python's global generator, counts its calls or reads the clock breaks that, and this is how to find out:
 
     from multidomain_cct.training.recipe import read_recipe
     from multidomain_cct.training.resuming import assert_resumes_exactly

@@ -48,7 +48,9 @@ class Saver:
             assert not acknowledged, f"step {acknowledged} was acknowledged and is lost"
             return 0
         step = load_checkpoint(newest, self.model, self.optimiser).step
-        assert f"step-{step:08d}" == newest.name.removesuffix(".before") and step >= acknowledged, f"{newest} holds step {step}, acknowledged was {acknowledged}"
+        assert f"step-{step:08d}" == newest.name.removesuffix(".before") and step >= acknowledged, (
+            f"{newest} holds step {step}, acknowledged was {acknowledged}"
+        )
         assert all(bool((tensor == step).all()) for tensor in self.tensors()), f"{newest} is a mixture"
         return step
 
@@ -70,7 +72,7 @@ def lose_power(work: Path) -> None:
         recorder.on = False
         acknowledged[0] = step
     states = after_power_loss(moments)
-    for number, (tree, promised) in enumerate(states):
+    for tree, promised in states:
         lay_out(tree, work.parent / "replayed")
         saver.verify(work.parent / "replayed" / "run" / "checkpoints", promised)
         shutil.rmtree(work.parent / "replayed")

@@ -1,7 +1,7 @@
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-import shutil
 
 from processes import WATCHDOG_SECONDS, Plan, seen, start_ranks
 from runs import steps_of

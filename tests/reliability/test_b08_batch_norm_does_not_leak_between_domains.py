@@ -26,7 +26,7 @@ def gap(norm: str, *, together: bool) -> float:
     model = Segmenter(EncoderSettings(name="test_resnet", stride=8, context="none", width=32, norm=norm), tasks, decoder="bilinear").train()
     batch = {(name, "labelled"): images(name) for name in tasks}
     with torch.no_grad():
-        for _ in range(200):
+        for _ in range(120):
             if together:
                 trained = dict(model.encode(batch))
             else:

@@ -52,13 +52,17 @@ def tampered(file: Path, change: Callable[[dict[str, torch.Tensor]], object]) ->
 def test_each_tensor_that_is_missing_or_misshapen_is_named(saved: Checkpoint, tmp_path: Path, figure: Callable[[str, str], None], file: str) -> None:
     checkpoint = shutil.copytree(saved[0], tmp_path / saved[0].name)
     whole, count = (checkpoint / file).read_bytes(), 0
-    for name, tensor in load_file(checkpoint / file).items():
+    # Every tensor of the model once, every one of the optimiser with the richer state; a few where they would be the same again.
+    all_of_them = isinstance(saved[2], torch.optim.AdamW) == (file == "optimiser.safetensors")
+    for number, (name, tensor) in enumerate(list(load_file(checkpoint / file).items())[:: 1 if all_of_them else 9]):
         wrong = {
             "missing": lambda tensors, name=name: tensors.pop(name),
             "shape": lambda tensors, name=name, tensor=tensor: tensors.update({name: torch.zeros(*tensor.shape, 2, dtype=tensor.dtype)}),
             "type": lambda tensors, name=name, tensor=tensor: tensors.update({name: tensor.to(torch.int16)}),
         }
         for kind, change in wrong.items():
+            if kind == ("type" if number % 2 else "shape"):
+                continue
             tampered(checkpoint / file, change)
             line = refusal(checkpoint, saved)
             assert name in line and ("is missing" in line if kind == "missing" else "not " in line), line
