@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, domain_options, say, speaks
+from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, domain_options, leave, say, speaks
 from multidomain_cct.data.specification import domain_folders
 
 
@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
     except (RunFailed, RunStopped) as error:
         if speaks(error):
             complain(str(error))
-        return STOPPED if isinstance(error, RunStopped) else FAILED
+        return leave(STOPPED if isinstance(error, RunStopped) else FAILED)
     if os.environ.get("RANK", "0") == "0":
         say(f"report: {write_report([folder])}")
     return DONE

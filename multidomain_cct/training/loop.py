@@ -54,7 +54,11 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
             with log:
                 for notice in start.notices:
                     log.notice(notice)
-                _loop(run, state, log)
+                try:
+                    _loop(run, state, log)
+                except RunStopped:
+                    accelerator.end_training()
+                    raise
         accelerator.end_training()
     return recipe.folder
 

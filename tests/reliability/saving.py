@@ -86,6 +86,14 @@ def lose_power(work: Path) -> None:
     print(json.dumps({"operations": len(moments), "states": len(states), "loadable": loadable}))
 
 
+def lose_power_without_syncing(work: Path) -> None:
+    """The same with a writer that forgets to sync, which must not pass."""
+    from multidomain_cct.training import checkpoint, durable
+
+    checkpoint.sync = durable.sync = lambda path: None
+    lose_power(work)
+
+
 def fail_at_every_operation(work: Path) -> None:
     """For every k: raise "no space left" at the k-th file operation of a save over another, and die at it."""
     saver, operations, target = Saver(), [0], [0]
