@@ -23,7 +23,9 @@ class Launched:
     def __init__(self, options: list[str], words: list[str], out: Path) -> None:
         self.out, file = out, out.open("w")
         launcher = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "multidomain_cct", *words]
-        self.process = subprocess.Popen(launcher, stdout=file, stderr=file, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        # Without it, torch 2.14 gives a second attempt the addresses of the first.
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        self.process = subprocess.Popen(launcher, stdout=file, stderr=file, start_new_session=True, env=environment)
 
     def ranks(self) -> dict[int, int]:
         """Process ids of its training processes, by rank."""
