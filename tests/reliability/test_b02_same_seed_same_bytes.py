@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from processes import Plan, seen, start
+from processes import WATCHDOG_SECONDS, Plan, seen, start
 from runs import logged, tensors_of
 
 
@@ -20,7 +20,7 @@ def test_neither_loader_processes_nor_prefetch_nor_hash_seed_change_a_byte(
     for seed in ("0", "1"):
         # A hash seed is read when the interpreter starts.
         words = [sys.executable, "-m", "multidomain_cct", *command(f"hash{seed}", training=training)]
-        subprocess.run(words, check=True, timeout=120, capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        subprocess.run(words, check=True, timeout=2 * WATCHDOG_SECONDS, capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed})
     names = [*variants, "hash0", "hash1"]
     reference = tmp_path / "runs" / names[0]
     for name in names[1:]:
