@@ -1,15 +1,17 @@
-"""The program: its words, and what becomes of errors. A bare recipe path trains; exit codes: 0 done, 1 findings or a failed run, 2 the user's mistake."""
+"""The program: its words, and what becomes of errors. A bare recipe path trains.
+
+Exit codes: 0 done, 1 findings or a failed run, 2 the user's mistake, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 from multidomain_cct import __version__
 from multidomain_cct.commands import compare, domains, evaluate, index, pack, predict, report, smoothness, train, weaklabels
-from multidomain_cct.commands.terminal import FAILED, MISTAKE, complain
+from multidomain_cct.commands.terminal import FAILED, MISTAKE, complain, speaks
 
 COMMANDS = (train, pack, index, evaluate, predict, report, compare, smoothness, weaklabels, domains)
 
@@ -30,8 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         return code
     except (ValueError, FileNotFoundError) as error:
-        # Every process of a run finds the same mistake; one of them says so.
-        if os.environ.get("RANK", "0") == "0" or str(error).startswith("rank "):
+        if speaks(error):
             complain(str(error))
         return MISTAKE
     except OSError as error:

@@ -27,7 +27,7 @@ import hashlib, json, sys
 from pathlib import Path
 from accelerate import Accelerator, PartialState
 from multidomain_cct.data import loader
-from multidomain_cct.training import loop
+from multidomain_cct.training import loop, run
 from multidomain_cct.training.recipe import read_recipe
 
 count, domains, out, *recipes = int(sys.argv[1]), *map(Path, sys.argv[2:])
@@ -42,11 +42,11 @@ def remember(self, number):
     seen.append([number, {name: list(batch.keys) for name, batch in item.items()}])
     return item
 loader.TrainingSet.__getitem__ = remember
-build = loop.build_model
+build = run.build_model
 def keep(*arguments, **options):
     models.append(build(*arguments, **options))
     return models[-1]
-loop.build_model = keep
+run.build_model = keep
 for recipe in recipes:
     seen.clear()
     loop.train(read_recipe(recipe), [domains])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,21 @@ Words = Any
 def complain(message: str) -> None:
     """One line on standard error."""
     Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
+
+
+def speaks(error: Exception) -> bool:
+    """Whether this process of a run is the one that prints the error: the rank that it names, or the first for what all processes find."""
+    named = re.match(r"rank (\d+): ", str(error))
+    return os.environ.get("RANK", "0") == (named[1] if named else "0")
+
+
+def leave(code: int) -> int:
+    """The exit code; of a run in several processes the process ends here, because tidying up might wait for processes that are gone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def say(text: str) -> None:

@@ -8,7 +8,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, domain_options, say
+from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, domain_options, leave, say, speaks
 from multidomain_cct.data.specification import domain_folders
 
 
@@ -21,18 +21,19 @@ def register(words: Words) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from multidomain_cct.results.report import write_report
-    from multidomain_cct.training.loop import RunFailed, train
+    from multidomain_cct.training.failures import RunFailed
+    from multidomain_cct.training.loop import train
     from multidomain_cct.training.recipe import read_recipe
+    from multidomain_cct.training.stopping import STOPPED, RunStopped
 
     recipe = read_recipe(options.recipe, options.overrides)
     command = shlex.join(["multidomain_cct", *sys.argv[1:]])
     try:
         folder = train(recipe, domain_folders(options.domains, options.recipe), command=command, named_by=str(options.recipe))
-    except RunFailed as error:
-        # All processes skip the same steps and give up together.
-        if os.environ.get("RANK", "0") == "0":
+    except (RunFailed, RunStopped) as error:
+        if speaks(error):
             complain(str(error))
-        return FAILED
+        return leave(STOPPED if isinstance(error, RunStopped) else FAILED)
     if os.environ.get("RANK", "0") == "0":
         say(f"report: {write_report([folder])}")
     return DONE

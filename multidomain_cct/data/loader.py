@@ -192,3 +192,4 @@ def _loader(data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetc
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -2,7 +2,7 @@
 
 `checkpoints/step-00000100/` holds model.safetensors, optimiser.safetensors, state.json and MANIFEST.json (sizes and sha256 of the others). It is written
 under a temporary name, synced and renamed, so a folder with its final name is whole. Nothing else is needed to resume: order, augmentation, learning rate and
-per-step randomness are functions of the step.
+per-step randomness are functions of the step. Names that begin with a dot are on their way in or out, and belong to the writer alone.
 """
 
 from __future__ import annotations
@@ -18,17 +18,34 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.specification import read_domain
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.assembly import build_model
+from multidomain_cct.training.durable import make_folder, sync, write_tensors, write_text
+from multidomain_cct.training.optimiser_state import optimiser_tensors, restore_optimiser
 from multidomain_cct.training.recipe import Recipe, read_recipe
 
-SCHEMA = 1
+SCHEMA = 2
 _MODEL, _OPTIMISER, _STATE, _MANIFEST = "model.safetensors", "optimiser.safetensors", "state.json", "MANIFEST.json"
+_REPLACED = ".before"
+"""Ending of a checkpoint while another of the same step takes its place."""
+_STATE_TYPES: dict[str, Any] = {
+    "step": int,
+    "fingerprints": dict,
+    "best_step": int,
+    "best_miou": (int, float),
+    "owes_evaluation": bool,
+    "recipe": str,
+    "domains": dict,
+    "schema": int,
+    "optimiser": list,
+    "scaler": (dict, type(None)),
+}
+_ANOTHER = "Choose another checkpoint, or start another run with name=OTHER."
 
 
 @dataclass(frozen=True)
@@ -42,6 +59,8 @@ class RunState:
     best_step: int = 0
     """Step with the best mean mIoU so far; 0 before the first evaluation."""
     best_miou: float = -1.0
+    owes_evaluation: bool = False
+    """The run was asked to stop before this step's evaluation was done."""
     recipe: str = ""
     """The recipe as YAML, so that a checkpoint tells what it is without its run's folder."""
     domains: dict[str, str] = field(default_factory=dict)
@@ -52,42 +71,51 @@ class RunState:
 def save_checkpoint(
     folder: Path, state: RunState, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None, *, keep: int
 ) -> Path:
-    """Publish a checkpoint in `folder` and remove older ones but the newest `keep` and the best."""
+    """Publish a checkpoint in `folder` and remove older ones but the newest `keep` and the best.
+
+    When it returns, the checkpoint outlives a loss of power. Raises OSError, and leaves nothing behind, when the disk does not take it.
+    """
     target = folder / f"step-{state.step:08d}"
-    temporary = folder / f".{target.name}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    temporary, replaced = folder / f".{target.name}.tmp", target.with_name(f"{target.name}{_REPLACED}")
+    make_folder(folder)
+    for left_by_a_crash in folder.glob(".step-*"):
+        shutil.rmtree(left_by_a_crash)
     try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}, temporary / _MODEL)
-        tensors, numbers = _optimiser_tensors(model, optimiser)
-        save_file(tensors, temporary / _OPTIMISER)
-        (temporary / _STATE).write_text(
-            json.dumps(asdict(state) | {"optimiser": numbers, "scaler": scaler.state_dict() if scaler else None}, indent=1), encoding="utf-8"
-        )
-        manifest = {name: {"bytes": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in (_MODEL, _OPTIMISER, _STATE)}
-        (temporary / _MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in (*temporary.iterdir(), temporary):
-            # safetensors creates files that only their owner may read; a team shares its runs.
-            path.chmod(0o755 if path.is_dir() else 0o644)
-            _sync(path)
+        temporary.mkdir()
+        _write(temporary, state, model, optimiser, scaler)
         if target.exists():
-            _discard(target)
+            # It keeps a name that is still found: at no moment may a run be without a checkpoint.
+            if replaced.exists():
+                _discard(replaced)
+            os.replace(target, replaced)
         os.replace(temporary, target)
-        _sync(folder)
+        sync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     # Later steps can only be damaged ones that a resume passed over; they must not push this one out.
     own = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.name <= target.name]
-    for old in own[:-keep]:
-        if old.name != f"step-{state.best_step:08d}":
+    for old in [*own[:-keep], replaced]:
+        if old.name != f"step-{state.best_step:08d}" and old.exists():
             _discard(old)
     return target
 
 
+def _write(folder: Path, state: RunState, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+    """The files of a checkpoint, all on the disk."""
+    write_tensors(folder / _MODEL, {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    tensors = optimiser_tensors(model, optimiser)
+    write_tensors(folder / _OPTIMISER, tensors)
+    plain = asdict(state) | {"optimiser": sorted(tensors), "scaler": scaler.state_dict() if scaler else None}
+    write_text(folder / _STATE, json.dumps(plain, indent=1))
+    manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in (_MODEL, _OPTIMISER, _STATE)}
+    write_text(folder / _MANIFEST, json.dumps(manifest, indent=1))
+    sync(folder)
+
+
 def checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Published checkpoints, oldest first; one that is being replaced stands before the one that replaces it."""
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: (path.name.removesuffix(_REPLACED), not path.suffix))
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -102,6 +130,8 @@ def damage(checkpoint: Path) -> str | None:
                 return f"the contents of {name} have changed"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
+    except OSError as error:
+        return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
     except (ValueError, KeyError, TypeError):
         return f"{_MANIFEST} cannot be read"
     return None
@@ -149,32 +179,69 @@ def choose_checkpoint(run: Path, which: str) -> Path:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The run's state in a checkpoint. Raises ValueError for another schema."""
-    plain = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    """The run's state in a checkpoint. Raises ValueError when it is not of a schema that this version reads, or not complete."""
+    plain = _plain_state(checkpoint)
+    return RunState(**{name: plain[name] for name in _STATE_TYPES if name not in ("optimiser", "scaler")})
+
+
+def _plain_state(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / _STATE
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        plain = None
+    if not isinstance(plain, dict):
+        raise ValueError(f"{path}: this is not the state of a run. {_ANOTHER}")
+    if plain.get("schema") == 1 and isinstance(plain.get("optimiser"), dict):
+        # It had no owed evaluations, and a place for plain numbers that no optimiser used.
+        plain |= {"schema": SCHEMA, "owes_evaluation": False, "optimiser": plain["optimiser"].get("entries")}
     if plain.get("schema") != SCHEMA:
-        raise ValueError(f"{checkpoint}: the checkpoint has the schema {plain.get('schema')!r}, this version reads {SCHEMA}.")
-    return RunState(**{name: plain[name] for name in RunState.__dataclass_fields__})
+        raise ValueError(f"{path}: the checkpoint has the schema {plain.get('schema')!r}; this version reads 1 and {SCHEMA}. {_ANOTHER}")
+    trouble = [f"{name} is missing" for name in _STATE_TYPES if name not in plain] + [f"{name} is unknown" for name in plain if name not in _STATE_TYPES]
+    for name, kind in _STATE_TYPES.items():
+        # To Python, True is a number.
+        if name in plain and (not isinstance(plain[name], kind) or (isinstance(plain[name], bool) and kind is not bool)):
+            trouble.append(f"{name} is {plain[name]!r}")
+    if trouble:
+        raise ValueError(f"{path}: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}. {_ANOTHER}")
+    return plain
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> RunState:
-    """Put model and optimiser into the state of a checkpoint, strictly, and return the run's state."""
+    """Put model and optimiser into the state of a checkpoint, strictly, and return the run's state.
+
+    Raises ValueError, with one line that names the item, when one is missing, left over or of another shape.
+    """
     _require_whole(checkpoint)
-    load_strictly(model, _tensors(checkpoint / _MODEL), str(checkpoint))
-    plain = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
-    _restore_optimiser(model, optimiser, _tensors(checkpoint / _OPTIMISER), plain["optimiser"], str(checkpoint))
-    if scaler is not None and plain["scaler"] is not None:
-        scaler.load_state_dict(plain["scaler"])
-    return read_state(checkpoint)
+    state, plain = read_state(checkpoint), _plain_state(checkpoint)
+    load_strictly(model, model_tensors(checkpoint), str(checkpoint))
+    restore_optimiser(model, optimiser, _tensors(checkpoint / _OPTIMISER), plain["optimiser"], str(checkpoint))
+    saved, own = plain["scaler"], scaler.state_dict() if scaler else None
+    if (saved is None) != (own is None) or (saved is not None and own is not None and saved.keys() != own.keys()):
+        raise ValueError(
+            f"{checkpoint}: the gradient scaler's state is {saved!r}, this run's has {sorted(own or {})}. Use the precision that it was saved with."
+        )
+    if scaler is not None:
+        scaler.load_state_dict(saved)
+    return state
+
+
+def model_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint, by name."""
+    return _tensors(checkpoint / _MODEL)
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load every tensor. Raises ValueError that names what is missing, left over or of another shape."""
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    """Load every tensor. Raises ValueError that names what is missing, left over or of another shape or type."""
+    wanted = model.state_dict()
     trouble = [f"{name} is missing" for name in wanted if name not in tensors]
     trouble += [f"{name} is unknown" for name in tensors if name not in wanted]
-    trouble += [
-        f"{name} is {list(tensors[name].shape)}, not {list(shape)}" for name, shape in wanted.items() if name in tensors and tuple(tensors[name].shape) != shape
-    ]
+    for name, own in wanted.items():
+        found = tensors.get(name)
+        if found is not None and found.shape != own.shape:
+            trouble.append(f"{name} is {list(found.shape)}, not {list(own.shape)}")
+        elif found is not None and found.dtype != own.dtype:
+            trouble.append(f"{name} is {found.dtype}, not {own.dtype}")
     if trouble:
         raise ValueError(f"{where} does not fit the model: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}.")
     model.load_state_dict(dict(tensors))
@@ -201,91 +268,9 @@ def load_run(run: Path, which: str = "last") -> LoadedRun:
     domains = {name: read_domain(run / "domains" / f"{name}.yaml") for name in recipe.domains}
     checkpoint = choose_checkpoint(run, which)
     model = build_model(recipe, domains, pretrained=False)
-    tensors = _tensors(checkpoint / _MODEL)
+    tensors = model_tensors(checkpoint)
     load_strictly(model, {name: tensor for name, tensor in tensors.items() if ".auxiliaries." not in name}, str(checkpoint))
     return LoadedRun(run, recipe, domains, model.eval(), checkpoint, read_state(checkpoint))
-
-
-def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Domain]) -> list[str]:
-    """Start `model` from another run's last checkpoint: the encoder, and the heads whose names and classes match. Returns one line per thing that was left out.
-
-    Raises ValueError when the encoders differ.
-    """
-    checkpoint = choose_checkpoint(run, "last")
-    tensors = _tensors(checkpoint / _MODEL)
-    if any(name.startswith("teacher.") for name in tensors):
-        # What such a run was scored with.
-        tensors = {name.removeprefix("teacher."): tensor for name, tensor in tensors.items() if name.startswith("teacher.")}
-    own = model.state_dict()
-    old_domains, matching = _old_domains(run), set(matching_heads(run, domains))
-    left_out = [f"head {name}: not in this run" for name in old_domains if name not in domains]
-    left_out += [f"head {name}: its classes differ" for name in old_domains if name in domains and name not in matching]
-    taken = {}
-    for name, tensor in tensors.items():
-        # A teacher starts from the model, and what other methods keep beside it belongs to their run.
-        if not name.startswith(("encoder.", "heads.")):
-            continue
-        in_head = name.split(".")[1] if name.startswith("heads.") else None
-        if in_head is not None and in_head not in matching:
-            continue
-        if name in own and own[name].shape == tensor.shape:
-            taken[name] = tensor
-        else:
-            left_out.append(f"{name}: {'another shape' if name in own else 'not in this model'}")
-    missing = [name for name in own if name.startswith("encoder.") and name not in taken and not any(f".norms.{domain}." in name for domain in domains)]
-    if missing:
-        raise ValueError(
-            f"init_from: the encoder of {run} is another one ({missing[0]} does not fit, and {len(missing) - 1} more). Use the same encoder settings."
-        )
-    model.load_state_dict(own | taken)
-    return left_out
-
-
-def matching_heads(run: Path, domains: Mapping[str, Domain]) -> list[str]:
-    """The domains with a head of their own that the run has too, with the same classes. Raises FileNotFoundError when the folder is not a run."""
-    old = _old_domains(run)
-    own = {name: domain for name, domain in domains.items() if not domain.labels_of}
-    return [name for name, domain in own.items() if name in old and old[name].class_fingerprint == domain.class_fingerprint]
-
-
-def _old_domains(run: Path) -> dict[str, Domain]:
-    """The domains of a run that have a head of their own there."""
-    if not (run / "recipe.yaml").is_file():
-        raise FileNotFoundError(f"init_from: {run}: this is not a run's folder (it has no recipe.yaml).")
-    found = {path.stem: read_domain(path) for path in sorted((run / "domains").glob("*.yaml"))}
-    return {name: domain for name, domain in found.items() if not domain.labels_of}
-
-
-def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The optimiser's tensors, under the names of the parameters they belong to, and what of its state is no tensor."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    tensors, numbers = {}, {}
-    for parameter, values in optimiser.state.items():
-        for key, value in values.items():
-            entry = f"{names[id(parameter)]}/{key}"
-            if isinstance(value, Tensor):
-                tensors[entry] = value.detach().cpu().contiguous()
-            elif value is not None:
-                numbers[entry] = value
-    # A parameter has no state before its first gradient: the heads of a domain whose turn has not come.
-    return tensors, {"numbers": numbers, "entries": sorted([*tensors, *numbers])}
-
-
-def _restore_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], saved: Mapping[str, Any], where: str) -> None:
-    parameters = dict(model.named_parameters())
-    optimised = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
-    found = {**tensors, **saved["numbers"]}
-    missing = [entry for entry in saved["entries"] if entry not in found]
-    if missing:
-        raise ValueError(f"{where}: the optimiser's {missing[0]} is missing, and {len(missing) - 1} more.")
-    optimiser.state.clear()
-    for entry, value in found.items():
-        name, _, key = entry.rpartition("/")
-        if name not in parameters or id(parameters[name]) not in optimised:
-            raise ValueError(f"{where}: the optimiser holds {entry}, which this model does not train.")
-        parameter = parameters[name]
-        # Counters stay on the CPU, where the optimisers keep them; moments live with their parameter.
-        optimiser.state[parameter][key] = value.to(parameter.device) if isinstance(value, Tensor) and value.shape == parameter.shape else value
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
@@ -312,11 +297,3 @@ def _discard(checkpoint: Path) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

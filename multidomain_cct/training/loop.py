@@ -5,133 +5,78 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
-from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.loader import Batch, TrainingSet, steps
+from multidomain_cct.data.loader import Batch, steps
 from multidomain_cct.data.order import seed_from
-from multidomain_cct.data.shards import Shards
-from multidomain_cct.data.specification import find_domain
-from multidomain_cct.data.streams import open_streams
-from multidomain_cct.model.network import Segmenter
-from multidomain_cct.training.assembly import build_model, compile_encoder, require_lenders, require_training_data, uses_unlabelled
-from multidomain_cct.training.assembly import notices as model_notices
-from multidomain_cct.training.checkpoint import RunState, load_checkpoint, load_initial_weights, matching_heads, save_checkpoint
+from multidomain_cct.training.assembly import compile_encoder
+from multidomain_cct.training.checkpoint import RunState, save_checkpoint
+from multidomain_cct.training.failures import GO_ON, no_process_left, one_line_errors
+from multidomain_cct.training.failures import RunFailed as RunFailed
 from multidomain_cct.training.recipe import Recipe
-from multidomain_cct.training.run_folder import fingerprints, resumable_checkpoint, write_run_folder
+from multidomain_cct.training.run import Run, build_accelerator, open_run
+from multidomain_cct.training.run_folder import write_run_folder
 from multidomain_cct.training.runlog import RunLog, Window, environment
-from multidomain_cct.training.schedules import build_optimiser, learning_rate, set_learning_rate
+from multidomain_cct.training.schedules import learning_rate, set_learning_rate
 from multidomain_cct.training.scoring import Score, arithmetic_and_harmonic, score
+from multidomain_cct.training.stopping import RunStopped, StopRequest
 
 
-class RunFailed(RuntimeError):
-    """A run that cannot go on, for a reason that is not the user's mistake. The message is one line."""
-
-
-@dataclass(frozen=True)
-class _Run:
-    """What the loop works with."""
-
-    recipe: Recipe
-    accelerator: Accelerator
-    model: torch.nn.Module
-    """As prepared: perhaps wrapped for several processes."""
-    optimiser: Any
-    """As prepared; `.optimizer` is torch's own."""
-    data: TrainingSet
-    domains: Mapping[str, Domain]
-    scored: Mapping[str, Shards]
-    """Val shards by domain."""
-
-    @property
-    def bare_model(self) -> Segmenter:
-        model: Segmenter = self.accelerator.unwrap_model(self.model)
-        return model
+class _EvaluationStopped(Exception):
+    """All processes were asked to stop while they evaluated."""
 
 
 def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_by: str = "the recipe") -> Path:
     """Train as the recipe says and return the run's folder.
 
-    Raises ValueError or FileNotFoundError, before anything is written, for what the user has to change, and RunFailed when the run cannot go on.
+    Raises ValueError or FileNotFoundError, before anything is written, for what the user has to change, RunFailed when the run cannot go on, and RunStopped
+    when SIGTERM asked it to end and it has saved.
     """
-    accelerator = _accelerator(recipe)
-    domains = {name: find_domain(name, folders, named_by=named_by) for name in recipe.domains}
-    require_lenders(domains)
-    streams = [open_streams(domain, recipe.domains[name], recipe.data, use_unlabelled=uses_unlabelled(recipe, domain)) for name, domain in domains.items()]
-    world = {"rank": accelerator.process_index, "world": accelerator.num_processes, "accumulation": recipe.training.accumulation}
-    # A borrowed label space may add nothing to a supervised run; it is scored all the same.
-    training = [stream for stream in streams if stream.labelled or stream.unlabelled]
-    data = TrainingSet(training, seed=recipe.seed, augment=recipe.data.augment, schedule=recipe.data.schedule, **world)
-    scored = {name: Shards.open(Path(recipe.data.shards) / name, choice.val_split) for name, choice in recipe.domains.items() if choice.val_split}
-    resumed, notices = resumable_checkpoint(recipe, domains, streams)
-    model = build_model(recipe, domains, unlabelled={stream.domain.name: bool(stream.unlabelled) for stream in streams})
-    taught = [] if recipe.init_from is None else matching_heads(Path(recipe.init_from), domains)
-    require_training_data(recipe, domains, streams, taught=taught)
-    if resumed is None:
-        notices += model_notices(recipe, domains, parts=accelerator.num_processes * recipe.training.accumulation)
-        if recipe.init_from is not None:
-            notices += [f"init_from: {line}" for line in load_initial_weights(Path(recipe.init_from), model, domains)]
-    optimiser = build_optimiser(recipe.optimiser, model.encoder.trunk, model)
-    prepared_model, prepared_optimiser = accelerator.prepare(model, optimiser)
-    run = _Run(recipe, accelerator, prepared_model, prepared_optimiser, data, domains, scored)
-    specifications = {name: domain.to_yaml() for name, domain in domains.items()}
-    state = RunState(step=0, fingerprints=fingerprints(recipe, streams), recipe=recipe.to_yaml(), domains=specifications)
-    if resumed is not None:
-        saved = load_checkpoint(resumed, run.bare_model, run.optimiser.optimizer, accelerator.scaler)
-        state = replace(saved, recipe=state.recipe, domains=state.domains)
-        notices.append(f"{recipe.folder}: going on from step {state.step}.")
-    if recipe.encoder.compile:
-        first = next(steps(data, 0, 1, workers=0))
-        notices += compile_encoder(run.bare_model, {name: batch.to(accelerator.device) for name, batch in first.items()})
-    # The other processes look for an earlier run before the first one writes this one.
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_run_folder(recipe, domains, environment(command, accelerator.device, accelerator.num_processes))
-    accelerator.wait_for_everyone()
-    if recipe.training.trackers:
-        accelerator.init_trackers(recipe.name)
-    with RunLog(recipe.folder, first_step=state.step, num_steps=recipe.training.steps, enabled=accelerator.is_main_process) as log:
-        for notice in notices:
-            log.notice(notice)
-        try:
-            _loop(run, state, log)
-        except (ValueError, OSError) as error:
-            # One process's data may be at fault; the others end without a word of their own.
-            where = f"rank {accelerator.process_index}: " if accelerator.num_processes > 1 else ""
-            raise ValueError(f"{where}{error}") from None
-    accelerator.end_training()
+    accelerator = build_accelerator(recipe)
+    with StopRequest(accelerator) as stop, no_process_left():
+        run, state, start = open_run(recipe, folders, stop, named_by=named_by)
+        # The other processes look for an earlier run before the first one writes this one.
+        accelerator.wait_for_everyone()
+        with one_line_errors(accelerator.process_index, accelerator.num_processes):
+            if accelerator.is_main_process:
+                forced = {"forced": list(start.forced)} if start.forced else {}
+                write_run_folder(recipe, run.domains, environment(command, accelerator.device, accelerator.num_processes) | forced)
+            accelerator.wait_for_everyone()
+            if recipe.training.trackers:
+                accelerator.init_trackers(recipe.name)
+            log = RunLog(
+                recipe.folder, first_step=state.step, num_steps=recipe.training.steps, enabled=accelerator.is_main_process, scored=not state.owes_evaluation
+            )
+            with log:
+                for notice in (*start.notices, *_compiled(run)):
+                    log.notice(notice)
+                try:
+                    _loop(run, state, log)
+                except RunStopped:
+                    accelerator.end_training()
+                    raise
+        accelerator.end_training()
     return recipe.folder
 
 
-def _accelerator(recipe: Recipe) -> Accelerator:
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for name in recipe.training.trackers:
-        # Accelerate would leave it out in silence.
-        if name not in available:
-            raise ValueError(f"training.trackers names {name!r}. Installed: {', '.join(available) or 'none'}. For example: pip install tensorboard")
-    accelerator = Accelerator(
-        # Without being told, Accelerate runs each process of a CPU launch on its own.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=recipe.training.precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.data.schedule == "alternate")],
-        log_with=recipe.training.trackers or None,
-        project_dir=recipe.folder,
-    )
-    if recipe.training.precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("training.precision is `fp16`, which Accelerate leaves out in silence on a CPU. Use `bf16` or `no` there.")
-    return accelerator
+def _compiled(run: Run) -> list[str]:
+    """Compile the encoder on the images of the first step if the recipe asks for it; why it could not be."""
+    if not run.recipe.encoder.compile:
+        return []
+    first = next(steps(run.data, 0, 1, workers=0))
+    return compile_encoder(run.bare_model, {name: batch.to(run.accelerator.device) for name, batch in first.items()})
 
 
-def _loop(run: _Run, state: RunState, log: RunLog) -> None:
+def _loop(run: Run, state: RunState, log: RunLog) -> None:
     recipe, settings, device = run.recipe, run.recipe.training, run.accelerator.device
+    if state.owes_evaluation:
+        state = _with_evaluation(run, state, log)
+        _save_or_stop(run, state, save=not state.owes_evaluation)
     micro_batches = steps(run.data, state.step, settings.steps, workers=recipe.data.workers, prefetch=recipe.data.prefetch, pin_memory=device.type == "cuda")
     window, skipped, last_finite = Window(run.accelerator.num_processes), 0, state.step
     run.model.train()
@@ -145,7 +90,7 @@ def _loop(run: _Run, state: RunState, log: RunLog) -> None:
         if trouble is None:
             skipped, last_finite = 0, done
         else:
-            skipped += 1
+            skipped, window.skipped = skipped + 1, window.skipped + 1
             log.notice(f"step {done}: {trouble} (last finite at {last_finite}). The step was skipped.")
             if skipped > settings.max_skipped:
                 advice = "Lower optimiser.lr, set training.clip, or look at these images."
@@ -155,21 +100,36 @@ def _loop(run: _Run, state: RunState, log: RunLog) -> None:
         if ends_window:
             _record(run, log, done, window.metrics(device) | {"lr": lr})
             window = Window(run.accelerator.num_processes)
-        best = False
+        state = replace(state, step=done)
         if run.scored and (last or done % settings.evaluate_every == 0):
-            mean = _evaluate(run, log, done)
-            best = mean > state.best_miou
-            state = replace(state, best_step=done, best_miou=mean) if best else state
-            window.restart_clock()
-        if last or best or done % settings.save_every == 0:
-            state = replace(state, step=done)
-            if run.accelerator.is_main_process:
-                save_checkpoint(recipe.folder / "checkpoints", state, run.bare_model, run.optimiser.optimizer, run.accelerator.scaler, keep=settings.keep)
-            run.accelerator.wait_for_everyone()
-            window.restart_clock()
+            state = _with_evaluation(run, state, log)
+        _save_or_stop(run, state, save=last or state.best_step == done or done % settings.save_every == 0)
+        window.restart_clock()
 
 
-def _optimise(run: _Run, micro_batches: Iterator[dict[str, Batch]], progress: float, window: Window) -> str | None:
+def _with_evaluation(run: Run, state: RunState, log: RunLog) -> RunState:
+    """The state with this step's scores in it; it owes them still when the run is asked to stop before they are complete."""
+    try:
+        mean = _evaluate(run, log, state.step)
+    except _EvaluationStopped:
+        return replace(state, owes_evaluation=True)
+    state = replace(state, owes_evaluation=False)
+    return replace(state, best_step=state.step, best_miou=mean) if mean > state.best_miou else state
+
+
+def _save_or_stop(run: Run, state: RunState, *, save: bool) -> None:
+    """Save when it is time, and always before stopping; all processes stop after the same step. Raises RunStopped."""
+    stopping = run.stop.agreed()
+    folder, keep = run.recipe.folder, run.recipe.training.keep
+    if save or stopping:
+        if run.accelerator.is_main_process:
+            save_checkpoint(folder / "checkpoints", state, run.bare_model, run.optimiser.optimizer, run.accelerator.scaler, keep=keep)
+        run.accelerator.wait_for_everyone()
+    if stopping:
+        raise RunStopped(f"stopped after step {state.step}, as SIGTERM asked, and saved. {GO_ON}")
+
+
+def _optimise(run: Run, micro_batches: Iterator[dict[str, Batch]], progress: float, window: Window) -> str | None:
     """One optimiser step. Returns what was not finite, and then nothing has changed.
 
     Whether to skip is decided on losses that are summed over the processes, so all of them skip the same step.
@@ -216,8 +176,8 @@ def _broken_keys(term: str, losses: Mapping[str, Tensor], batches: Mapping[str, 
     return keys
 
 
-def _evaluate(run: _Run, log: RunLog, step: int) -> float:
-    """Score every domain's val split, record the scores, and return their mean mIoU."""
+def _evaluate(run: Run, log: RunLog, step: int) -> float:
+    """Score every domain's val split, record the scores, and return their mean mIoU. Raises _EvaluationStopped in all processes when one was asked to stop."""
     recipe, accelerator, model = run.recipe, run.accelerator, run.bare_model
     for buffer in model.buffers():
         # Each process has its own running statistics; what is scored are those that are saved, the first one's.
@@ -236,10 +196,16 @@ def _evaluate(run: _Run, log: RunLog, step: int) -> float:
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             total=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+            between=lambda: _leave_if_asked(run.stop),
         )
     _record(run, log, step, _score_metrics(scores))
     log.notice(f"step {step}: " + "  ".join(f"{name} mIoU {100 * result.miou:.1f}" for name, result in scores.items()))
     return arithmetic_and_harmonic([result.miou for result in scores.values()])[0]
+
+
+def _leave_if_asked(stop: StopRequest) -> None:
+    if stop.agreed():
+        raise _EvaluationStopped
 
 
 def _score_metrics(scores: Mapping[str, Score]) -> dict[str, float | None]:
@@ -252,6 +218,6 @@ def _score_metrics(scores: Mapping[str, Score]) -> dict[str, float | None]:
     return values
 
 
-def _record(run: _Run, log: RunLog, step: int, values: Mapping[str, float | None]) -> None:
+def _record(run: Run, log: RunLog, step: int, values: Mapping[str, float | None]) -> None:
     log.metrics(step, values)
     run.accelerator.log({key: value for key, value in values.items() if value is not None}, step=step)

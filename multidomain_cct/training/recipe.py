@@ -89,7 +89,8 @@ class Recipe:
     seed: int = 0
     """Decides initial weights, order, augmentation and perturbations."""
     resume: str = "never"
-    """`never`: refuse a run folder that exists; `auto`: go on from its newest checkpoint, or start when there is none."""
+    """`never`: refuse a run folder that exists; `auto`: go on from its newest checkpoint, or start when there is none; `force`: the same, although settings or
+    data have changed."""
     init_from: str | None = None
     """Run folder whose weights a new run starts from: the encoder, and the heads whose names and classes match."""
     method: str = "cct"
@@ -128,8 +129,8 @@ class Recipe:
             raise ValueError("domains is empty; name at least one, for example `domains: {camvid: {labelled: 50}}`.")
         if not re.fullmatch(r"[\w.+-]*", self.name) or self.name.startswith("."):
             raise ValueError(f"name is {self.name!r}; a run's name holds letters, digits, and . _ + - only, and does not start with a dot.")
-        if self.resume not in ("never", "auto"):
-            raise ValueError(f"resume is {self.resume!r}; it is `never` or `auto`.")
+        if self.resume not in ("never", "auto", "force"):
+            raise ValueError(f"resume is {self.resume!r}; it is `never`, `auto` or `force`.")
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; it is one of {', '.join(METHODS)}.{did_you_mean(self.method, METHODS)}")
         if self.method == "usss" and len(self.domains) < 2:

@@ -4,45 +4,86 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.streams import DomainStreams
 from multidomain_cct.training.checkpoint import newest_checkpoint, read_state
+from multidomain_cct.training.durable import make_folder, replace_text
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe
 
 
-def resumable_checkpoint(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams]) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, or None for a new run, and what the user should know of it.
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins."""
 
-    Raises ValueError rather than touch a folder that holds another run.
+    checkpoint: Path | None = None
+    """None: at the first step."""
+    notices: tuple[str, ...] = ()
+    """What the user should know of it."""
+    forced: tuple[str, ...] = ()
+    """Differences from the run so far, `key: old -> new`, that `resume=force` has overruled."""
+
+
+def find_start(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams]) -> Start:
+    """Where the recipe's run begins: anew, or at the newest whole checkpoint of its folder.
+
+    Raises ValueError rather than touch a folder that holds another run, or go on with other settings or data than it had.
     """
     folder = recipe.folder
     if not folder.exists() or _never_began(folder):
-        return None, []
+        return Start()
     if recipe.resume == "never":
         raise ValueError(f"{folder} exists. Continue it with resume=auto, or start another run with name=OTHER.")
     if not (folder / "recipe.yaml").is_file():
         raise ValueError(f"{folder} exists and is not a run (it has no recipe.yaml). Choose another name=.")
-    changed = differences(read_recipe(folder / "recipe.yaml"), recipe)
-    for name, domain in domains.items():
-        spec = folder / "domains" / f"{name}.yaml"
-        if spec.is_file() and spec.read_text(encoding="utf-8") != domain.to_yaml():
-            changed.append(f"the specification of {name}")
-    if changed:
-        more = f", and {len(changed) - 4} more" if len(changed) > 4 else ""
-        raise ValueError(f"{folder} is a run of another recipe: {', '.join(changed[:4])}{more}. Take these back, or start another run with name=OTHER.")
     checkpoint, warnings = newest_checkpoint(folder / "checkpoints")
-    if checkpoint is not None:
-        old, new = read_state(checkpoint).fingerprints, fingerprints(recipe, streams)
-        for split in new:
-            if old.get(split) != new[split]:
-                raise ValueError(
-                    f"{folder} was trained on other data in {split}: {old.get(split)} -> {new[split]}. Restore them, or start another run with name=OTHER."
-                )
-    return checkpoint, warnings
+    settings = differences(read_recipe(folder / "recipe.yaml"), recipe) + _changed_domains(folder, domains)
+    data = [] if checkpoint is None else _changed_data(read_state(checkpoint).fingerprints, fingerprints(recipe, streams))
+    if recipe.resume == "force":
+        forced = (*settings, *data)
+        return Start(checkpoint, (*warnings, *(f"resume=force goes on although {change}" for change in forced)), forced)
+    otherwise = "start another run with name=OTHER, or go on all the same with resume=force, which env.json records."
+    if settings:
+        raise ValueError(f"{folder} is a run of another recipe: {_some(settings)}. Take these back, {otherwise}")
+    if data:
+        raise ValueError(f"{folder} was trained on other data in {_some(data)}. Restore them, {otherwise}")
+    return Start(checkpoint, tuple(warnings))
+
+
+def _changed_domains(folder: Path, domains: Mapping[str, Domain]) -> list[str]:
+    """What differs in the specifications of the domains that the run knows, as `key: old -> new`."""
+    changed = []
+    for name, domain in domains.items():
+        path = folder / "domains" / f"{name}.yaml"
+        if path.is_file():
+            old, new = (_flat(yaml.safe_load(text), name) for text in (path.read_text(encoding="utf-8"), domain.to_yaml()))
+            changed += [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+    return changed
+
+
+def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    return [f"{split}: {old.get(split)} -> {new.get(split)}" for split in {**old, **new} if old.get(split) != new.get(split)]
+
+
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    """Every value of nested mappings and lists by its place, such as `fields.classes[2].name`."""
+    if isinstance(value, dict):
+        parts = [(f"{path}.{key}", part) for key, part in value.items()]
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        parts = [(f"{path}[{number}]", part) for number, part in enumerate(value)]
+    else:
+        return {path: value}
+    return {key: item for place, part in parts for key, item in _flat(part, place).items()}
+
+
+def _some(changed: Sequence[str]) -> str:
+    return ", ".join(changed[:4]) + (f", and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 
 def _never_began(folder: Path) -> bool:
@@ -54,22 +95,15 @@ def _never_began(folder: Path) -> bool:
 
 def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], environment: Mapping[str, object]) -> None:
     """Write what a reader, and `evaluate`, need to know of the run: recipe, domains as used, environment of each start."""
-    (recipe.folder / "domains").mkdir(parents=True, exist_ok=True)
-    _write(recipe.folder / "recipe.yaml", recipe.to_yaml())
+    make_folder(recipe.folder / "domains")
+    replace_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
     for name, domain in domains.items():
-        _write(recipe.folder / "domains" / f"{name}.yaml", domain.to_yaml())
+        replace_text(recipe.folder / "domains" / f"{name}.yaml", domain.to_yaml())
     path = recipe.folder / "env.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     # The first start is what made the run; later ones are listed under it.
     content = earlier | {"resumed": [*earlier.get("resumed", []), environment]} if earlier else environment
-    _write(path, json.dumps(content, indent=1))
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file as a whole: a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(content, indent=1))
 
 
 def fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, str]:

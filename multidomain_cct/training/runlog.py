@@ -29,8 +29,11 @@ from multidomain_cct.data.loader import Batch
 class RunLog:
     """Records the metrics of a run and shows its progress. Disabled, it does nothing: only the first process of a run tells."""
 
-    def __init__(self, folder: Path, *, first_step: int, num_steps: int, enabled: bool = True) -> None:
-        """Lines of metrics.jsonl beyond `first_step`, which an interrupted run wrote after its last checkpoint, are dropped."""
+    def __init__(self, folder: Path, *, first_step: int, num_steps: int, enabled: bool = True, scored: bool = True) -> None:
+        """Lines of metrics.jsonl beyond `first_step`, which an interrupted run wrote after its last checkpoint, are dropped.
+
+        So are the scores of `first_step` itself when it has still to be `scored`.
+        """
         self.enabled, self.num_steps, self.first_step = enabled, num_steps, first_step
         self.console = Console(highlight=False, soft_wrap=True)
         self._started = time.monotonic()
@@ -39,6 +42,8 @@ class RunLog:
             return
         path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.is_file() else []
+        if not scored:
+            kept = [line for line in kept if line["step"] < first_step or "val/mean_miou" not in line]
         temporary = path.with_name(".metrics.jsonl.tmp")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
@@ -92,7 +97,7 @@ class Window:
         self.world = world
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
-        self.images = 0
+        self.images = self.skipped = 0
         self.waited = 0.0
         self.restart_clock()
 
@@ -119,7 +124,8 @@ class Window:
         """What goes into metrics.jsonl: mean losses and the run's speed."""
         seconds = max(1e-9, time.perf_counter() - self.started)
         losses = {f"train/{term}": total / self.counts[term] for term, total in self.sums.items()}
-        return losses | {"sys/images_per_s": self.images / seconds, "sys/peak_mib": peak_mib(device), "sys/data_wait_fraction": self.waited / seconds}
+        speed = {"sys/images_per_s": self.images / seconds, "sys/peak_mib": peak_mib(device), "sys/data_wait_fraction": self.waited / seconds}
+        return losses | speed | {"sys/skipped_steps": self.skipped}
 
     def text(self, device: torch.device) -> str:
         """Speed, waiting for data, memory, and the losses by domain."""

@@ -5,6 +5,7 @@ Shapes: B images, C classes of the domain, H W size of the labels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,6 +98,13 @@ def arithmetic_and_harmonic(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
+def _each_after(call: Callable[[], None], items: Iterable[ScoredImage]) -> Iterator[ScoredImage]:
+    """The items, each after a call."""
+    for item in items:
+        call()
+        yield item
+
+
 def _batches(images: Iterable[ScoredImage], size: int) -> Iterator[list[ScoredImage]]:
     """The images in their order, up to `size` together; one whose picture or labels measure other than the last one's begins a new batch."""
     batch: list[ScoredImage] = []
@@ -123,18 +131,20 @@ def score(
     world: int = 1,
     total: Callable[[Tensor], Tensor] = lambda count: count,
     seen: Callable[[str], None] = lambda key: None,
+    between: Callable[[], None] = lambda: None,
 ) -> Score:
     """Score every image of a split once.
 
-    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told each key. The model is left in the
-    mode it was in.
+    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told each key. `between` is called before
+    each image, equally often in every process; it may raise to end the scoring. The model is left in the mode it was in.
     """
     was_training = model.training
     model.eval()
     confusion = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64, device=device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
     sizes = set()
-    for batch in _batches(scored_images(shards, domain, range(rank, len(shards), world), workers=workers), settings.batch):
+    own = range(rank, len(shards), world)
+    for batch in _batches(_each_after(between, scored_images(shards, domain, own, workers=workers)), settings.batch):
         height, width = batch[0].mask.shape
         # Stacked as they lie in memory, pixel by pixel: putting channel after channel takes several times as long.
         pictures = torch.stack([item.image.permute(1, 2, 0) for item in batch]).to(device).permute(0, 3, 1, 2)
@@ -145,6 +155,8 @@ def score(
         sizes.add(f"{width}x{height}")
         for item in batch:
             seen(item.key)
+    if len(own) < math.ceil(len(shards) / world):
+        between()
     model.train(was_training)
     confusion, images = total(confusion), int(total(count))
     assert images == len(shards), f"{images} of {len(shards)} images were scored"

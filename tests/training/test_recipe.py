@@ -59,7 +59,7 @@ def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
         ("training.clip=null", "training.clip is None"),
         ("training.precision=fp8", "no, bf16, fp16"),
         ("training.steps=0", "at least 1"),
-        ("resume=yes", "`never` or `auto`"),
+        ("resume=yes", "`never`, `auto` or `force`"),
         ("decoder=big", "pixelshuffle, bilinear"),
         ("training.clip=-1", "training.clip is -1.0; it is 0 or more"),
         ("optimiser.warmup=-1", "optimiser.warmup is -1; it is 0 or more"),

@@ -1,0 +1,72 @@
+"""Files that a crash cannot spoil: what is reported as written has reached the disk, names included."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it, and put their names on the disk."""
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file and put its contents on the disk; its name is there once the folder is synced."""
+    with _naming(path):
+        path.write_text(text, encoding="utf-8")
+    sync(path)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file and put its contents on the disk. Raises OSError when the disk does not take it."""
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        # The library tells the operating system's error in words only.
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+    # It creates files that only their owner may read; a team shares its runs.
+    path.chmod(0o644)
+    sync(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a file as a whole: a crash leaves the old one or the new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    write_text(temporary, text)
+    os.replace(temporary, path)
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's contents, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with _naming(path):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an error the path, which the operating system leaves out where a file is open already."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from None

@@ -1,0 +1,25 @@
+"""A transform as it should not be: it draws from numpy's global generator, whose state no resume restores."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from multidomain_cct.training.recipe import Recipe
+
+
+def train_with_a_forgetful_transform(recipe: Recipe, folders: Sequence[Path]) -> None:
+    import numpy as np
+
+    from multidomain_cct.data import loader
+    from multidomain_cct.data.augment import View
+    from multidomain_cct.training.loop import train
+
+    np.random.seed(0)
+    view = loader.training_view
+
+    def brightened(*arguments: Any) -> View:
+        found = view(*arguments)
+        return View(found.image + np.random.randint(0, 20), found.ids, found.inside)
+
+    loader.training_view = brightened
+    train(recipe, folders)

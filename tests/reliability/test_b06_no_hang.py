@@ -1,0 +1,50 @@
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from processes import WATCHDOG_SECONDS, Plan, seen, start_ranks
+from run_files import steps_of
+
+from multidomain_cct.data.order import Stream
+from multidomain_cct.data.specification import read_domain
+from multidomain_cct.data.streams import open_streams
+from multidomain_cct.training.recipe import read_recipe
+
+Words = Callable[..., list[str]]
+
+
+def test_two_processes_with_uneven_domains_evaluate_save_and_end_together(command: Words, tmp_path: Path, figure: Callable[[str, str], None]) -> None:
+    """10 and 8 images to train on, 3 and 5 to score: no share of either is whole."""
+    training = {"steps": 9, "log_every": 1, "evaluate_every": 2, "save_every": 3, "keep": 9}
+    files = [tmp_path / "seen0", tmp_path / "seen1"]
+    ranks = start_ranks(command("run", "data.workers=1", training=training), tmp_path / "run.txt", [Plan(seen=file) for file in files])
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
+    steps = [list(seen(file)) for file in files]
+    assert steps[0] == steps[1] == list(range(9)) and {3, 6, 9} <= set(steps_of(tmp_path / "runs" / "run"))
+    figure("B6", f"2 ranks: {len(steps[0])} and {len(steps[1])} steps")
+
+
+def test_an_error_in_one_process_ends_both_with_one_line_that_names_it(
+    command: Words, two_domains: Path, tmp_path: Path, figure: Callable[[str, str], None]
+) -> None:
+    shards = shutil.copytree(two_domains, tmp_path / "shards")
+    words = command("run", "data.workers=1", f"data.shards={shards}")
+    recipe = read_recipe(Path(words[1]))
+    streams = open_streams(read_domain(shards / "domains" / "shapes.yaml"), recipe.domains["shapes"], recipe.data)
+    # The second process takes the second half of the first batch of 2.
+    number = streams.labelled[Stream("shapes/labelled", 4, recipe.seed).at(1)[1]][1]
+    record = streams.sources[0].read(number)
+    tar = shards / "shapes" / "train-00000.tar"
+    content = bytearray(tar.read_bytes())
+    content[content.index(record.image) + 20] ^= 1
+    tar.write_bytes(content)
+    started = time.monotonic()
+    ranks = start_ranks(words, tmp_path / "run.txt", [Plan(), Plan()])
+    assert [rank.wait(WATCHDOG_SECONDS / 2) for rank in ranks] == [1, 2], ranks[0].text + ranks[1].text
+    (line,) = ranks[1].errors
+    assert line.startswith("error: rank 1: ") and "shapes/train-00000.tar" in line and f"key '{record.key}'" in line
+    (other,) = ranks[0].errors
+    assert other.startswith("error: another process of the run has ended; its own line says why.")
+    assert "Traceback" not in ranks[0].text + ranks[1].text
+    figure("B6", f"an error on rank 1 ended both after {time.monotonic() - started:.1f} s, start included")
