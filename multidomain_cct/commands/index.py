@@ -17,7 +17,8 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.data.shards import Extensions, index_path, index_shard
+    from multidomain_cct.data.shard_index import index_path
+    from multidomain_cct.data.tar_index import Extensions, index_shard
 
     for path in options.shards:
         index = index_shard(path, extensions=Extensions(image=options.image, mask=options.mask))

@@ -5,18 +5,18 @@ Shapes: H W size of the view.
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.encode import load_image
-from multidomain_cct.data.shards import Record
+from multidomain_cct.data.shards import BadSample, Record
+from multidomain_cct.data.stored_mask import stored_mask
 
 PAD = (124, 116, 104)
 """Colour of the area beyond the image: ImageNet's mean, close to 0 after any encoder's normalisation."""
@@ -45,27 +45,14 @@ class Augment:
 def decode(record: Record, domain: Domain) -> tuple[Image.Image, Image.Image | None]:
     """A record's RGB image and its mask of train ids.
 
-    Raises ValueError, naming shard and key, for bytes that are not an image and for a train id that the class table does not have.
+    Raises BadSample, naming shard and key, for bytes that are not an image and for a train id that the class table does not have.
     """
     where = f"{record.shard}: key {record.key!r}"
-    image = load_image(record.image, where)
-    if record.mask is None:
-        return image, None
     try:
-        mask = Image.open(io.BytesIO(record.mask), formats=("PNG",))
-        # In a palette PNG the indices are the ids; converting would give the brightness of their colours.
-        ids = np.asarray(mask)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"{where}: the mask cannot be read ({error}).") from None
-    if mask.mode not in ("L", "P"):
-        raise ValueError(f"{where}: the mask has the mode {mask.mode}; a mask in a shard is an 8-bit PNG of train ids.")
-    wrong = ids[(ids >= domain.num_classes) & (ids != IGNORE)]
-    if wrong.size:
-        raise ValueError(
-            f"{where}: the mask holds the train id {int(wrong[0])}, but {domain.name} has the classes 0 to {domain.num_classes - 1} and {IGNORE} for ignore. "
-            "The shard was made with another class table: pack it again."
-        )
-    return image, Image.fromarray(ids)
+        image = load_image(record.image, where)
+    except ValueError as error:
+        raise BadSample(str(error), "image: cannot be read") from None
+    return image, None if record.mask is None else stored_mask(record.mask, domain, where)
 
 
 @dataclass(frozen=True)

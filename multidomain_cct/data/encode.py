@@ -17,6 +17,8 @@ from multidomain_cct.data.masks import mask_picture
 from multidomain_cct.data.raw_files import RawSample
 
 JPEG_QUALITY = 95
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+"""What an image may be, whatever its name says. Pillow knows others that start programs (EPS) or have seldom been attacked in earnest."""
 _UNREADABLE = (Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, RuntimeError, AttributeError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for damaged files, found by damaging files of every format."""
 
@@ -94,7 +96,7 @@ def load_image(source: bytes | Path, name: str) -> Image.Image:
             # Pillow warns where it can go on: broken EXIF is no reason to fail, a picture of suspicious size is.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS) as image:
                 image.load()
                 ImageOps.exif_transpose(image, in_place=True)
                 if image.mode.startswith("I"):

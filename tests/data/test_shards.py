@@ -7,7 +7,9 @@ import pytest
 import webdataset
 from PIL import Image
 
-from multidomain_cct.data.shards import Extensions, Shards, ShardWriter, index_path, index_shard, scan_shard
+from multidomain_cct.data.shard_index import index_path
+from multidomain_cct.data.shards import Shards, ShardWriter
+from multidomain_cct.data.tar_index import Extensions, index_shard, scan_shard
 
 
 def jpeg(shade: int) -> bytes:
@@ -43,9 +45,9 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 def test_samples_read_back_by_number_with_their_bytes(tmp_path: Path) -> None:
     write_split(tmp_path, per_shard=2)
     shards = Shards.open(tmp_path, "train")
-    assert shards.keys == [f"image_{n}" for n in range(5)]
+    assert list(shards.keys) == [f"image_{n}" for n in range(5)]
     assert shards.labelled.tolist() == [True, False, True, False, True]
-    assert len(shards.paths) == 3
+    assert shards.catalogue.samples.tolist() == [2, 2, 1]
     for number in (4, 0, 3):
         record = shards.read(number)
         assert record.key == f"image_{number}" and record.image == jpeg(number)
@@ -82,7 +84,7 @@ def test_a_foreign_shard_is_indexed_with_its_own_endings(tmp_path: Path) -> None
     path = write_tar(tmp_path / "train-00000.tar", [("a.image.png", b"x"), ("a.mask.png", b"y"), ("b.image.png", b"z")])
     index = index_shard(path, extensions=Extensions(image="image.png", mask="mask.png"))
     assert index.keys == ("a", "b")
-    assert Shards([path]).read(0).mask == b"y" and Shards([path]).read(1).image == b"z"
+    assert Shards.of([path]).read(0).mask == b"y" and Shards.of([path]).read(1).image == b"z"
 
 
 def damaged(tmp_path: Path, trouble: str) -> Path:
@@ -147,7 +149,7 @@ def test_bytes_that_changed_after_indexing_are_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[700] ^= 1
     path.write_bytes(content)
-    shards = Shards([path])
+    shards = Shards.of([path])
     with pytest.raises(ValueError, match="key 'image_0': the bytes differ"):
         shards.read(0)
 
@@ -156,21 +158,21 @@ def test_a_shard_without_index_names_the_command(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     index_path(path).unlink()
     with pytest.raises(FileNotFoundError, match=r"python -m multidomain_cct index .*train-00000.tar"):
-        Shards([path])
+        Shards.of([path])
 
 
 def test_an_index_of_another_file_is_refused(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     path.write_bytes(path.read_bytes() + b"\0" * 512)
     with pytest.raises(ValueError, match="its index was made for"):
-        Shards([path])
+        Shards.of([path])
 
 
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     index_path(path).write_bytes(index_path(path).read_bytes()[:50])
     with pytest.raises(ValueError, match="index is damaged"):
-        Shards([path])
+        Shards.of([path])
 
 
 def test_absent_shards_name_the_pack_command(tmp_path: Path) -> None:
@@ -183,7 +185,7 @@ def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
     for path in paths:
         index_shard(path)
     with pytest.raises(ValueError, match="'a' is in more than one shard"):
-        Shards(paths)
+        Shards.of(paths)
 
 
 def test_the_fingerprint_changes_with_content(tmp_path: Path) -> None:
