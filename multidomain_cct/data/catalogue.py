@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,7 +72,11 @@ class Catalogue:
         """Raises ValueError for a catalogue of which a byte has changed."""
         remedy = "Make it again: python -m multidomain_cct index --catalogue SHARD..."
         arrays, _ = load_table(path, _ARRAYS, CATALOGUE_SCHEMA, what="catalogue", remedy=remedy)
-        return cls(tuple(arrays.pop("names").tobytes().decode().split("\n")), **arrays)
+        names = tuple(arrays.pop("names").tobytes().decode().split("\n"))
+        wrong = [name for name in names if not re.fullmatch(r"[\w+-][\w.+-]*\.tar", name)]
+        if wrong:
+            raise ValueError(f"{path}: the catalogue lists {wrong[0][:80]!r}, which is no name of a shard. {remedy}")
+        return cls(names, **arrays)
 
 
 def catalogue_path(folder: Path, split: str) -> Path:

@@ -9,10 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.cache import FileCache
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.download import PROTOCOLS, require_address
 from multidomain_cct.data.order import Stream, labelled_subset
 from multidomain_cct.data.selection import AllBut, Only, Selection
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.shards import Shards, shard_paths
+from multidomain_cct.data.sources import RemoteFolder
 
 SCHEDULES = ("together", "alternate")
 UNLABELLED = ("rest", "all", "none")
@@ -40,6 +43,8 @@ class DomainSettings:
     """Split of pseudo-labels that `weaklabels` made, such as train_weak: its images join the unlabelled ones, and auxiliary decoders learn from its masks."""
     image_labels: str = ""
     """Where `weaklabels` finds image-level labels: a text or JSON list, or `masks` to take them from the masks of train_split."""
+    remote: str = ""
+    """Address of a folder with shards, such as https://HOST/FOLDER, from which training splits that are not in data.shards are read. See data.remote."""
     val_split: str = "val"
     """Split that is scored during training and on which `best` is chosen; never the test split. Empty: none."""
     weight: float = 1.0
@@ -85,6 +90,12 @@ class DataSettings:
     """Loader processes per training process; 0 loads in the training process."""
     prefetch: int = 2
     """Batches that each worker prepares ahead."""
+    remote: list[str] = field(default_factory=list)
+    """Protocols that a domain's `remote` may have: http, https, s3. Empty: nothing is read from a network."""
+    cache: str = "data/cache"
+    """Folder in which remote shards are kept."""
+    cache_gib: float = 50.0
+    """Largest size of that folder, in GiB; what was used longest ago goes first."""
     window: int = 0
     """0: an epoch is one permutation of all images. K: it permutes the shards, and images within windows of K shards only; for shards that are read slowly."""
     on_bad: str = "fatal"
@@ -101,6 +112,11 @@ class DataSettings:
         for name in ("workers", "window"):
             if getattr(self, name) < 0:
                 raise ValueError(f"data.{name} is {getattr(self, name)}; it is at least 0.")
+        for protocol in self.remote:
+            if protocol not in PROTOCOLS:
+                raise ValueError(f"data.remote names {protocol!r}; it is a list of {', '.join(PROTOCOLS)}.")
+        if self.cache_gib <= 0:
+            raise ValueError(f"data.cache_gib is {self.cache_gib}; it is above 0.")
         if self.on_bad not in ON_BAD:
             raise ValueError(f"data.on_bad is {self.on_bad!r}; it is one of {', '.join(ON_BAD)}.")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -143,19 +159,20 @@ def open_streams(domain: Domain, settings: DomainSettings, data: DataSettings, *
 
     Raises FileNotFoundError when shards are missing and ValueError when the budget cannot be met, naming the recipe's key.
     """
-    folder = Path(data.shards) / domain.name
-    train = Shards.open(folder, settings.train_split)
+    if settings.remote:
+        require_address(settings.remote, data.remote, f"domains.{domain.name}.remote")
+    train = _open_split(domain, settings.train_split, settings, data)
     labelled = _labelled(domain, train, settings, data.budget_seed)
     sources, unlabelled, weak_source = [train], [], None
     if use_unlabelled:
         if settings.unlabelled != "none":
             unlabelled.append(_complement(labelled, len(train)) if settings.unlabelled == "rest" else AllBut(0, len(train), _NONE))
         for split in settings.unlabelled_splits:
-            sources.append(Shards.open(folder, split))
+            sources.append(_open_split(domain, split, settings, data))
             unlabelled.append(AllBut(len(sources) - 1, len(sources[-1]), _NONE))
         if settings.weak_split:
             weak_source = len(sources)
-            sources.append(Shards.open(folder, settings.weak_split))
+            sources.append(_open_split(domain, settings.weak_split, settings, data))
             # Where pseudo-labels are all a domain has, main and auxiliary decoders learn from the same ones.
             chosen = set() if settings.weak_split == settings.train_split else {train.keys[labelled.at(position)] for position in range(len(labelled))}
             unlabelled = _with_pseudo_labels(unlabelled, sources, chosen)
@@ -172,6 +189,15 @@ def open_streams(domain: Domain, settings: DomainSettings, data: DataSettings, *
         window=data.window,
         max_bad=data.max_bad_fraction if data.on_bad == "skip" else None,
     )
+
+
+def _open_split(domain: Domain, split: str, settings: DomainSettings, data: DataSettings) -> Shards:
+    """The split from this machine or, where it is not there and the domain has an address, from there."""
+    folder = Path(data.shards) / domain.name
+    if not settings.remote or shard_paths(folder, split):
+        return Shards.open(folder, split)
+    source = RemoteFolder(settings.remote, FileCache(Path(data.cache), int(data.cache_gib * 2**30)))
+    return Shards(source, source.catalogue(split))
 
 
 def _labelled(domain: Domain, train: Shards, settings: DomainSettings, seed: int) -> Only | AllBut:
