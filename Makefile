@@ -36,6 +36,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/pack.py
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/crf.py
+	$(BIN)/python benchmarks/scale.py
 
 docs: .venv/dev
 	$(BIN)/python docs/recipe_reference.py
