@@ -30,7 +30,7 @@ def png(width: int, height: int, body: bytes, extra: bytes = b"") -> bytes:
 
 def zeros(count: int) -> bytes:
     """So many zero bytes, deflated."""
-    deflate, block = zlib.compressobj(9), bytes(1 << 20)
+    deflate, block = zlib.compressobj(1), bytes(1 << 20)
     return b"".join(deflate.compress(block) for _ in range(count >> 20)) + deflate.compress(bytes(count & 0xFFFFF)) + deflate.flush()
 
 
@@ -47,18 +47,18 @@ def large_jpeg() -> bytes:
 
 
 def text_bomb() -> bytes:
-    content = b"Comment\0\0" + zeros(300 << 20)
+    content = b"Comment\0\0" + zeros(100 << 20)
     return struct.pack(">I", len(content)) + b"zTXt" + content + struct.pack(">I", zlib.crc32(b"zTXt" + content))
 
 
 def bombs() -> dict[str, bytes]:
     small = zlib.compress(b"\0" * 17)
-    # Its pixels are really there: 400 million of them.
-    whole = zeros(20000 * 20001)
+    # Its pixels are really there: 100 million of them.
+    whole = zeros(10000 * 10001)
     return {
         "a PNG that claims to be huge": png(60000, 60000, small),
         "a PNG of one endless row": png(2**31 - 1, 1, small),
-        "a huge PNG": png(20000, 20000, whole),
+        "a huge PNG": png(10000, 10000, whole),
         "a JPEG that claims to be huge": large_jpeg(),
         "a BMP that claims to be huge": saved("BMP")[:18] + struct.pack("<ii", 60000, 60000) + saved("BMP")[26:],
         "a GIF that claims to be huge": saved("GIF")[:6] + struct.pack("<HH", 65000, 65000) + saved("GIF")[10:],
@@ -85,8 +85,13 @@ def refuse(image: bytes, mask: bytes | None = None) -> tuple[float, float]:
 
 
 def test_b21_bombs_are_refused_at_once_as_image_and_as_mask(record_property: Callable[[str, object], None]) -> None:
-    costs = [refuse(content) for content in bombs().values()]
-    costs += [refuse(saved("JPEG"), content) for name, content in bombs().items() if "PNG" in name]
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    assert len(b"x" * (100 << 20))
+    assert resident("VmHWM") - before > 90, "memory that was taken and given back is seen"
+    made = bombs()
+    costs = [refuse(content) for content in made.values()]
+    costs += [refuse(saved("JPEG"), content) for name, content in made.items() if "PNG" in name]
     seconds, growth = (max(column) for column in zip(*costs, strict=True))
     record_property("B21", f"{len(costs)} bombs refused, in {1000 * seconds:.0f} ms and {growth:.0f} MB at most")
     assert seconds < 1 and growth < 200
