@@ -47,6 +47,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/resume.py
 	$(BIN)/python benchmarks/pack.py
 	$(BIN)/python benchmarks/crf.py
+	$(BIN)/python benchmarks/scale.py
 
 docs: .venv/dev
 	$(BIN)/python docs/recipe_reference.py

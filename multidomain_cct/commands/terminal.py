@@ -21,7 +21,7 @@ Words = Any
 
 def complain(message: str) -> None:
     """One line on standard error."""
-    Console(stderr=True, soft_wrap=True).print(f"error: {' '.join(message.split())}", markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(f"error: {printable(' '.join(message.split()))}", markup=False, highlight=False)
 
 
 def speaks(error: Exception) -> bool:
@@ -41,7 +41,12 @@ def leave(code: int) -> int:
 
 def say(text: str) -> None:
     """One line on standard output, as it is."""
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+    Console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text with control characters and lone surrogates written out, as file names may hold them: what is printed cannot steer the terminal."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
 
 
 def domain_options() -> argparse.ArgumentParser:

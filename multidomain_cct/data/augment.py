@@ -5,17 +5,19 @@ Shapes: H W size of the view.
 
 from __future__ import annotations
 
-import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.encode import decode_smaller, decoded, load_image, open_image, upright_size
-from multidomain_cct.data.shards import Record
+from multidomain_cct.data.shards import BadSample, Record
+from multidomain_cct.data.stored_mask import stored_mask
 
 PAD = (124, 116, 104)
 """Colour of the area beyond the image: ImageNet's mean, close to 0 after any encoder's normalisation."""
@@ -44,34 +46,24 @@ class Augment:
 def decode(record: Record, domain: Domain) -> tuple[Image.Image, Image.Image | None]:
     """A record's RGB image and its mask of train ids, both whole.
 
-    Raises ValueError, naming shard and key, for bytes that are not an image and for a train id that the class table does not have.
+    Raises BadSample, naming shard and key, for bytes that are not an image and for a train id that the class table does not have.
     """
     where = _place(record)
-    image = load_image(record.image, where)
-    return image, None if record.mask is None else _decoded_mask(record.mask, where, domain)
+    with _errors_of_the_image():
+        image = load_image(record.image, where)
+    return image, None if record.mask is None else stored_mask(record.mask, domain, where)
 
 
 def _place(record: Record) -> str:
     return f"{record.shard}: key {record.key!r}"
 
 
-def _decoded_mask(content: bytes, where: str, domain: Domain) -> Image.Image:
+@contextmanager
+def _errors_of_the_image() -> Iterator[None]:
     try:
-        mask = Image.open(io.BytesIO(content), formats=("PNG",))
-        # In a palette PNG the indices are the ids; converting would give the brightness of their colours.
-        ids = np.asarray(mask)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError) as error:
-        raise ValueError(f"{where}: the mask cannot be read ({error}).") from None
-    if mask.mode not in ("L", "P"):
-        raise ValueError(f"{where}: the mask has the mode {mask.mode}; a mask in a shard is an 8-bit PNG of train ids.")
-    # One more than each id, in 8 bits: 255 becomes 0, and the largest tells all. A third of the time of comparing every pixel twice.
-    if (ids + np.uint8(1)).max() > domain.num_classes:
-        wrong = ids[(ids >= domain.num_classes) & (ids != IGNORE)][0]
-        raise ValueError(
-            f"{where}: the mask holds the train id {wrong}, but {domain.name} has the classes 0 to {domain.num_classes - 1} and {IGNORE} for ignore. "
-            "The shard was made with another class table: pack it again."
-        )
-    return Image.fromarray(ids)
+        yield
+    except ValueError as error:
+        raise BadSample(str(error), "image: cannot be read") from None
 
 
 @dataclass(frozen=True)
@@ -120,18 +112,21 @@ class _Cut:
 def training_view(record: Record, domain: Domain, augment: Augment, crop: tuple[int, int], rng: np.random.Generator) -> View:
     """A random view of a record; crop is (width, height). Where the scaled image is smaller than the crop, the rest is padding.
 
-    What is shown is drawn before anything is decoded, so that a JPEG of which a smaller version will do is decoded as that. Raises ValueError as `decode`
+    What is shown is drawn before anything is decoded, so that a JPEG of which a smaller version will do is decoded as that. Raises BadSample as `decode`
     does, and when image and mask differ in size.
     """
     where = _place(record)
-    image = open_image(record.image, where)
-    size = upright_size(image, where)
+    with _errors_of_the_image():
+        image = open_image(record.image, where)
+        size = upright_size(image, where)
     cut = _Cut.draw(size, augment, crop, rng)
     columns = slice(crop[0] - cut.shown[0], crop[0]) if cut.flip else slice(0, cut.shown[0])
     place = (slice(0, cut.shown[1]), columns)
 
-    extent = decode_smaller(image, where, cut.whole)
-    part = cut.of(decoded(image, where), extent, Image.Resampling.BILINEAR)
+    with _errors_of_the_image():
+        extent = decode_smaller(image, where, cut.whole)
+        whole = decoded(image, where)
+    part = cut.of(whole, extent, Image.Resampling.BILINEAR)
     pixels = np.empty((3, crop[1], crop[0]), dtype=np.uint8)
     if cut.shown != crop:
         pixels[:] = np.array(PAD, dtype=np.uint8)[:, None, None]
@@ -141,9 +136,10 @@ def training_view(record: Record, domain: Domain, augment: Augment, crop: tuple[
 
     ids = np.full((crop[1], crop[0]), IGNORE, dtype=np.uint8)
     if record.mask is not None:
-        mask = _decoded_mask(record.mask, where, domain)
+        mask = stored_mask(record.mask, domain, where)
         if mask.size != size:
-            raise ValueError(f"{where}: the mask is {mask.width}x{mask.height} but the image is {size[0]}x{size[1]}. Pack the split again.")
+            message = f"{where}: the mask is {mask.width}x{mask.height} but the image is {size[0]}x{size[1]}. Pack the split again."
+            raise BadSample(message, "mask: another size than the image")
         ids[place] = np.asarray(cut.of(mask, size, Image.Resampling.NEAREST))
     inside = np.zeros((crop[1], crop[0]), dtype=bool)
     inside[place] = True

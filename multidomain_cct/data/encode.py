@@ -19,6 +19,8 @@ from multidomain_cct.data.masks import mask_picture
 from multidomain_cct.data.raw_files import RawSample
 
 JPEG_QUALITY = 95
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+"""What an image may be, whatever its name says. Pillow knows others that start programs (EPS) or have seldom been attacked in earnest."""
 _UNREADABLE = (Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, RuntimeError, AttributeError, struct.error, Image.DecompressionBombError)
 """What Pillow raises for damaged files, found by damaging files of every format."""
 
@@ -99,7 +101,7 @@ def load_image(source: bytes | Path, name: str) -> Image.Image:
 def open_image(source: bytes | Path, name: str) -> Image.Image:
     """The image with its header read and its pixels not yet, for `decoded`. Raises ValueError, starting with `name`, when it cannot be read."""
     with _errors_that_name(name):
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
 
 
 def upright_size(image: Image.Image, name: str) -> tuple[int, int]:

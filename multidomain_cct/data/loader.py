@@ -8,6 +8,7 @@ Shapes: B labelled images, U unlabelled images, H W crop size.
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +20,25 @@ from torch.utils.data import DataLoader, Dataset
 
 from multidomain_cct.data.augment import Augment, View, decode, mask_tensor, training_view, whole_view
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.order import Stream, batch_positions, seed_from
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.order import batch_positions, seed_from
+from multidomain_cct.data.shards import BadSample, Shards
 from multidomain_cct.data.streams import DomainStreams
+
+_SUBSTITUTES = 16
+"""Samples that are tried in the place of one that cannot be used."""
+_LEAST_READ = 1000
+"""Images on which the share of bad ones is judged at least, or one epoch where that is shorter."""
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An image that could not be used."""
+
+    key: str
+    reason: str
+    """The same words for all images with this fault, to count by."""
+    message: str
+    """One line: shard, key, field, what was found."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,8 @@ class Batch:
     """Keys of the labelled, then of the unlabelled images."""
     pseudo_labels: Tensor | None = None
     """(U, H, W) uint8 train ids made from image-level labels, 255 = unsure or none; None in a domain that has no such images."""
+    skipped: tuple[Skipped, ...] = ()
+    """The images that could not be used, in whose places others stand."""
 
     def to(self, device: torch.device) -> Batch:
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
@@ -49,7 +68,7 @@ class Batch:
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         pseudo_labels = None if self.pseudo_labels is None else change(self.pseudo_labels)
-        return Batch(change(self.images), change(self.masks), change(self.unlabelled), change(self.valid), self.keys, pseudo_labels)
+        return Batch(change(self.images), change(self.masks), change(self.unlabelled), change(self.valid), self.keys, pseudo_labels, self.skipped)
 
 
 @dataclass(frozen=True)
@@ -72,6 +91,7 @@ class TrainingSet(Dataset[Any]):
         self.streams = tuple(streams)
         self.seed, self.augment, self.schedule = seed, augment, schedule
         self.rank, self.world, self.accumulation = rank, world, accumulation
+        self._orders = {(stream.domain.name, kind): stream.order(kind, seed) for stream in self.streams for kind in ("labelled", "unlabelled")}
         parts = world * accumulation
         if not self.streams:
             raise ValueError("domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled images.")
@@ -97,8 +117,9 @@ class TrainingSet(Dataset[Any]):
 
     def _batch(self, streams: DomainStreams, turn: int, part: int) -> Batch:
         parts = self.world * self.accumulation
-        labelled, labelled_keys = self._views(streams, "labelled", batch_positions(turn, streams.labelled_batch, part=part, parts=parts))
-        unlabelled, unlabelled_keys = self._views(streams, "unlabelled", batch_positions(turn, streams.unlabelled_batch, part=part, parts=parts))
+        skipped: list[Skipped] = []
+        labelled, labelled_keys = self._views(streams, "labelled", batch_positions(turn, streams.labelled_batch, part=part, parts=parts), skipped)
+        unlabelled, unlabelled_keys = self._views(streams, "unlabelled", batch_positions(turn, streams.unlabelled_batch, part=part, parts=parts), skipped)
         return Batch(
             images=labelled.image,
             masks=labelled.ids,
@@ -106,39 +127,73 @@ class TrainingSet(Dataset[Any]):
             valid=unlabelled.inside,
             keys=labelled_keys + unlabelled_keys,
             pseudo_labels=None if streams.weak_source is None else unlabelled.ids,
+            skipped=tuple(skipped),
         )
 
-    def _views(self, streams: DomainStreams, kind: str, positions: range) -> tuple[View, tuple[str, ...]]:
-        """The views at these positions, stacked, and their keys; none of a stream without samples."""
-        samples = streams.labelled if kind == "labelled" else streams.unlabelled
-        name = streams.domain.name
-        if not samples:
+    def _views(self, streams: DomainStreams, kind: str, positions: range, skipped: list[Skipped]) -> tuple[View, tuple[str, ...]]:
+        """The views at these positions, stacked, and their keys; none of a stream without samples. What had to be skipped is added to `skipped`."""
+        order = self._orders[streams.domain.name, kind]
+        if not order.num_samples:
             width, height = streams.crop
             ids = torch.empty(0, height, width, dtype=torch.uint8)
             return View(torch.empty(0, 3, height, width, dtype=torch.uint8), ids, ids.bool()), ()
-        order = Stream(f"{name}/{kind}", len(samples), self.seed)
-        views, keys = [], []
-        for position in positions:
-            epoch, chosen = order.at(position)
-            source, number = samples[chosen]
-            record = streams.sources[source].read(number, with_mask=kind == "labelled" or source == streams.weak_source)
-            rng = np.random.default_rng(seed_from(self.seed, name, epoch, record.key, kind))
-            views.append(training_view(record, streams.domain, self.augment, streams.crop, rng))
-            keys.append(record.key)
+        views, keys = zip(*(self._usable_view(streams, kind, *order.at(position), skipped) for position in positions), strict=True)
         stacked = View(*(torch.stack([getattr(view, part) for view in views]) for part in ("image", "ids", "inside")))
-        return stacked, tuple(keys)
+        return stacked, keys
+
+    def _usable_view(self, streams: DomainStreams, kind: str, epoch: int, chosen: int, skipped: list[Skipped]) -> tuple[View, str]:
+        """The view of a sample; where it cannot be used and others may stand in, of the next one in the shards that can: no position shifts for it."""
+        samples = streams.labelled if kind == "labelled" else streams.unlabelled
+        for step in range(min(_SUBSTITUTES + 1, len(samples))):
+            place = samples[(chosen + step) % len(samples)]
+            try:
+                return self._view(streams, kind, epoch, place)
+            except BadSample as error:
+                if streams.max_bad is None:
+                    raise
+                skipped.append(Skipped(streams.sources[place[0]].keys[place[1]], error.reason, str(error)))
+        raise ValueError(f"{skipped[-1].message} It is the last of {step + 1} neighbouring samples that cannot be used; look at the shard.")
+
+    def _view(self, streams: DomainStreams, kind: str, epoch: int, place: tuple[int, int]) -> tuple[View, str]:
+        source, number = place
+        record = streams.sources[source].read(number, with_mask=kind == "labelled" or source == streams.weak_source)
+        rng = np.random.default_rng(seed_from(self.seed, streams.domain.name, epoch, record.key, kind))
+        return training_view(record, streams.domain, self.augment, streams.crop, rng), record.key
 
 
 def steps(data: TrainingSet, start: int, stop: int, *, workers: int, prefetch: int = 2, pin_memory: bool = False) -> Iterator[dict[str, Batch]]:
     """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of them.
 
-    Raises ValueError with one line when a sample cannot be used.
+    Raises ValueError with one line when a sample cannot be used, or when more than the allowed share of a domain's images cannot.
     """
     numbers = range(start * data.accumulation, stop * data.accumulation)
+    bad = {stream.domain.name: _BadShare(stream) for stream in data.streams}
     for item in _loader(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory):
         if isinstance(item, _Refused):
             raise ValueError(item.message)
+        for name, batch in item.items():
+            bad[name].count(batch)
         yield item
+
+
+class _BadShare:
+    """How many of the images that a process has read of a domain it had to skip."""
+
+    def __init__(self, stream: DomainStreams) -> None:
+        self.stream, self.read, self.skipped = stream, 0, Counter[str]()
+        # A single bad image among the first few must not look like half of them.
+        self.least = min(_LEAST_READ, len(stream.labelled) + len(stream.unlabelled))
+
+    def count(self, batch: Batch) -> None:
+        self.read += len(batch.keys) + len(batch.skipped)
+        self.skipped.update(bad.reason for bad in batch.skipped)
+        total = self.skipped.total()
+        if batch.skipped and self.stream.max_bad is not None and total > self.stream.max_bad * max(self.read, self.least):
+            reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.skipped.items()))
+            raise ValueError(
+                f"{self.stream.domain.name}: {total} of {self.read} images cannot be used ({reasons}), more than data.max_bad_fraction {self.stream.max_bad}"
+                f" allows. The last: {batch.skipped[-1].message}"
+            )
 
 
 @dataclass(frozen=True)

@@ -116,7 +116,7 @@ def _open(path: Path) -> tuple[Image.Image, int]:
             # Pillow only warns of a file that would fill the memory until it is twice as large.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path, formats=_FORMATS) as image:
-                step = _grey_step(image)
+                step = grey_step(image)
                 image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{path}: the mask is too large to be read safely ({error}). Cut image and mask into tiles.") from None
@@ -126,7 +126,7 @@ def _open(path: Path) -> tuple[Image.Image, int]:
     return image, step
 
 
-def _grey_step(image: Image.Image) -> int:
+def grey_step(image: Image.Image) -> int:
     """What to divide the pixels by; the image must not be loaded yet, for loading forgets how it was stored."""
     stored = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
     return _GREY_STEPS.get(stored[0] if isinstance(stored, tuple) else stored, 1)

@@ -27,7 +27,8 @@ from multidomain_cct.data.encode import JPEG_QUALITY, Encoded, Encoder
 from multidomain_cct.data.layouts import raw_samples
 from multidomain_cct.data.order import seed_from
 from multidomain_cct.data.raw_files import RawSample
-from multidomain_cct.data.shards import MAX_SHARD_BYTES, ShardIndex, ShardWriter, index_path, shard_paths
+from multidomain_cct.data.shard_index import ShardIndex, index_path
+from multidomain_cct.data.shards import MAX_SHARD_BYTES, ShardWriter, shard_paths
 
 
 @dataclass

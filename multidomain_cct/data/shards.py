@@ -1,43 +1,43 @@
-"""Tar shards: write, index, verify, read. The only file that knows tar.
+"""Tar shards: written, and read sample by sample.
 
 A sample is up to three members with one key: `<key>.jpg` the image, `<key>.png` the mask (8-bit train ids; absent when unlabelled), `<key>.json` its origin.
-Beside each `<shard>.tar` stands `<shard>.tar.idx`, a safetensors file with the place, size and crc32 of every member, so that a sample is one seek and one
-read, and damage is seen.
+Beside each `<shard>.tar` stands `<shard>.tar.idx` with the place, size and crc32 of every member, so that a sample is one seek and one read, and damage is
+seen. Nothing here grows with the number of samples: indexes are opened when a sample of theirs is read, and closed again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import tarfile
 import zlib
-from collections import Counter
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 import webdataset
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save
+
+from multidomain_cct.data.catalogue import Catalogue, catalogue_path
+from multidomain_cct.data.shard_index import IMAGE, MASK, ShardIndex, index_path
+from multidomain_cct.data.sources import LocalFolder, Source
+from multidomain_cct.data.tar_index import scan_shard
 
 MAX_SHARD_BYTES = 512 * 1024 * 1024
-INDEX_SCHEMA = "multidomain_cct.index.1"
-_BLOCK = 512
-IMAGE, MASK, META = 0, 1, 2
+INDEX_BYTES = 32 * 1024 * 1024
+"""Memory for opened indexes per split and process; at least one is kept."""
+OPEN_FILES = 64
+"""Shards per split and process that are open at a time."""
 
 
-@dataclass(frozen=True)
-class Extensions:
-    """Which member of a sample is which, by what follows the key in its name."""
+class BadSample(ValueError):
+    """A sample that cannot be used. The message is one line: shard, key, field, what was found."""
 
-    image: str = "jpg"
-    mask: str = "png"
-    meta: str = "json"
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """A few words that are the same for all samples with this fault."""
 
 
 @dataclass(frozen=True)
@@ -45,136 +45,10 @@ class Record:
     """One sample as it lies in its shard."""
 
     key: str
-    shard: Path
+    shard: str
+    """Where the shard is, for messages."""
     image: bytes
     mask: bytes | None
-
-
-@dataclass(frozen=True)
-class ShardIndex:
-    """Where the n samples of one shard lie. The columns of offset, size and crc32 are image, mask, meta; size is -1 where a sample has no such member."""
-
-    keys: tuple[str, ...]
-    offset: np.ndarray  # (n, 3) int64
-    size: np.ndarray  # (n, 3) int64
-    crc32: np.ndarray  # (n, 3) int64
-    shard_bytes: int
-    notes: dict[str, Any]
-    """What the writer recorded about the shard; empty for foreign shards."""
-
-    def save(self, path: Path) -> None:
-        blob = np.frombuffer("\n".join(self.keys).encode(), dtype=np.uint8)
-        arrays = {"keys": blob, "offset": self.offset, "size": self.size, "crc32": self.crc32}
-        facts = {"schema": INDEX_SCHEMA, "shard_bytes": self.shard_bytes, "notes": self.notes}
-        # One entry: safetensors writes several in an order that changes from run to run.
-        path.write_bytes(save(arrays, metadata={"index": json.dumps(facts, sort_keys=True)}))
-
-    @classmethod
-    def load(cls, path: Path) -> ShardIndex:
-        try:
-            with safe_open(path, framework="numpy") as file:
-                facts = json.loads((file.metadata() or {}).get("index", "{}"))
-                arrays = {name: file.get_tensor(name) for name in ("keys", "offset", "size", "crc32")}
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: the index is damaged ({error}). Build it again: python -m multidomain_cct index {shard_of(path)}") from None
-        if facts.get("schema") != INDEX_SCHEMA:
-            raise ValueError(
-                f"{path}: the index has the schema {facts.get('schema')!r}, not {INDEX_SCHEMA!r}. Run: python -m multidomain_cct index {shard_of(path)}"
-            )
-        keys = tuple(arrays.pop("keys").tobytes().decode().split("\n"))
-        return cls(keys, **arrays, shard_bytes=facts["shard_bytes"], notes=facts["notes"])
-
-
-def index_path(shard: Path) -> Path:
-    """Where the index of a shard stands."""
-    return shard.with_name(shard.name + ".idx")
-
-
-def shard_of(index: Path) -> Path:
-    """The shard that an index describes."""
-    return index.with_name(index.name.removesuffix(".idx"))
-
-
-def scan_shard(path: Path, *, extensions: Extensions | None = None, notes: dict[str, Any] | None = None) -> ShardIndex:
-    """Read a tar once and return its index.
-
-    Raises ValueError for what a streaming reader would swallow in silence: a missing end marker, a damaged header, members that are not regular files,
-    unknown members, duplicate keys, keys that come back later, samples without an image.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such shard.")
-    extensions = extensions or Extensions()
-    column = {extensions.image: IMAGE, extensions.mask: MASK, extensions.meta: META}
-    keys: list[str] = []
-    places: list[list[tuple[int, int, int]]] = []
-    seen: set[str] = set()
-    end = 0
-    try:
-        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                if not member.isreg() or member.issparse():
-                    raise ValueError(
-                        f"{path}: the member {member.name!r} is not a regular file. A shard holds plain files only; write it again without links and folders."
-                    )
-                key, extension = _split_name(path, member.name)
-                if extension not in column:
-                    allowed = ", ".join(f".{name}" for name in column)
-                    raise ValueError(f"{path}: the member {member.name!r} has the ending .{extension}; allowed: {allowed}. Choose others with --image, --mask.")
-                if not keys or keys[-1] != key:
-                    if key in seen:
-                        raise ValueError(f"{path}: the key {key!r} appears twice. The members of a sample stand together and a key has one sample.")
-                    seen.add(key)
-                    keys.append(key)
-                    places.append([(-1, -1, 0)] * 3)
-                if places[-1][column[extension]][1] >= 0:
-                    raise ValueError(f"{path}: the member {member.name!r} appears twice.")
-                file.seek(member.offset_data)
-                content = file.read(member.size)
-                if len(content) < member.size:
-                    raise ValueError(f"{path}: the member {member.name!r} is cut off. The file is incomplete; make or copy it again.")
-                places[-1][column[extension]] = (member.offset_data, member.size, zlib.crc32(content))
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-            file.seek(end)
-            _require_end_marker(path, file.read(), end)
-    except tarfile.TarError as error:
-        raise ValueError(f"{path}: this is not an uncompressed tar file ({error}).") from None
-    if not keys:
-        raise ValueError(f"{path}: the shard holds no samples.")
-    table = np.array(places, dtype=np.int64)  # (n, 3, 3)
-    for row in np.flatnonzero(table[:, IMAGE, 1] < 0)[:1]:
-        raise ValueError(f"{path}: the key {keys[row]!r} has no image (.{extensions.image}). A mask or description without its image is of no use.")
-    return ShardIndex(tuple(keys), table[:, :, 0].copy(), table[:, :, 1].copy(), table[:, :, 2].copy(), path.stat().st_size, notes or {})
-
-
-def _split_name(path: Path, name: str) -> tuple[str, str]:
-    """A member's key and ending. As in WebDataset, the key ends at the first dot of the last part of the path."""
-    folder, _, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
-    parts = folder.split("/") if folder else []
-    if not stem or not dot or name.startswith("/") or ".." in parts or not name.isprintable() or len(name) > 240:
-        raise ValueError(f"{path}: the member {name[:80]!r} has no usable name; expected KEY.ENDING, relative, printable, of at most 240 characters.")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
-
-
-def _require_end_marker(path: Path, tail: bytes, end: int) -> None:
-    if tail.strip(b"\0"):
-        raise ValueError(f"{path}: after byte {end} comes something that is not a tar header. The shard is damaged there; make or copy it again.")
-    if len(tail) < 2 * _BLOCK:
-        raise ValueError(f"{path}: the end marker is missing after byte {end}, so the shard may be cut off. Make or copy it again.")
-
-
-def index_shard(path: Path, *, extensions: Extensions | None = None) -> ShardIndex:
-    """Build the index beside a shard that somebody else wrote. What `pack` noted of its own shard stays, as long as the contents are the same."""
-    index = scan_shard(path, extensions=extensions)
-    if index_path(path).is_file():
-        with suppress(ValueError):
-            old = ShardIndex.load(index_path(path))
-            if old.keys == index.keys and np.array_equal(old.crc32, index.crc32):
-                index = replace(index, notes=old.notes)
-    temporary = index_path(path).with_name(f".{path.name}.idx.tmp")
-    index.save(temporary)
-    os.replace(temporary, index_path(path))
-    return index
 
 
 class ShardWriter:
@@ -244,19 +118,13 @@ class Shards:
     Opens files when first read, so it may be built before a loader's workers are forked.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self.paths = tuple(paths)
-        indexes = [_checked_index(path) for path in self.paths]
-        self.keys: list[str] = [key for index in indexes for key in index.keys]
-        _require_finished(self.paths, indexes)
-        self._shard = np.repeat(np.arange(len(indexes)), [len(index.keys) for index in indexes])
-        self._offset = np.concatenate([index.offset for index in indexes])
-        self._size = np.concatenate([index.size for index in indexes])
-        self._crc32 = np.concatenate([index.crc32 for index in indexes])
-        if len(set(self.keys)) < len(self.keys):
-            twice = Counter(self.keys).most_common(1)[0][0]
-            raise ValueError(f"{self.paths[0].parent}: the key {twice!r} is in more than one shard of the split. Pack or number the shards again.")
-        self._descriptors: dict[int, int] = {}
+    def __init__(self, source: Source, catalogue: Catalogue) -> None:
+        self.source, self.catalogue = source, catalogue
+        self.ends = np.cumsum(catalogue.samples)
+        """(s,) int64: the sample number at which each shard ends."""
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._index_bytes = 0
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Shards:
@@ -266,73 +134,140 @@ class Shards:
             raise FileNotFoundError(
                 f"{folder} has no {split} shards. Make them: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
             )
-        return cls(paths)
+        if not catalogue_path(folder, split).is_file():
+            return cls.of(paths)
+        catalogue = Catalogue.load(catalogue_path(folder, split))
+        names = tuple(path.name for path in paths)
+        if names != catalogue.names:
+            different = min(set(names) ^ set(catalogue.names))
+            raise ValueError(
+                f"{catalogue_path(folder, split)} lists other shards than there are ({different}). Restore them, or make the catalogue again: python -m"
+                f" multidomain_cct index --catalogue {folder}/{split}-*.tar"
+            )
+        return cls(LocalFolder(folder), catalogue)
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> Shards:
+        """These shards of one folder, by their indexes."""
+        opened: list[tuple[int, ShardIndex]] = []
+        room = INDEX_BYTES
+
+        def keep(number: int, index: ShardIndex) -> None:
+            nonlocal room
+            room -= index.num_bytes
+            if room >= 0:
+                opened.append((number, index))
+
+        shards = cls(LocalFolder(paths[0].parent), Catalogue.of(paths, seen=keep))
+        for number, index in opened:
+            shards._keep_index(number, index)
+        return shards
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return int(self.ends[-1])
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The key of each sample, read when asked for."""
+        return _Keys(self)
 
     @property
     def labelled(self) -> np.ndarray:
         """(n,) bool: whether the sample has a mask."""
-        return self._size[:, MASK] >= 0
+        has_mask = np.zeros(len(self), dtype=bool)
+        has_mask[self.numbers(labelled=True)] = True
+        return has_mask
+
+    def numbers(self, *, labelled: bool) -> np.ndarray:
+        """(m,) int64, ascending: the samples with a mask, or those without. Opens only indexes of shards that have both kinds."""
+        found = [np.empty(0, dtype=np.int64)]
+        wanted = self.catalogue.labelled if labelled else self.catalogue.samples - self.catalogue.labelled
+        for shard in np.flatnonzero(wanted).tolist():
+            count = int(self.catalogue.samples[shard])
+            rows = np.arange(count) if wanted[shard] == count else np.flatnonzero((self._index(shard).size[:, MASK] >= 0) == labelled)
+            found.append(rows + int(self.ends[shard]) - count)
+        return np.concatenate(found)
 
     @property
     def fingerprint(self) -> str:
         """Hex digest of keys and contents."""
-        digest = hashlib.sha256("\n".join(self.keys).encode())
-        digest.update(self._size.tobytes() + self._crc32.tobytes())
-        return digest.hexdigest()[:16]
+        return self.catalogue.fingerprint
 
     def read(self, number: int, *, with_mask: bool = True) -> Record:
-        """The sample's bytes. Raises ValueError, naming shard and key, when they are not those that were indexed."""
-        path = self.paths[self._shard[number]]
-        mask = self._read_member(number, MASK) if with_mask and self._size[number, MASK] >= 0 else None
-        return Record(self.keys[number], path, self._read_member(number, IMAGE), mask)
+        """The sample's bytes. Raises BadSample, naming shard and key, when they are not those that were indexed."""
+        shard, row = self._place(number)
+        index = self._index(shard)
+        mask = self._member(shard, index, row, MASK) if with_mask and index.size[row, MASK] >= 0 else None
+        return Record(index.keys[row], self.source.place(self.catalogue.names[shard]), self._member(shard, index, row, IMAGE), mask)
 
-    def _read_member(self, number: int, column: int) -> bytes:
-        shard, size = int(self._shard[number]), int(self._size[number, column])
-        if shard not in self._descriptors:
-            self._descriptors[shard] = os.open(self.paths[shard], os.O_RDONLY)
+    def _place(self, number: int) -> tuple[int, int]:
+        """The shard of a sample, and its row there."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        shard = int(np.searchsorted(self.ends, number, side="right"))
+        return shard, number - int(self.ends[shard] - self.catalogue.samples[shard])
+
+    def _index(self, shard: int) -> ShardIndex:
+        if shard not in self._indexes:
+            self._keep_index(shard, self.source.index(self.catalogue, shard))
+        self._indexes.move_to_end(shard)
+        return self._indexes[shard]
+
+    def _keep_index(self, shard: int, index: ShardIndex) -> None:
+        self._indexes[shard] = index
+        self._index_bytes += index.num_bytes
+        while self._index_bytes > INDEX_BYTES and len(self._indexes) > 1:
+            _, oldest = self._indexes.popitem(last=False)
+            self._index_bytes -= oldest.num_bytes
+
+    def _member(self, shard: int, index: ShardIndex, row: int, column: int) -> bytes:
+        size = int(index.size[row, column])
         # pread keeps no file position, so forked workers may share the descriptor.
-        content = os.pread(self._descriptors[shard], size, int(self._offset[number, column]))
-        if len(content) != size or zlib.crc32(content) != self._crc32[number, column]:
-            raise ValueError(
-                f"{self.paths[shard]}: key {self.keys[number]!r}: the bytes differ from what was indexed. Copy the shard again, or if it was changed on"
-                f" purpose: python -m multidomain_cct index {self.paths[shard]}"
+        content = os.pread(self._descriptor(shard), size, int(index.offset[row, column]))
+        if len(content) != size or zlib.crc32(content) != index.crc32[row, column]:
+            path, field = self.source.place(self.catalogue.names[shard]), "image" if column == IMAGE else "mask"
+            raise BadSample(
+                f"{path}: key {index.keys[row]!r}: the bytes differ from what was indexed ({field}). Copy the shard again, or if it was changed on purpose:"
+                f" python -m multidomain_cct index {path}",
+                f"{field}: bytes differ from the index",
             )
         return content
 
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._descriptors:
+            self._descriptors[shard] = self.source.descriptor(self.catalogue, shard)
+            if len(self._descriptors) > OPEN_FILES:
+                _, oldest = self._descriptors.popitem(last=False)
+                os.close(oldest)
+        self._descriptors.move_to_end(shard)
+        return self._descriptors[shard]
+
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descriptors": {}}
+        return self.__dict__ | {"_descriptors": OrderedDict()}
 
     def __del__(self) -> None:
         for descriptor in getattr(self, "_descriptors", {}).values():
             os.close(descriptor)
 
 
+class _Keys(Sequence[str]):
+    """The keys of all samples, in order, without holding them."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, number: Any) -> Any:
+        shard, row = self._shards._place(number)
+        return self._shards._index(shard).keys[row]
+
+    def __iter__(self) -> Iterator[str]:
+        for shard in range(len(self._shards.ends)):
+            yield from self._shards._index(shard).keys
+
+
 def shard_paths(folder: Path, split: str) -> list[Path]:
     """The finished shards of a split, in order."""
     return sorted(path for path in folder.glob(f"{split}-*.tar") if path.name[len(split) + 1 : -4].isdigit())
-
-
-def _require_finished(paths: Sequence[Path], indexes: Sequence[ShardIndex]) -> None:
-    """Refuse the shards of a packing that was interrupted: half a data set trains as quietly as a whole one."""
-    totals = {index.notes["total"] for index in indexes if "total" in index.notes}
-    found = sum(len(index.keys) for index in indexes)
-    if totals and totals != {found}:
-        folder, split = paths[0].parent, paths[0].name.rpartition("-")[0]
-        raise ValueError(
-            f"{folder}: the {split} shards hold {found} of {max(totals)} images; packing was interrupted, or a shard is missing. "
-            f"Go on with it: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
-        )
-
-
-def _checked_index(path: Path) -> ShardIndex:
-    if not index_path(path).is_file():
-        raise FileNotFoundError(f"{path} has no index. Build it: python -m multidomain_cct index {path}")
-    index = ShardIndex.load(index_path(path))
-    if index.shard_bytes != path.stat().st_size:
-        raise ValueError(
-            f"{path} has {path.stat().st_size} bytes, but its index was made for {index.shard_bytes}. Build it again: python -m multidomain_cct index {path}"
-        )
-    return index

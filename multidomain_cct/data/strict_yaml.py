@@ -12,12 +12,20 @@ import yaml
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without executable tags, without keys that silently replace each other, and with `no` as the word it is (only true and false are booleans)."""
+    """YAML without executable tags, aliases and keys that silently replace each other, and with `no` as the word it is (only true and false are booleans)."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        # A few lines of aliases of aliases unfold into more than any memory holds.
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            event = self.peek_event()  # type: ignore[no-untyped-call]
+            raise ValueError(f"line {event.start_mark.line + 1}: the alias *{event.anchor}; aliases are not read here. Write the value out.")
+        node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

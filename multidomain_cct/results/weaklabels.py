@@ -25,7 +25,8 @@ from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.image_labels import TaggedImages, background_class, classified, open_tagged
 from multidomain_cct.data.loader import TrainingSet, steps
 from multidomain_cct.data.order import seed_from
-from multidomain_cct.data.shards import ShardWriter, index_path, shard_paths
+from multidomain_cct.data.shard_index import index_path
+from multidomain_cct.data.shards import ShardWriter, shard_paths
 from multidomain_cct.data.specification import find_domain
 from multidomain_cct.data.strict_yaml import did_you_mean
 from multidomain_cct.model.cams import Classifier, activation_maps, confident_labels, multilabel_loss, pseudo_labels

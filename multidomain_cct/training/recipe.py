@@ -254,9 +254,22 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
 
     Left out is what a resumed run may change: where files lie, how work is cut and how often it is logged or saved.
     """
-    free = {"name", "runs", "resume", "init_from", "data.shards", "data.workers", "data.prefetch", "training.accumulation"}
+    free = {
+        "name",
+        "runs",
+        "resume",
+        "init_from",
+        "data.shards",
+        "data.workers",
+        "data.prefetch",
+        "data.remote",
+        "data.cache",
+        "data.cache_gib",
+        "training.accumulation",
+    }
     free |= {f"training.{name}" for name in ("log_every", "evaluate_every", "save_every", "keep", "trackers", "max_skipped")}
     before, after = _flat(asdict(old)), _flat(asdict(new))
+    free |= {f"domains.{name}.remote" for name in {**old.domains, **new.domains}}
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed if key not in free and not key.startswith("evaluation.")]
 

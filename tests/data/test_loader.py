@@ -382,12 +382,12 @@ def test_scored_images_are_whole_each_once_with_masks_at_their_own_size(tmp_path
     write(tmp_path, "d0", "val", [png(random_ids(number, large)) for number in range(5)])
     shards = Shards.open(tmp_path / "d0", "val")
     scored = list(scored_images(shards, domain("d0"), range(5), workers=workers))
-    assert [item.key for item in scored] == shards.keys == [f"val_{number}" for number in range(5)]
+    assert [item.key for item in scored] == list(shards.keys) == [f"val_{number}" for number in range(5)]
     for number, item in enumerate(scored):
         assert np.array_equal(item.image, np.asarray(Image.open(io.BytesIO(jpeg(number)))).transpose(2, 0, 1))
         assert np.array_equal(item.mask, random_ids(number, large))
     shares = [[item.key for item in scored_images(shards, domain("d0"), range(rank, 5, 2), workers=0)] for rank in (0, 1)]
-    assert sorted(shares[0] + shares[1]) == shards.keys
+    assert sorted(shares[0] + shares[1]) == list(shards.keys)
 
 
 def test_scoring_an_image_without_a_mask_names_it(tmp_path: Path) -> None:

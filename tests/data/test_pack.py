@@ -20,7 +20,8 @@ from multidomain_cct.data.augment import decode
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
 from multidomain_cct.data.encode import JPEG_QUALITY, fitted_size
 from multidomain_cct.data.pack import Summary, ignored_share, pack
-from multidomain_cct.data.shards import Shards, index_path, shard_paths
+from multidomain_cct.data.shard_index import index_path
+from multidomain_cct.data.shards import Shards, shard_paths
 
 CLASSES = (LabelClass("road", (200, 40, 40), ids=(7,)), LabelClass("car", (40, 180, 60), ids=(3, 26)))
 SPLITS = {"train": Split("images/train/*", "masks/train/*.png"), "val": Split("images/val/*", "masks/val/*.png"), "more": Split("images/more/*")}

@@ -1,4 +1,5 @@
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -6,8 +7,12 @@ import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from safetensors.numpy import save
 
-from multidomain_cct.data.shards import Extensions, Shards, ShardWriter, index_path, index_shard, scan_shard
+from multidomain_cct.__main__ import main
+from multidomain_cct.data.shard_index import ShardIndex, index_path
+from multidomain_cct.data.shards import Shards, ShardWriter
+from multidomain_cct.data.tar_index import Extensions, index_shard, scan_shard
 
 
 def jpeg(shade: int) -> bytes:
@@ -43,9 +48,9 @@ def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
 def test_samples_read_back_by_number_with_their_bytes(tmp_path: Path) -> None:
     write_split(tmp_path, per_shard=2)
     shards = Shards.open(tmp_path, "train")
-    assert shards.keys == [f"image_{n}" for n in range(5)]
+    assert list(shards.keys) == [f"image_{n}" for n in range(5)]
     assert shards.labelled.tolist() == [True, False, True, False, True]
-    assert len(shards.paths) == 3
+    assert shards.catalogue.samples.tolist() == [2, 2, 1]
     for number in (4, 0, 3):
         record = shards.read(number)
         assert record.key == f"image_{number}" and record.image == jpeg(number)
@@ -82,7 +87,7 @@ def test_a_foreign_shard_is_indexed_with_its_own_endings(tmp_path: Path) -> None
     path = write_tar(tmp_path / "train-00000.tar", [("a.image.png", b"x"), ("a.mask.png", b"y"), ("b.image.png", b"z")])
     index = index_shard(path, extensions=Extensions(image="image.png", mask="mask.png"))
     assert index.keys == ("a", "b")
-    assert Shards([path]).read(0).mask == b"y" and Shards([path]).read(1).image == b"z"
+    assert Shards.of([path]).read(0).mask == b"y" and Shards.of([path]).read(1).image == b"z"
 
 
 def damaged(tmp_path: Path, trouble: str) -> Path:
@@ -147,7 +152,7 @@ def test_bytes_that_changed_after_indexing_are_named(tmp_path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[700] ^= 1
     path.write_bytes(content)
-    shards = Shards([path])
+    shards = Shards.of([path])
     with pytest.raises(ValueError, match="key 'image_0': the bytes differ"):
         shards.read(0)
 
@@ -156,21 +161,21 @@ def test_a_shard_without_index_names_the_command(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     index_path(path).unlink()
     with pytest.raises(FileNotFoundError, match=r"python -m multidomain_cct index .*train-00000.tar"):
-        Shards([path])
+        Shards.of([path])
 
 
 def test_an_index_of_another_file_is_refused(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     path.write_bytes(path.read_bytes() + b"\0" * 512)
     with pytest.raises(ValueError, match="its index was made for"):
-        Shards([path])
+        Shards.of([path])
 
 
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     index_path(path).write_bytes(index_path(path).read_bytes()[:50])
     with pytest.raises(ValueError, match="index is damaged"):
-        Shards([path])
+        Shards.of([path])
 
 
 def test_absent_shards_name_the_pack_command(tmp_path: Path) -> None:
@@ -183,7 +188,7 @@ def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
     for path in paths:
         index_shard(path)
     with pytest.raises(ValueError, match="'a' is in more than one shard"):
-        Shards(paths)
+        Shards.of(paths)
 
 
 def test_the_fingerprint_changes_with_content(tmp_path: Path) -> None:
@@ -210,3 +215,61 @@ def test_indexing_again_keeps_what_the_writer_noted_unless_the_contents_changed(
     content[600] ^= 1
     path.write_bytes(content)
     assert index_shard(path).notes == {}
+
+
+def test_a_split_opens_by_its_catalogue_and_reads_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_split(tmp_path, per_shard=2)
+    plain = Shards.open(tmp_path, "train")
+    assert main(["index", "--catalogue", str(tmp_path / "train-00001.tar")]) == 0
+    assert "train.catalogue: 5 samples in 3 shard(s)" in capsys.readouterr().out
+    listed = Shards.open(tmp_path, "train")
+    assert list(listed.keys) == list(plain.keys) and listed.labelled.tolist() == plain.labelled.tolist() and listed.fingerprint == plain.fingerprint
+    assert [listed.read(number) for number in (4, 0, 3)] == [plain.read(number) for number in (4, 0, 3)]
+
+
+def test_a_catalogue_of_other_shards_is_refused(tmp_path: Path) -> None:
+    paths = write_split(tmp_path, per_shard=2)
+    main(["index", "--catalogue", str(paths[0])])
+    write_tar(paths[1], [("b.jpg", jpeg(1))])
+    index_shard(paths[1])
+    shards = Shards.open(tmp_path, "train")
+    with pytest.raises(ValueError, match=r"train-00001.tar.idx is not the index that was counted .*index --catalogue"):
+        shards.read(2)
+    paths[2].unlink()
+    with pytest.raises(ValueError, match=r"train.catalogue lists other shards than there are \(train-00002.tar\)"):
+        Shards.open(tmp_path, "train")
+
+
+def test_few_indexes_and_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_split(tmp_path, per_shard=1)
+    monkeypatch.setattr("multidomain_cct.data.shards.INDEX_BYTES", 300)
+    monkeypatch.setattr("multidomain_cct.data.shards.OPEN_FILES", 2)
+    shards = Shards.open(tmp_path, "train")
+    for _ in range(2):
+        assert [shards.read(number).image for number in range(5)] == [jpeg(number) for number in range(5)]
+        assert len(shards._indexes) <= 2 and len(shards._descriptors) == 2
+
+
+def test_verifying_names_the_field_that_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (path,) = write_split(tmp_path)
+    assert main(["index", "--verify", str(path)]) == 0 and "5 samples, as they were indexed" in capsys.readouterr().out
+    index = ShardIndex.load(index_path(path))
+    whole = path.read_bytes()
+    for place, message in ((index.offset[2, 1] + 9, "key 'image_2': the mask differs"), (index.offset[2, 0] - 300, "a tar header or padding differs")):
+        content = bytearray(whole)
+        content[place] ^= 1
+        path.write_bytes(content)
+        assert main(["index", "--verify", str(path)]) == 2 and message in capsys.readouterr().err
+
+
+def test_an_index_of_an_earlier_version_is_refused_and_made_again_with_its_notes(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "train", note=lambda: {"plan": "abc"}) as writer:
+        writer.write("a", image=jpeg(1), mask=None, meta=b"{}")
+    path = writer.finished[0]
+    index = ShardIndex.load(index_path(path))
+    facts = {"schema": "multidomain_cct.index.1", "shard_bytes": index.shard_bytes, "notes": index.notes}
+    arrays = {"keys": np.frombuffer(b"a", dtype=np.uint8), "offset": index.offset, "size": index.size, "crc32": index.crc32}
+    index_path(path).write_bytes(save(arrays, metadata={"index": json.dumps(facts)}))
+    with pytest.raises(ValueError, match=r"has the schema 'multidomain_cct.index.1'.*python -m multidomain_cct index"):
+        Shards.of([path])
+    assert index_shard(path).notes == {"plan": "abc"} and len(Shards.of([path])) == 1

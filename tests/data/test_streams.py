@@ -79,7 +79,7 @@ def test_the_budgets_seed_and_not_the_runs_chooses_the_labels(shards: Path) -> N
 @pytest.mark.parametrize(("unlabelled", "count"), [("rest", 6), ("all", 6), ("none", 0)])
 def test_a_domain_without_labels_has_unlabelled_images_only(shards: Path, unlabelled: str, count: int) -> None:
     parts = opened(shards, labelled="none", unlabelled=unlabelled)
-    assert parts.labelled == () and len(parts.unlabelled) == count
+    assert len(parts.labelled) == 0 and len(parts.unlabelled) == count
 
 
 def test_further_splits_add_their_images_without_labels(shards: Path) -> None:
@@ -90,7 +90,7 @@ def test_further_splits_add_their_images_without_labels(shards: Path) -> None:
 def test_supervised_runs_open_no_unlabelled_images(shards: Path) -> None:
     # d1 has no such splits: they are not even looked for.
     parts = opened(shards, "d1", use_unlabelled=False, labelled="all", unlabelled_splits=["more"], weak_split="train_weak")
-    assert parts.unlabelled == () and len(parts.labelled) == 13 and len(parts.sources) == 1 and parts.weak_source is None
+    assert len(parts.unlabelled) == 0 and len(parts.labelled) == 13 and len(parts.sources) == 1 and parts.weak_source is None
 
 
 def test_images_without_a_mask_are_unlabelled_whatever_the_budget(tmp_path: Path) -> None:

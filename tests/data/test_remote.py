@@ -1,0 +1,241 @@
+"""Shards at an address, behind a server that misbehaves in every way."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from PIL import Image
+
+from multidomain_cct.__main__ import main
+from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.cache import FileCache
+from multidomain_cct.data.domain import Domain, LabelClass, Split
+from multidomain_cct.data.download import Patience, SourceError, download, open_with_fsspec, require_address
+from multidomain_cct.data.loader import TrainingSet, steps
+from multidomain_cct.data.shards import Shards, ShardWriter
+from multidomain_cct.data.sources import RemoteFolder
+from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+
+QUICK = Patience(attempts=5, wait=0.01, stall=0.5, grace=2.0)
+DOMAIN = Domain("yard", "folder", {"train": Split("*.jpg")}, (LabelClass("ground", (0, 0, 0)),))
+SAMPLES = 24
+
+
+class Server(ThreadingHTTPServer):
+    """Serves a folder; `faults` says for how many requests of a file which trouble it makes."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder = folder
+        self.faults: dict[str, list[str]] = {}
+        self.everywhere: list[str] = []
+        self.requests: Counter[str] = Counter()
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that hangs up is no news."""
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/")
+        count = self.server.requests[name]
+        self.server.requests[name] += 1
+        faults = self.server.faults.get(name, self.server.everywhere)
+        fault = faults[count] if count < len(faults) else ""
+        path = self.server.folder / name
+        if fault in ("500", "503", "403"):
+            return self.send_error(int(fault))
+        if not path.is_file():
+            return self.send_error(404)
+        if fault == "drop":
+            self.close_connection = True
+            return self.connection.close()
+        if fault.startswith("redirect "):
+            self.send_response(302)
+            self.send_header("Location", fault.removeprefix("redirect "))
+            return self.end_headers()
+        content, start = path.read_bytes(), 0
+        if self.headers.get("Range") and fault != "no ranges":
+            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
+            if start >= len(content):
+                return self.send_error(416)
+        body = content[start:]
+        if fault == "other bytes":
+            body = bytes(len(body))
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if fault == "truncate":
+            self.wfile.write(body[: len(body) // 2])
+        elif fault == "stall":
+            self.wfile.write(body[: len(body) // 2])
+            self.wfile.flush()
+            time.sleep(1.5)
+        elif fault == "slow":
+            for place in range(0, len(body), max(1, len(body) // 8)):
+                self.wfile.write(body[place : place + max(1, len(body) // 8)])
+                self.wfile.flush()
+                time.sleep(0.05)
+        else:
+            self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None:
+        """Nothing on the terminal."""
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A server of six shards with their catalogue."""
+    folder = tmp_path / "served"
+    with ShardWriter(folder, "train") as writer:
+        for number in range(SAMPLES):
+            image = io.BytesIO()
+            Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(image, "JPEG")
+            writer.write(f"{number:02d}", image=image.getvalue(), mask=None, meta=b"{}")
+            if number % 4 == 3 and number + 1 < SAMPLES:
+                writer.publish()
+    assert main(["index", "--catalogue", str(folder / "train-00000.tar")]) == 0
+    with Server(folder) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield running
+        running.shutdown()
+        thread.join()
+
+
+def opened(server: Server, cache: Path, max_bytes: int = 2**30) -> Shards:
+    source = RemoteFolder(server.address, FileCache(cache, max_bytes, QUICK))
+    return Shards(source, source.catalogue("train"))
+
+
+def contents(shards: Shards) -> list[tuple[str, bytes]]:
+    return [(record.key, record.image) for record in map(shards.read, range(len(shards)))]
+
+
+@pytest.mark.parametrize("fault", ["drop", "500", "503", "truncate", "stall", "slow", "other bytes", "no ranges"])
+def test_no_sample_is_lost_to_a_server_that_makes_trouble_twice_with_every_file(server: Server, tmp_path: Path, fault: str) -> None:
+    local = contents(Shards.open(server.folder, "train"))
+    server.everywhere = [fault, fault]
+    if fault == "other bytes":
+        # The catalogue says what all others have to be; a false one is refused for its own checksum, not fetched again.
+        server.faults["train.catalogue"] = []
+    if fault == "no ranges":
+        server.everywhere = ["truncate", fault]
+    assert contents(opened(server, tmp_path / "cache")) == local
+
+
+@pytest.mark.parametrize("fault", ["drop", "500", "truncate", "stall", "other bytes"])
+def test_a_file_that_never_comes_ends_in_one_line_after_a_bounded_number_of_attempts(server: Server, tmp_path: Path, fault: str) -> None:
+    shards = opened(server, tmp_path / "cache")
+    # What comes in halves is whole after a few more attempts than these.
+    server.faults["train-00002.tar"] = [fault] * 99
+    with pytest.raises(SourceError, match=r"train-00002.tar: not fetched in 5 attempts \(the last: .+\)") as error:
+        contents(shards)
+    assert server.requests["train-00002.tar"] == 5 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fault", ["403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.1/a"])
+def test_what_will_not_change_is_not_tried_again(server: Server, tmp_path: Path, fault: str) -> None:
+    shards = opened(server, tmp_path / "cache")
+    server.faults["train-00000.tar.idx"] = [fault] * 99
+    with pytest.raises(SourceError, match="train-00000.tar.idx: HTTP"):
+        shards.read(0)
+    assert server.requests["train-00000.tar.idx"] == 1
+    with pytest.raises(SourceError, match=r"val.catalogue: HTTP 404"):
+        RemoteFolder(server.address, FileCache(tmp_path / "cache", 2**30, QUICK)).catalogue("val")
+
+
+def test_the_cache_stays_within_its_size_and_fetches_again_what_it_let_go(server: Server, tmp_path: Path) -> None:
+    cache, size = tmp_path / "cache", max(path.stat().st_size for path in server.folder.iterdir())
+    shards = opened(server, cache, max_bytes=3 * size)
+    local = contents(Shards.open(server.folder, "train"))
+    for _ in range(2):
+        assert contents(shards) == local
+        shards._descriptors.clear()
+        assert sum(path.stat().st_size for path in cache.iterdir()) <= 3 * size
+    with pytest.raises(ValueError, match="data.cache_gib is"):
+        opened(server, tmp_path / "small", max_bytes=size - 1).read(0)
+
+
+def _digest(address: str, cache: str, max_bytes: int, results: str) -> None:
+    source = RemoteFolder(address, FileCache(Path(cache), max_bytes, QUICK))
+    digest = hashlib.sha256(repr(contents(Shards(source, source.catalogue("train")))).encode()).hexdigest()
+    Path(results, f"{os.getpid()}").write_text(digest)
+
+
+def test_processes_share_the_cache_and_fetch_each_file_once(server: Server, tmp_path: Path) -> None:
+    (tmp_path / "results").mkdir()
+    context = multiprocessing.get_context("fork")
+    arguments = (server.address, str(tmp_path / "cache"), 2**30, str(tmp_path / "results"))
+    processes = [context.Process(target=_digest, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    found = [path.read_text() for path in (tmp_path / "results").iterdir()]
+    assert len(found) == 3 and set(found) == {hashlib.sha256(repr(contents(Shards.open(server.folder, "train"))).encode()).hexdigest()}
+    assert all(count == 1 for name, count in server.requests.items() if not name.endswith("catalogue"))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_reads_remote_shards_in_windows_and_sees_every_sample_once(server: Server, tmp_path: Path, workers: int) -> None:
+    data = DataSettings(
+        shards=str(tmp_path / "none"), unlabelled_batch=4, crop=[16, 16], window=2, remote=["http"], cache=str(tmp_path / "cache"), cache_gib=0.001
+    )
+    streams = open_streams(DOMAIN, DomainSettings(labelled="none", remote=server.address), data)
+    batches = list(steps(TrainingSet([streams], seed=1, augment=Augment()), 0, SAMPLES // 4, workers=workers))
+    keys = [key for batch in batches for key in batch["yard"].keys]
+    assert sorted(keys) == [f"{number:02d}" for number in range(SAMPLES)]
+    shards = [int(key) // 4 for key in keys]
+    assert all(len(set(shards[start : start + 8])) == 2 for start in range(0, SAMPLES, 8))
+
+
+@pytest.mark.parametrize(
+    ("address", "allowed", "message"),
+    [
+        ("pipe:cat /etc/passwd", ["http"], "is no address"),
+        ("file:///etc", ["http"], "is no address"),
+        ("-", ["http"], "is no address"),
+        ("http://", ["http"], "is no address"),
+        ("https://host/a?token=hunter2", ["https"], "is no address"),
+        ("https://me:hunter2@host/a", ["https"], "holds a user name or password"),
+        ("https://host/a", ["http"], r"write data.remote=\[https\]"),
+        ("http://host/a", [], r"write data.remote=\[http\]"),
+    ],
+)
+def test_an_address_that_is_not_plain_or_not_allowed_is_refused_without_repeating_it(address: str, allowed: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        require_address(address, allowed, "domains.yard.remote")
+    assert "hunter2" not in str(error.value)
+
+
+def test_files_of_other_systems_come_through_fsspec_from_where_they_stopped() -> None:
+    with fsspec.filesystem("memory").open("/shards/a.tar", "wb") as file:
+        file.write(b"0123456789")
+    body, start, size = open_with_fsspec("memory://shards/a.tar", 4, protocol="memory")
+    assert (body.read(), start, size) == (b"456789", 4, 10)
+
+
+def test_s3_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(SourceError, match=r"s3 needs packages that are not installed.*pip install 'multidomain-cct\[remote\]'"):
+        download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)

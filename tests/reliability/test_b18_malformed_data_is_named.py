@@ -1,0 +1,204 @@
+"""B18: malformed data is refused by name, or skipped and counted without a position shifting."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.domain import Domain, LabelClass, Split
+from multidomain_cct.data.loader import Batch, TrainingSet, steps
+from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.tar_index import index_shard
+
+DOMAIN = Domain("yard", "folder", {"train": Split("*.jpg", "*.png")}, (LabelClass("ground", (0, 0, 0)), LabelClass("cat", (9, 9, 9))))
+SAMPLES, BAD = 9, "image_4"
+Members = list[tuple[str, bytes]]
+
+
+def picture(kind: str, *, mode: str = "RGB", size: tuple[int, int] = (32, 24), seed: int = 0, top: int = 256) -> bytes:
+    shape = (size[1], size[0], len(mode)) if len(mode) > 1 else (size[1], size[0])
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, top, shape, dtype=np.uint8), mode).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def mask(**options: object) -> bytes:
+    return picture("PNG", **{"mode": "L", "top": 2, **options})  # type: ignore[arg-type]
+
+
+def members() -> Members:
+    rows: Members = []
+    for number in range(SAMPLES):
+        rows += [(f"image_{number}.jpg", picture("JPEG", seed=number)), (f"image_{number}.png", mask(seed=number)), (f"image_{number}.json", b"{}")]
+    return rows
+
+
+def write_tar(path: Path, rows: Members) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in rows:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def with_member(name: str, content: bytes) -> Members:
+    """The good members, one of them with other content."""
+    return [(own, content if own == name else good) for own, good in members()]
+
+
+def huge_png() -> bytes:
+    content = bytearray(mask())
+    content[16:24] = (60000).to_bytes(4, "big") * 2
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    return bytes(content)
+
+
+IMAGE, MASK = f"{BAD}.jpg", f"{BAD}.png"
+SAMPLE_FAULTS: dict[str, tuple[str, bytes, str]] = {
+    "an image that is cut off": (IMAGE, picture("JPEG")[:500], "image: cannot be read"),
+    "an image without its end": (IMAGE, picture("JPEG")[:-40], "image: cannot be read"),
+    "an image that is text": (IMAGE, b"<html>404</html>", "image: cannot be read"),
+    "an image of zeros": (IMAGE, bytes(900), "image: cannot be read"),
+    "an image in a format that is not allowed": (IMAGE, picture("PCX"), "image: cannot be read"),
+    "an image that is a damaged PNG": (IMAGE, picture("PNG")[:300], "image: cannot be read"),
+    "an image that claims to be huge": (IMAGE, huge_png(), "image: cannot be read"),
+    "a mask that is a JPEG": (MASK, picture("JPEG", mode="L"), "mask: cannot be read"),
+    "a mask that is cut off": (MASK, mask()[:60], "mask: cannot be read"),
+    "a mask that is text": (MASK, b"none", "mask: cannot be read"),
+    "a mask in colours": (MASK, picture("PNG"), "mask: wrong mode"),
+    "a mask with transparency": (MASK, picture("PNG", mode="LA"), "mask: wrong mode"),
+    "a mask that claims to be huge": (MASK, huge_png(), "mask: too large"),
+    "a mask of another size": (MASK, mask(size=(24, 32)), "mask: another size than the image"),
+    "a mask with an id outside the table": (MASK, mask(top=7), "mask: id outside the class table"),
+}
+SHARD_FAULTS: dict[str, tuple[Members, str]] = {
+    "a key twice": ([*members(), ("image_0.jpg", b"x")], "'image_0' appears twice"),
+    "a member twice": ([("a.jpg", b"1"), ("a.jpg", b"2")], "'a.jpg' appears twice"),
+    "a mask without its image": ([*members(), ("z.png", mask())], "'z' has no image"),
+    "a description without its image": ([*members(), ("z.json", b"{}")], "'z' has no image"),
+    "an unknown member": ([*members(), ("z.jpg", b"1"), ("z.txt", b"2")], "'z.txt' has the ending .txt"),
+    "an empty member": (with_member(IMAGE, b""), f"'{IMAGE}' is empty"),
+    "a description that is no JSON": (with_member(f"{BAD}.json", b"{'a': 1}"), f"'{BAD}.json' is not valid JSON"),
+    "a description that is a list": (with_member(f"{BAD}.json", b"[1]"), f"'{BAD}.json' holds list"),
+    "a bottomless description": (with_member(f"{BAD}.json", b"[" * 100_000), f"'{BAD}.json' is not valid JSON"),
+    "a key that leads upwards": ([("../a.jpg", b"1")], "no usable name"),
+    "an absolute key": ([("/etc/a.jpg", b"1")], "no usable name"),
+    "a key with control characters": ([("a\x1b[2J.jpg", b"1")], "no usable name"),
+    "a key of 300 characters": ([("k" * 300 + ".jpg", b"1")], "no usable name"),
+    "a member without an ending": ([("a", b"1")], "no usable name"),
+    "no members": ([], "holds no samples"),
+}
+
+
+def a_link(path: Path) -> None:
+    with tarfile.open(path, "w") as tar:
+        member = tarfile.TarInfo("a.jpg")
+        member.type, member.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(member)
+
+
+def changed(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
+    def write(path: Path) -> None:
+        write_tar(path, members())
+        path.write_bytes(change(path.read_bytes()))
+
+    return write
+
+
+FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
+    "a link": (a_link, "not a regular file"),
+    "a member that is cut off": (changed(lambda content: content[:5000]), "cut off|not a tar header|unexpected end"),
+    "no end marker": (changed(lambda content: content.rstrip(b"\0")[: -(len(content.rstrip(b"\0")) % 512)]), "end marker is missing|cut off"),
+    "a damaged header": (changed(lambda content: content.replace(b"image_4.jpg", b"image_4.jpq", 1)), "not a tar header"),
+    "a compressed shard": (changed(gzip.compress), "not an uncompressed tar"),
+    "a shard that is text": (lambda path: (path.parent.mkdir(exist_ok=True), path.write_text("hello " * 300))[0], "not an uncompressed tar"),  # type: ignore[func-returns-value]
+}
+
+
+def one_epoch(root: Path, *, epochs: int = 1, **changes: object) -> list[Batch]:
+    data = replace(DataSettings(shards=str(root), labelled_batch=3, crop=[16, 16]), **changes)  # type: ignore[arg-type]
+    streams = open_streams(DOMAIN, DomainSettings(), data, use_unlabelled=False)
+    return [batch["yard"] for batch in steps(TrainingSet([streams], seed=3, augment=Augment()), 0, epochs * SAMPLES // 3, workers=0)]
+
+
+def keys(batches: list[Batch]) -> list[str]:
+    return [key for batch in batches for key in batch.keys]
+
+
+@pytest.mark.parametrize("fault", SAMPLE_FAULTS)
+def test_b18_a_bad_sample_ends_the_run_by_name_or_is_skipped_and_counted(tmp_path: Path, fault: str) -> None:
+    member, content, reason = SAMPLE_FAULTS[fault]
+    for name, rows in (("good", members()), ("bad", with_member(member, content))):
+        index_shard(write_tar(tmp_path / name / "yard/train-00000.tar", rows))
+    with pytest.raises(ValueError) as error:
+        one_epoch(tmp_path / "bad")
+    line, field = str(error.value), reason.partition(":")[0]
+    assert "train-00000.tar" in line and repr(BAD) in line and field in line and "\n" not in line
+
+    good, bad = keys(one_epoch(tmp_path / "good", epochs=3)), one_epoch(tmp_path / "bad", epochs=3, on_bad="skip", max_bad_fraction=0.2)
+    assert Counter(skip.reason for batch in bad for skip in batch.skipped) == {reason: 3}
+    assert {skip.key for batch in bad for skip in batch.skipped} == {BAD}
+    # Where the bad image stood stands the next one of the shard; nothing else has moved.
+    assert keys(bad) == [key if key != BAD else "image_5" for key in good]
+
+
+def test_b18_the_count_of_bytes_that_changed_after_indexing_is_exact(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "yard/train-00000.tar", members())
+    index = index_shard(path)
+    content = bytearray(path.read_bytes())
+    for row, column in ((1, 0), (4, 1), (7, 0)):
+        content[index.offset[row, column] + 30] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="the bytes differ from what was indexed"):
+        one_epoch(tmp_path)
+    reasons = Counter(skip.reason for batch in one_epoch(tmp_path, on_bad="skip", max_bad_fraction=0.5) for skip in batch.skipped)
+    assert reasons == {"image: bytes differ from the index": 2, "mask: bytes differ from the index": 1}
+    with pytest.raises(
+        ValueError, match=r"yard: \d of \d images cannot be used \(.*\), more than data.max_bad_fraction 0.2 allows. The last: .*train-00000.tar"
+    ):
+        one_epoch(tmp_path, on_bad="skip", max_bad_fraction=0.2)
+
+
+def test_b18_when_nothing_can_stand_in_the_run_ends(tmp_path: Path) -> None:
+    index_shard(write_tar(tmp_path / "yard/train-00000.tar", [(f"image_{n}.jpg", b"no image") for n in range(3)]))
+    data = DataSettings(shards=str(tmp_path), unlabelled_batch=1, crop=[16, 16], on_bad="skip", max_bad_fraction=1.0)
+    streams = open_streams(DOMAIN, DomainSettings(labelled="none"), data)
+    with pytest.raises(ValueError, match="the last of 3 neighbouring samples that cannot be used"):
+        list(steps(TrainingSet([streams], seed=3, augment=Augment()), 0, 1, workers=0))
+
+
+@pytest.mark.parametrize("on_bad", ["fatal", "skip"])
+@pytest.mark.parametrize("fault", [*SHARD_FAULTS, *FILE_FAULTS])
+def test_b18_a_malformed_shard_is_refused_before_a_run_sees_it_whatever_becomes_of_bad_samples(tmp_path: Path, fault: str, on_bad: str) -> None:
+    path = tmp_path / "yard/train-00000.tar"
+    path.parent.mkdir()
+    if fault in SHARD_FAULTS:
+        rows, message = SHARD_FAULTS[fault]
+        write_tar(path, rows)
+    else:
+        write, message = FILE_FAULTS[fault]
+        write(path)
+    with pytest.raises(ValueError, match=message) as error:
+        index_shard(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(FileNotFoundError, match="has no index. Build it"):
+        one_epoch(tmp_path, on_bad=on_bad)
+
+
+def test_b18_figure(record_property: Callable[[str, object], None]) -> None:
+    inputs = len(SAMPLE_FAULTS) + len(SHARD_FAULTS) + len(FILE_FAULTS) + 2
+    assert inputs >= 24
+    record_property("B18", f"{inputs} malformed inputs x fatal and skip: all named or counted, 0 silently accepted")
