@@ -87,6 +87,8 @@ def _loop(run: Run, state: RunState, log: RunLog) -> None:
         set_learning_rate(run.optimiser, lr)
         trouble = _optimise(run, micro_batches, step / settings.steps, window)
         done, last = step + 1, step + 1 == settings.steps
+        while window.untold:
+            log.notice(f"step {done}: {window.untold.pop(0)}")
         if trouble is None:
             skipped, last_finite = 0, done
         else:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from multidomain_cct.data.loader import TrainingSet
 from multidomain_cct.data.order import seed_from
+from multidomain_cct.data.shard_index import ShardIndex, index_path
 from multidomain_cct.data.specification import read_domain
 from multidomain_cct.data.streams import open_streams
 from multidomain_cct.results.evaluate import evaluate
@@ -360,3 +361,18 @@ def test_a_run_is_loaded_from_its_folder_alone(tiny_recipe: TinyRecipe, two_doma
     run = load_run(folder)
     assert run.recipe == tiny_recipe()
     assert run.model.heads.keys() == {"fields", "shapes"} and not run.model.training
+
+
+def test_images_that_were_skipped_are_told_and_counted(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "data"
+    shutil.copytree(two_domains, root)
+    shard = root / "fields" / "unlabelled-00000.tar"
+    content, index = bytearray(shard.read_bytes()), ShardIndex.load(index_path(shard))
+    content[index.offset[0, 0] + 50] ^= 1
+    shard.write_bytes(content)
+    # Six images of this split and six unlabelled ones of train: six steps of two see each once.
+    bad = {"on_bad": "skip", "max_bad_fraction": 0.5}
+    run = start(tiny_recipe(training__steps=6, training__log_every=1, data__shards=str(root), **{f"data__{key}": value for key, value in bad.items()}), root)
+    counts = logged(run, "data/fields/skipped/image: bytes differ from the index")
+    told = [line for line in capsys.readouterr().out.splitlines() if "fields: skipped: " in line and "unlabelled-00000.tar" in line]
+    assert sum(counts) == 1 and len(told) == 1
