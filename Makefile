@@ -1,11 +1,12 @@
 # make demo   two toy domains, trained with and without unlabelled images, and a report (about 5 minutes on 2 cores after installation)
 # make test   what CI runs: lint, types, every test
+# make reliability  the promises of docs/reliability.md at their full figures, and a table of what each reached
 # make bench  the benchmarks (about 20 minutes on 2 quiet cores); docs/speed.md says what each shows
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench docs clean
+.PHONY: demo test lint reliability bench docs clean
 
 .venv/demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -31,6 +32,9 @@ lint: .venv/dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+reliability: .venv/dev
+	MDCCT_RELIABILITY=full $(BIN)/python -m pytest tests/reliability
 
 THREADS ?= 2
 PAPER := --encoder resnet50 --context psp --width 512 --stride 8 --decoder pixelshuffle --decoders 30 --classes 21 --batch 2 --threads $(THREADS)

@@ -1,3 +1,3 @@
 """Semi-supervised semantic segmentation over many domains by cross-consistency training."""
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"

@@ -1,6 +1,6 @@
 """Files from http(s) and s3 addresses, on connections that break.
 
-http(s) is read with the standard library and not through fsspec, whose event loop does not survive the fork of a loader's workers; s3 is read through fsspec.
+http(s) is read with the standard library, which needs nothing installed and keeps no state that a fork would copy; s3 is read through fsspec.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any)
     try:
         import fsspec
 
-        # A new instance: one that was made before a fork hangs after it.
+        # A new instance: a cached one may have been made before a fork.
         files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
     except ImportError as error:
         raise SourceError(f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install 'multidomain-cct[remote]'") from None
