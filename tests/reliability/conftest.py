@@ -79,7 +79,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for promise, title in PROMISES.items():
         if promise in _outcomes:
             passed, total = sum(_outcomes[promise]), len(_outcomes[promise])
-            table.add_row(promise, title, "; ".join(_figures.get(promise, [])), f"{passed}/{total}", "yes" if passed == total else "NO")
+            table.add_row(promise, title, "; ".join(dict.fromkeys(_figures.get(promise, []))), f"{passed}/{total}", "yes" if passed == total else "NO")
     Console(file=sys.__stdout__, width=int(os.environ.get("COLUMNS", 160)), markup=False).print(table)
 
 

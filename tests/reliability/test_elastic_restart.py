@@ -21,11 +21,12 @@ class Launched:
     """torchrun with what it has printed."""
 
     def __init__(self, options: list[str], words: list[str], out: Path) -> None:
-        self.out, file = out, out.open("w")
+        self.out = out
         launcher = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "multidomain_cct", *words]
         # Without it, torch 2.14 gives a second attempt the addresses of the first.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-        self.process = subprocess.Popen(launcher, stdout=file, stderr=file, start_new_session=True, env=environment)
+        with out.open("w") as file:
+            self.process = subprocess.Popen(launcher, stdout=file, stderr=file, start_new_session=True, env=environment)
 
     def ranks(self) -> dict[int, int]:
         """Process ids of its training processes, by rank."""
