@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from multidomain_cct.data.shard_index import index_path
 from multidomain_cct.data.shards import Shards
 from multidomain_cct.model.inference import InferenceSettings
 from multidomain_cct.training.checkpoint import load_run
@@ -98,13 +99,15 @@ def test_images_of_equal_size_are_predicted_together(tiny_run: Path, two_domains
 def test_an_image_of_another_size_begins_a_new_batch(tiny_run: Path, tiny_shards: TinyShards, tmp_path: Path) -> None:
     run = load_run(tiny_run)
     domain, sizes, expected = run.domains["shapes"], shapes_of(run.model), 0
-    paths: list[Path] = []
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
     for number, size in enumerate([(96, 72), (96, 72), (64, 96), (96, 72)]):
         folder = tiny_shards(tmp_path / str(number), domain, {f"val{number}": 1}, size=size)
-        paths += sorted(folder.glob("*.tar"))
+        (shard,) = folder.glob("*.tar")
+        index_path(shard).rename(index_path(mixed / f"val-{number:05d}.tar"))
+        shard.rename(mixed / f"val-{number:05d}.tar")
         expected += (size[0] - 2) * size[1]
-    mixed = Shards(paths)
-    result = score(run.model, mixed, domain, "val", InferenceSettings(batch=8), device=torch.device("cpu"))
+    result = score(run.model, Shards.open(mixed, "val"), domain, "val", InferenceSettings(batch=8), device=torch.device("cpu"))
     assert sizes == [2, 1, 1] and result.images == 4
     assert result.confusion.sum() == expected and set(result.sizes) == {"96x72", "64x96"}
 
