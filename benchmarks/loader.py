@@ -126,7 +126,7 @@ class Ours:
         opened = Shards.open(shards / domain.name, "train")
         self.jpegs = [opened.read(number, with_mask=False).image for number in range(images)]
         # Each image's scale in the first epoch, so that the bare work is that of the very same views.
-        seeds = [seed_from(0, domain.name, 0, key, "unlabelled") for key in opened.keys[:images]]
+        seeds = [seed_from(0, domain.name, 0, key, "unlabelled") for key in list(opened.keys)[:images]]
         self.factors = [float(np.random.default_rng(seed).uniform(*self.scale)) for seed in seeds]
         self.shards, self.domain, self.crop, self.images = shards, domain, crop, images
 

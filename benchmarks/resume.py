@@ -79,7 +79,7 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
 def first_of_ours(folder: Path, samples: int, start: int, workers: int) -> tuple[Tensor, Tensor]:
     settings = DataSettings(shards=str(folder / "shards"), labelled_batch=BATCH, crop=[CROP, CROP])
     opened = open_streams(DOMAIN, DomainSettings(unlabelled="none"), settings)
-    streams = replace(opened, labelled=opened.labelled * (samples // DRAWN))
+    streams = replace(opened, labelled=list(opened.labelled) * (samples // DRAWN))
     batch = next(steps(TrainingSet([streams], seed=0, augment=Augment()), start, samples // BATCH, workers=workers))[DOMAIN.name]
     return batch.images, batch.masks
 
