@@ -130,27 +130,6 @@ def ab_threshold(settings: SupervisedSettings, num_classes: int, progress: float
     return low + (settings.ab_high - low) * ramp_at("log", settings.ab_fraction, progress)
 
 
-def squared_distance(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Scalar: squared distance between softmax of (B, C, *) logits and (B, C, *) target probabilities, summed over classes, between 0 and 2.
-
-    The authors take the mean over classes too, so that the same weight weighs domains of many classes less; here it does not.
-    """
-    return differentiable(SquaredDistance(target, valid), logits)
-
-
-def kl_divergence(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Scalar: KL(target || softmax(logits)) in nats, 0 or more. The authors' masked and unmasked forms differ by a factor C; this is the textbook one."""
-    return differentiable(KullbackLeibler(target, valid), logits)
-
-
-def jensen_shannon(logits: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-    """Scalar: Jensen-Shannon divergence of softmax(logits) and target in nats, symmetric, between 0 and ln 2.
-
-    It is the mean of both divergences *from* their mixture; the authors' code takes those *of* the mixture, which have no bound.
-    """
-    return differentiable(JensenShannon(target, valid), logits)
-
-
 def confident(target: Tensor, valid: Tensor, threshold: float) -> Tensor:
     """(B, *) bool: the valid pixels whose largest target probability reaches the threshold."""
     return valid if threshold == 0 else valid & (target.amax(dim=1) >= threshold)
@@ -207,7 +186,10 @@ class Term(ABC):
 
 
 class SquaredDistance(Term):
-    """Of softmax(logits) to target probabilities."""
+    """Of softmax(logits) to (B, C, *) target probabilities, summed over classes, between 0 and 2.
+
+    The authors take the mean over classes too, so that the same weight weighs domains of many classes less; here it does not.
+    """
 
     def __init__(self, target: Tensor, valid: Tensor) -> None:
         super().__init__(valid, target.dtype)
@@ -222,7 +204,7 @@ class SquaredDistance(Term):
 
 
 class KullbackLeibler(Term):
-    """Of softmax(logits) from target probabilities."""
+    """KL(target || softmax(logits)) in nats, 0 or more. The authors' masked and unmasked forms differ by a factor C; this is the textbook one."""
 
     def __init__(self, target: Tensor, valid: Tensor) -> None:
         super().__init__(valid, target.dtype)
@@ -236,7 +218,10 @@ class KullbackLeibler(Term):
 
 
 class JensenShannon(Term):
-    """Of softmax(logits) and target probabilities."""
+    """Jensen-Shannon divergence of softmax(logits) and target in nats, symmetric, between 0 and ln 2.
+
+    It is the mean of both divergences *from* their mixture; the authors' code takes those *of* the mixture, which have no bound.
+    """
 
     def __init__(self, target: Tensor, valid: Tensor) -> None:
         super().__init__(valid, target.dtype)

@@ -18,21 +18,26 @@ from multidomain_cct.model.losses import (
     ConsistencySettings,
     CrossEntropy,
     SupervisedSettings,
+    Term,
     ab_threshold,
     bootstrapped_cross_entropy,
     confident,
     cross_entropy,
     differentiable,
-    jensen_shannon,
-    kl_divergence,
     mean_over_valid,
     pixel_cross_entropy,
-    squared_distance,
     supervised_loss,
 )
 
 SEEDS = st.integers(0, 10_000)
-DISTANCES = {"mse": squared_distance, "kl": kl_divergence, "js": jensen_shannon}
+
+
+def distance_of(kind: Callable[[Tensor, Tensor], Term]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda logits, target, valid: differentiable(kind(target, valid), logits)
+
+
+DISTANCES = {name: distance_of(kind) for name, kind in losses.DISTANCES.items()}
+squared_distance, kl_divergence, jensen_shannon = DISTANCES.values()
 
 
 def example(seed: int = 0, images: int = 4, classes: int = 5, size: tuple[int, int] = (6, 7)) -> tuple[Tensor, Tensor, Tensor]:
