@@ -13,6 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from multidomain_cct.data.printable import printable
+
 DONE, FAILED, MISTAKE = 0, 1, 2
 SHARDS = "data/shards"
 Words = Any
@@ -40,13 +42,8 @@ def leave(code: int) -> int:
 
 
 def say(text: str) -> None:
-    """One line on standard output, as it is."""
-    Console().print(printable(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def printable(text: str) -> str:
-    """The text with control characters and lone surrogates written out, as file names may hold them: what is printed cannot steer the terminal."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else ascii(letter)[1:-1] for letter in text)
+    """A line on standard output, or several, as they are."""
+    Console().print("\n".join(printable(line) for line in text.split("\n")), markup=False, highlight=False, soft_wrap=True)
 
 
 def domain_options() -> argparse.ArgumentParser:

@@ -5,7 +5,6 @@ Shapes: B images, D feature channels, H W image size, h w feature size, s stride
 
 from __future__ import annotations
 
-import copy
 import difflib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,10 +14,11 @@ from typing import Any
 
 import timm
 import torch
-import torch.nn.functional as F
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
+from multidomain_cct.model.context import FeaturePyramid, Projection, PyramidPooling, group_norm
+from multidomain_cct.model.norms import Segments, split_batch_norms
 from multidomain_cct.model.weights import initial_weights
 
 CONTEXTS = ("psp", "fpn", "none")
@@ -79,11 +79,11 @@ class Encoder(nn.Module):
             # Batch statistics of a few small crops are poor; ImageNet's are better.
             self.trunk = freeze_batch_norm_2d(self.trunk)
         levels = self.trunk.feature_info.channels()
-        normed = _group_norm if settings.norm == "frozen" else nn.BatchNorm2d
+        normed = group_norm if settings.norm == "frozen" else nn.BatchNorm2d
         self.context = {"psp": PyramidPooling, "fpn": FeaturePyramid, "none": Projection}[settings.context](levels, settings.width, normed)
         self.segments = Segments()
         if settings.norm == "per_domain":
-            _split_batch_norms(self, tuple(domains), self.segments)
+            split_batch_norms(self, tuple(domains), self.segments)
         facts = timm.data.resolve_model_data_config(self.trunk)
         # Convolutions, depthwise ones above all, are faster with channels last (benchmarks/step.py).
         self.to(memory_format=torch.channels_last)
@@ -237,99 +237,6 @@ def _download_failed(settings: EncoderSettings, error: Exception) -> str:
     )
 
 
-class Segments:
-    """Which domain the images of the batch in hand are of, in order; per-domain norms read it."""
-
-    def __init__(self) -> None:
-        self.parts: tuple[tuple[str, int], ...] = ()
-
-
-class PerDomainNorm(nn.Module):
-    """A batch norm with weights and statistics of its own for each domain."""
-
-    def __init__(self, norm: nn.Module, domains: Sequence[str], segments: Segments) -> None:
-        super().__init__()
-        self.norms = nn.ModuleDict({name: copy.deepcopy(norm) for name in domains})
-        self.segments = segments
-
-    def forward(self, features: Tensor) -> Tensor:
-        parts = self.segments.parts
-        pieces = torch.split(features, [count for _, count in parts])
-        # A domain's labelled and unlabelled images may stand apart; its statistics are taken over both.
-        joined: dict[str, list[Tensor]] = {}
-        for (name, _), piece in zip(parts, pieces, strict=True):
-            joined.setdefault(name, []).append(piece)
-        normed = {name: iter(torch.split(self.norms[name](torch.cat(own)), [len(piece) for piece in own])) for name, own in joined.items()}
-        return torch.cat([next(normed[name]) for name, _ in parts])
-
-
-def _split_batch_norms(module: nn.Module, domains: Sequence[str], segments: Segments) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.BatchNorm2d):
-            setattr(module, name, PerDomainNorm(child, domains, segments))
-        else:
-            _split_batch_norms(child, domains, segments)
-
-
-def _group_norm(channels: int) -> nn.Module:
-    return nn.GroupNorm(channels // 16 if channels % 16 == 0 else 1, channels)
-
-
-def _block(channels: int, width: int, kernel: int, normed: Any) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(channels, width, kernel, padding=kernel // 2, bias=False), normed(width), nn.ReLU())
-
-
-class PyramidPooling(nn.Module):
-    """The trunk's last map beside its averages over 1, 2, 3 and 6 bins a side, fused (PSPNet, as in the authors' code)."""
-
-    BINS = (1, 2, 3, 6)
-
-    def __init__(self, levels: Sequence[int], width: int, normed: Any) -> None:
-        super().__init__()
-        channels = levels[-1]
-        self.branches = nn.ModuleList(_block(channels, channels // 4, 1, normed) for _ in self.BINS)
-        self.fuse = _block(channels + len(self.BINS) * (channels // 4), width, 3, normed)
-
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        top = levels[-1]
-        size = top.shape[-2:]
-        pooled = [
-            F.interpolate(branch(F.adaptive_avg_pool2d(top, bins)), size=size, mode="bilinear", align_corners=False)
-            for bins, branch in zip(self.BINS, self.branches, strict=True)
-        ]
-        fused: Tensor = self.fuse(torch.cat([top, *pooled], dim=1))
-        return fused
-
-
-class FeaturePyramid(nn.Module):
-    """Every level projected to one width, brought to the finest one's resolution, added, and smoothed."""
-
-    def __init__(self, levels: Sequence[int], width: int, normed: Any) -> None:
-        super().__init__()
-        self.laterals = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), normed(width)) for channels in levels)
-        self.fuse = _block(width, width, 3, normed)
-
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        size = levels[0].shape[-2:]
-        total = self.laterals[0](levels[0])
-        for lateral, level in zip(list(self.laterals)[1:], levels[1:], strict=True):
-            total = total + F.interpolate(lateral(level), size=size, mode="bilinear", align_corners=False)
-        fused: Tensor = self.fuse(F.relu(total))
-        return fused
-
-
-class Projection(nn.Module):
-    """The trunk's last map, projected to the feature width."""
-
-    def __init__(self, levels: Sequence[int], width: int, normed: Any) -> None:
-        super().__init__()
-        self.project = _block(levels[-1], width, 1, normed)
-
-    def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        projected: Tensor = self.project(levels[-1])
-        return projected
-
-
 class Stages(nn.Module):
     """Every level of a trunk, where an encoder reads only those that its context module needs. Always in evaluation mode, one image at a time."""
 
@@ -379,6 +286,6 @@ def encoder_stages(encoder: Encoder, settings: EncoderSettings, *, domain: str, 
     if settings.norm == "per_domain":
         segments = Segments()
         segments.parts = ((domain, 1),)
-        _split_batch_norms(trunk, tuple(domains), segments)
+        split_batch_norms(trunk, tuple(domains), segments)
     trunk.load_state_dict(encoder.trunk.state_dict())
     return Stages(trunk)

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.printable import printable
 
 RIGHT, WRONG, IGNORED = (72, 72, 72), (225, 45, 45), (0, 0, 0)
 """Colours of an error map."""
@@ -69,11 +70,6 @@ def error_map(truth: np.ndarray, prediction: np.ndarray) -> Image.Image:
     colors = np.array([RIGHT, WRONG, IGNORED], dtype=np.uint8)
     kind = np.where(truth == IGNORE, 2, (truth != prediction).astype(np.uint8))
     return Image.fromarray(colors[kind])
-
-
-def printable(text: str) -> str:
-    r"""The text with line breaks and other control characters written out, such as \x07."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _short(name: str) -> str:

@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.results.pictures import colored, printable
+from multidomain_cct.data.printable import printable
+from multidomain_cct.results.pictures import colored
 from multidomain_cct.results.smoothness import Diagnosis, Example
 
 COLUMNS = 6

@@ -24,6 +24,7 @@ from rich.table import Column
 
 from multidomain_cct import __version__
 from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.printable import printable
 
 
 class RunLog:
@@ -87,7 +88,7 @@ class RunLog:
     def notice(self, text: str) -> None:
         """One line that stays."""
         if self.enabled:
-            self.console.print(text, markup=False)
+            self.console.print(printable(text), markup=False)
 
 
 class Window:

@@ -8,6 +8,7 @@ import pytest
 import webdataset
 from PIL import Image
 from safetensors.numpy import save
+from tars import write_tar
 
 from multidomain_cct.__main__ import main
 from multidomain_cct.data.shard_index import ShardIndex, index_path
@@ -34,15 +35,6 @@ def write_split(folder: Path, count: int = 5, **options: int) -> list[Path]:
                 writer.publish()
             writer.write(f"image_{number}", image=jpeg(number), mask=png(number) if number % 2 == 0 else None, meta=b"{}")
     return writer.finished
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def test_samples_read_back_by_number_with_their_bytes(tmp_path: Path) -> None:

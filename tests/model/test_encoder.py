@@ -10,7 +10,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from multidomain_cct.model.encoder import Encoder, EncoderSettings, PerDomainNorm, PyramidPooling, Segments, build_trunk
+from multidomain_cct.model.context import PyramidPooling
+from multidomain_cct.model.encoder import Encoder, EncoderSettings, build_trunk
+from multidomain_cct.model.norms import PerDomainNorm, Segments
 
 TINY = "test_resnet"
 

@@ -8,6 +8,7 @@ import pytest
 from processes import start
 
 from multidomain_cct.__main__ import main
+from multidomain_cct.data.shards import Record, Shards, ShardWriter
 
 Train = Callable[..., str]
 
@@ -74,39 +75,32 @@ def changed_shard(workspace: Path, *, split: str = "train", source: str = "val")
         shutil.copy(path, path.with_name(path.name.replace(source, split)))
 
 
-def added_shard(workspace: Path) -> None:
-    """A second train shard: the images of another domain, under names that the first does not have."""
-    from multidomain_cct.data.shards import Shards, ShardWriter
-
+def written_again(workspace: Path, change: Callable[[list[Record]], list[tuple[str, Record]]]) -> None:
+    """The train shards of shapes with other records under other keys."""
     folder = workspace / "shards" / "shapes"
     shards = Shards.open(folder, "train")
-    records = [shards.read(number) for number in range(len(shards))]
+    rows = change([shards.read(number) for number in range(len(shards))])
     for path in list(folder.glob("train-*")):
         path.unlink()
     with ShardWriter(folder, "train") as writer:
-        for again in ("", "more_"):
-            for record in records:
-                writer.write(again + record.key, image=record.image, mask=record.mask, meta=b"{}")
+        for key, record in rows:
+            writer.write(key, image=record.image, mask=record.mask, meta=b"{}")
+
+
+def added_images(workspace: Path) -> None:
+    """The same images once more, under names that are new."""
+    written_again(workspace, lambda records: [(again + record.key, record) for again in ("", "more_") for record in records])
 
 
 def removed_images(workspace: Path) -> None:
-    from multidomain_cct.data.shards import Shards, ShardWriter
-
-    folder = workspace / "shards" / "shapes"
-    shards = Shards.open(folder, "train")
-    records = [shards.read(number) for number in range(len(shards))]
-    for path in list(folder.glob("train-*")):
-        path.unlink()
-    with ShardWriter(folder, "train") as writer:
-        for record in records[:-1]:
-            writer.write(record.key, image=record.image, mask=record.mask, meta=b"{}")
+    written_again(workspace, lambda records: [(record.key, record) for record in records[:-1]])
 
 
 CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "domain removed": (without_shapes, "domains.shapes.labelled: 2 -> None"),
     "class renamed": (another_class, "fields.classes[2].name: barn -> shed"),
     "shard changed": (changed_shard, "was trained on other data in shapes/train: "),
-    "shard added": (added_shard, "was trained on other data in shapes/train: "),
+    "images added": (added_images, "was trained on other data in shapes/train: "),
     "images removed": (removed_images, "was trained on other data in shapes/train: "),
 }
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tars import write_tar
 
 from multidomain_cct.data.augment import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
@@ -42,16 +43,6 @@ def members() -> Members:
     for number in range(SAMPLES):
         rows += [(f"image_{number}.jpg", picture("JPEG", seed=number)), (f"image_{number}.png", mask(seed=number)), (f"image_{number}.json", b"{}")]
     return rows
-
-
-def write_tar(path: Path, rows: Members) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, content in rows:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def with_member(name: str, content: bytes) -> Members:

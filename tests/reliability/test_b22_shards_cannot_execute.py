@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import os
 import pickle
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tars import write_tar
 
 from multidomain_cct.data.augment import decode
 from multidomain_cct.data.domain import Domain, LabelClass
@@ -37,15 +37,6 @@ def payloads(canary: Path) -> dict[str, bytes]:
     array = io.BytesIO()
     np.save(array, np.array([Payload(canary)], dtype=object), allow_pickle=True)
     return {"pickle": pickle.dumps(Payload(canary)), "npy": array.getvalue()}
-
-
-def write_tar(path: Path, members: list[tuple[str, bytes]]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-    return path
 
 
 def jpeg() -> bytes:
