@@ -35,6 +35,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from photographs import draw
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -59,18 +60,7 @@ DOMAIN = Domain(
     classes=tuple(LabelClass(f"class {n}", tuple(int(v) for v in color), ids=(n,)) for n, color in enumerate(COLORS)),
 )
 BATCH = 4
-
-
-def draw(raw: Path, count: int, size: tuple[int, int]) -> None:
-    """Smooth regions, shading, grain; masks of ids."""
-    for folder in ("images", "masks"):
-        (raw / folder).mkdir(parents=True)
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        regions = Image.fromarray(rng.integers(0, 19, (16, 32), dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)
-        pixels = COLORS[np.asarray(regions)] * np.linspace(0.6, 1.0, size[1])[:, None, None] + rng.normal(0, 6, (size[1], size[0], 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(raw / f"images/{number:04d}.png", compress_level=1)
-        regions.save(raw / f"masks/{number:04d}.png")
+LOOK: dict[str, Any] = {"colors": COLORS, "regions": (16, 32), "grain": 6, "ending": "png", "compress_level": 1}
 
 
 class PlainDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -152,7 +142,7 @@ class Ours:
 
 def measure_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     raw, width, height = folder / "raw", *(int(side) for side in options.size.split("x"))
-    draw(raw, options.images, (width, height))
+    draw(raw, options.images, (width, height), **LOOK)
     stored = {f"{width // 2}x{height // 2}": replace(DOMAIN, name="half", size=(width // 2, height // 2)), options.size: DOMAIN}
     rows = {}
     for size, domain in stored.items():
@@ -182,7 +172,7 @@ def measure_waiting(steps_: int, folder: Path) -> dict[str, float]:
     (folder / "domains").mkdir(parents=True)
     for name in recipe["domains"]:
         domain = replace(DOMAIN, name=name)
-        draw(folder / name, 24, (320, 240))
+        draw(folder / name, 24, (320, 240), **LOOK)
         pack(domain, folder / name, "train", folder / "shards", workers=1)
         (folder / "domains" / f"{name}.yaml").write_text(domain.to_yaml(), encoding="utf-8")
         recipe["domains"][name] = {"labelled": 10, "val_split": ""}

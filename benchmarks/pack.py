@@ -21,6 +21,7 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+from photographs import draw
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -36,18 +37,6 @@ DOMAIN = Domain(
     classes=tuple(LabelClass(f"class {n}", tuple(int(v) for v in color)) for n, color in enumerate(COLORS)),
     size=STORED,
 )
-
-
-def draw(raw: Path, count: int) -> None:
-    """Photographs with the sizes of real ones (about 300 KB): coloured regions, gradients, grain."""
-    for folder in ("images", "masks"):
-        (raw / folder).mkdir(parents=True)
-    for number in range(count):
-        rng = np.random.default_rng(number)
-        regions = Image.fromarray(rng.integers(0, 8, (12, 16), dtype=np.uint8)).resize(SIZE, Image.Resampling.NEAREST)
-        pixels = COLORS[np.asarray(regions)] * np.linspace(0.6, 1.0, SIZE[1])[:, None, None] + rng.normal(0, 12, (SIZE[1], SIZE[0], 3))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(raw / f"images/{number:04d}.jpg", quality=90)
-        regions.save(raw / f"masks/{number:04d}.png")
 
 
 def plain_loop(raw: Path) -> None:
@@ -77,7 +66,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "raw", Path(folder) / "out"
-        draw(raw, options.images)
+        draw(raw, options.images, SIZE, colors=COLORS, regions=(12, 16), grain=12, ending="jpg", quality=90)
         plain, packed = [], []
         for _ in range(options.repeats):
             plain.append(options.images / seconds(plain_loop, raw))
