@@ -34,7 +34,7 @@ class AuxiliaryDecoder(nn.Module):
     def forward(self, features: Tensor, guide: Guide, grid: Grid = ALL_PIXELS) -> tuple[Tensor, Tensor]:
         """(B, C, P) logits of the perturbed (B, D, h, w) features, and (B,) bool: False where nothing was left of an image's features."""
         perturbed = self.perturbation(features, guide, self.decoder.pixels)
-        return self.decoder.pixels(perturbed, grid), (perturbed.detach() != 0).any(dim=(1, 2, 3))
+        return self.decoder.pixels(perturbed, grid), perturbed.detach().abs().amax(dim=(1, 2, 3)) != 0
 
 
 def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Sequence[Term], *, sample: int = 0, grid: Grid = ALL_PIXELS) -> Tensor:
@@ -60,7 +60,8 @@ class _EachInTurn(torch.autograd.Function):
         half = torch.is_autocast_enabled(features.device.type) and torch.get_autocast_dtype(features.device.type) == torch.float16
         scale = FP16_LOSS_SCALE if half else 1.0
         # Sums stay scaled, in 32 bits, until backward: taking the scale out of 16-bit numbers would flush most of them to 0.
-        feature_gradients = [torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32)) for _ in terms if wanted]
+        # Not in the features' memory format, but in that of matrix products: adding across formats is slow.
+        feature_gradients = [leaf.new_zeros(leaf.shape, dtype=torch.promote_types(leaf.dtype, torch.float32)) for _ in terms if wanted]
         own_gradients: list[list[Tensor]] = [[] for _ in terms]
         totals: list[Tensor] = []
         for auxiliary in drawn:
@@ -79,7 +80,8 @@ class _EachInTurn(torch.autograd.Function):
         own = {id(parameter): place for place, parameter in enumerate(parameter for auxiliary in drawn for parameter in auxiliary.parameters())}
         ctx.places = [own.get(id(parameter)) for parameter in parameters]
         ctx.shapes = [parameter.shape for parameter in parameters]
-        ctx.scale, ctx.dtype, ctx.num_terms = scale * len(drawn), features.dtype, len(terms)
+        ctx.scale, ctx.num_terms = scale * len(drawn), len(terms)
+        ctx.dtype, ctx.format = features.dtype, torch.channels_last if features.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         return torch.stack(totals).view(len(drawn), len(terms)).mean(dim=0)
 
     @staticmethod
@@ -97,4 +99,4 @@ class _EachInTurn(torch.autograd.Function):
 
         own = [weighted(rest[place::share]) for place in range(share)]
         each = (factors.new_zeros(shape) if place is None else own[place] for place, shape in zip(ctx.places, ctx.shapes, strict=True))
-        return (None, weighted(feature_gradients).to(ctx.dtype), None, None, None, None, *each)
+        return (None, weighted(feature_gradients).to(ctx.dtype, memory_format=ctx.format), None, None, None, None, *each)

@@ -101,7 +101,9 @@ class PixelShuffleDecoder(Decoder):
             if reach < grid.step:
                 chosen = 2 * (grid.row // reach % 2) + grid.column // reach % 2
                 weight, bias = weight[chosen::4], bias[chosen::4]
-            logits = _at_each_position(logits.relu() if number else logits, weight, bias)
+            logits = _at_each_position(logits, weight, bias)
+            if number < len(self.doublings) - 1:
+                logits.relu_()
             logits = logits.view(len(logits), self.classify.out_channels, -1)
         return logits
 

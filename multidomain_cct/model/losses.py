@@ -173,12 +173,13 @@ class Term(ABC):
     def __call__(self, logits: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient with respect to (B, C, *) logits, in 32 bits or more. Images that are not `kept`, (B,) bool, count as 0."""
         pixels, gradient = self.weighted(at_least_float32(logits.detach()))
-        counted = self.valid if kept is None else self.valid & kept.view(-1, *[1] * (self.valid.ndim - 1))
+        valid = self.valid
         # On a CPU looking whether there is anything to do is free; on a GPU it would wait.
         if kept is not None and not (kept.device.type == "cpu" and kept.all()):
+            valid = valid & kept.view(-1, *[1] * (valid.ndim - 1))
             gradient.masked_fill_(~kept.view(-1, *[1] * (gradient.ndim - 1)), 0)
         # where, not a product: an invalid pixel may be infinite.
-        return pixels.where(counted, pixels.new_zeros(())).sum(), gradient
+        return pixels.where(valid, pixels.new_zeros(())).sum(), gradient
 
     @abstractmethod
     def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -193,14 +194,15 @@ class SquaredDistance(Term):
 
     def __init__(self, target: Tensor, valid: Tensor) -> None:
         super().__init__(valid, target.dtype)
-        self.negative = -target * self.weight.unsqueeze(1)
+        self.double = 2 * self.weight.unsqueeze(1)  # (B, 1, *)
+        self.negative = -self.double * target
 
     def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.softmax(logits, dim=1, out=self.room(0, logits))
-        difference = torch.addcmul(self.negative, own, self.weight.unsqueeze(1), out=self.room(1, logits))  # weight * (own - target)
+        difference = torch.addcmul(self.negative, own, self.double, out=self.room(1, logits))  # 2 weight (own - target)
         gradient = _through_softmax(own, difference, out=self.room(2, logits))
         # The weights of the pixels that count are above 0, and only these are summed.
-        return difference.square_().sum(dim=1) / self.weight, gradient.mul_(2)
+        return difference.square_().sum(dim=1).div_(self.double.squeeze(1)).div_(2), gradient
 
 
 class KullbackLeibler(Term):
