@@ -8,6 +8,8 @@ Shapes: B labelled images, U unlabelled images, H W crop size.
 from __future__ import annotations
 
 import signal
+import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ _SUBSTITUTES = 16
 """Samples that are tried in the place of one that cannot be used."""
 _LEAST_READ = 1000
 """Images on which the share of bad ones is judged at least, or one epoch where that is shorter."""
+_QUIET_SECONDS = 0.05
+"""What is waited for threads of gloo to be done before loader processes are forked."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +235,10 @@ def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, wor
 
 
 def _loader(data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetch: int, pin_memory: bool) -> DataLoader[Any]:
+    if workers and sys.version_info < (3, 12) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # After a reduction a thread of gloo lets go of its tensors, and for that makes itself known to Python. What is forked while it holds the lock for that
+        # finds it locked for ever, and the run waits for it (https://github.com/python/cpython/issues/112275; seen once in some 500 evaluations).
+        time.sleep(_QUIET_SECONDS)
     # A range is a sampler of item numbers; batch_size=None because an item is a whole batch already.
     return DataLoader(
         data,

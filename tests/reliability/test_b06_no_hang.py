@@ -3,7 +3,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from processes import WATCHDOG_SECONDS, Plan, seen, start_ranks
+from processes import FULL, WATCHDOG_SECONDS, Plan, seen, start_ranks
 from run_files import steps_of
 
 from multidomain_cct.data.order import Stream
@@ -23,6 +23,16 @@ def test_two_processes_with_uneven_domains_evaluate_save_and_end_together(comman
     steps = [list(seen(file)) for file in files]
     assert steps[0] == steps[1] == list(range(9)) and {3, 6, 9} <= set(steps_of(tmp_path / "runs" / "run"))
     figure("B6", f"2 ranks: {len(steps[0])} and {len(steps[1])} steps")
+
+
+def test_two_processes_evaluate_again_and_again(command: Words, tmp_path: Path, figure: Callable[[str, str], None]) -> None:
+    """Each evaluation forks loader processes right after a reduction, beside gloo's threads: what is locked at that moment would stay locked."""
+    attempts, steps = (6, 60) if FULL else (1, 20)
+    for attempt in range(attempts):
+        words = command(f"run{attempt}", "data.workers=1", training={"steps": steps, "log_every": 100, "evaluate_every": 1, "save_every": 100})
+        ranks = start_ranks(words, tmp_path / f"run{attempt}.txt", [Plan(), Plan()])
+        assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
+    figure("B6", f"{attempts * steps} evaluations by 2 ranks, a loader process for each domain and rank")
 
 
 def test_an_error_in_one_process_ends_both_with_one_line_that_names_it(
