@@ -10,7 +10,6 @@ from __future__ import annotations
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +27,7 @@ from multidomain_cct.data.streams import DomainStreams
 
 _SUBSTITUTES = 16
 """Samples that are tried in the place of one that cannot be used."""
-_LEAST_READ = 1000
-"""Images on which the share of bad ones is judged at least, or one epoch where that is shorter."""
+
 _QUIET_SECONDS = 0.05
 """What is waited for threads of gloo to be done before loader processes are forked."""
 
@@ -168,36 +166,13 @@ class TrainingSet(Dataset[Any]):
 def steps(data: TrainingSet, start: int, stop: int, *, workers: int, prefetch: int = 2, pin_memory: bool = False) -> Iterator[dict[str, Batch]]:
     """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of them.
 
-    Raises ValueError with one line when a sample cannot be used, or when more than the allowed share of a domain's images cannot.
+    Raises ValueError with one line when a sample cannot be used and none stands in for it.
     """
     numbers = range(start * data.accumulation, stop * data.accumulation)
-    bad = {stream.domain.name: _BadShare(stream) for stream in data.streams}
     for item in _loader(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory):
         if isinstance(item, _Refused):
             raise ValueError(item.message)
-        for name, batch in item.items():
-            bad[name].count(batch)
         yield item
-
-
-class _BadShare:
-    """How many of the images that a process has read of a domain it had to skip."""
-
-    def __init__(self, stream: DomainStreams) -> None:
-        self.stream, self.read, self.skipped = stream, 0, Counter[str]()
-        # A single bad image among the first few must not look like half of them.
-        self.least = min(_LEAST_READ, len(stream.labelled) + len(stream.unlabelled))
-
-    def count(self, batch: Batch) -> None:
-        self.read += len(batch.keys) + len(batch.skipped)
-        self.skipped.update(bad.reason for bad in batch.skipped)
-        total = self.skipped.total()
-        if batch.skipped and self.stream.max_bad is not None and total > self.stream.max_bad * max(self.read, self.least):
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.skipped.items()))
-            raise ValueError(
-                f"{self.stream.domain.name}: {total} of {self.read} images cannot be used ({reasons}), more than data.max_bad_fraction {self.stream.max_bad}"
-                f" allows. The last: {batch.skipped[-1].message}"
-            )
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed import DistError
 
+from multidomain_cct.data.bad_images import TooManyBadImages
+
 GO_ON = "The run goes on from its last checkpoint with resume=auto."
 
 
@@ -48,7 +50,8 @@ def one_line_errors(rank: int, world: int) -> Iterator[None]:
     where = f"rank {rank}: " if world > 1 else ""
     try:
         yield
-    except RunFailed:
+    except (RunFailed, TooManyBadImages):
+        # All processes find too many bad images at once, in the same words.
         raise
     except ValueError as error:
         # One process's data may be at fault; the others end without a word of their own.
