@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from multidomain_cct.data.augment import Augment, View, decode, mask_tensor, training_view, whole_view
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.download import SourceError
 from multidomain_cct.data.order import batch_positions, seed_from
 from multidomain_cct.data.shards import BadSample, Shards
 from multidomain_cct.data.streams import DomainStreams
@@ -78,6 +79,7 @@ class _Refused:
     """A sample's error, carried from a loader process to the training process as a value so that it stays one line."""
 
     message: str
+    kind: type[ValueError] | type[SourceError]
 
 
 class TrainingSet(Dataset[Any]):
@@ -115,7 +117,7 @@ class TrainingSet(Dataset[Any]):
         try:
             return {stream.domain.name: self._batch(stream, turns, part * self.world + self.rank) for stream in present}
         except (ValueError, OSError) as error:
-            return _Refused(str(error))
+            return _Refused(str(error), SourceError if isinstance(error, SourceError) else ValueError)
 
     def _batch(self, streams: DomainStreams, turn: int, part: int) -> Batch:
         parts = self.world * self.accumulation
@@ -166,12 +168,12 @@ class TrainingSet(Dataset[Any]):
 def steps(data: TrainingSet, start: int, stop: int, *, workers: int, prefetch: int = 2, pin_memory: bool = False) -> Iterator[dict[str, Batch]]:
     """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of them.
 
-    Raises ValueError with one line when a sample cannot be used and none stands in for it.
+    Raises ValueError with one line when a sample cannot be used and none stands in for it, and SourceError when its shard cannot be fetched.
     """
     numbers = range(start * data.accumulation, stop * data.accumulation)
     for item in _loader(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory):
         if isinstance(item, _Refused):
-            raise ValueError(item.message)
+            raise item.kind(item.message)
         yield item
 
 
@@ -198,14 +200,14 @@ class _ScoredSet(Dataset[Any]):
                 raise ValueError(f"{record.shard}: key {record.key!r} has no mask. Only labelled splits can be scored.")
             return ScoredImage(record.key, whole_view(image), mask_tensor(mask))
         except (ValueError, OSError) as error:
-            return _Refused(str(error))
+            return _Refused(str(error), ValueError)
 
 
 def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, workers: int) -> Iterator[ScoredImage]:
     """The samples with these numbers, whole, with their masks."""
     for item in _loader(_ScoredSet(shards, domain), numbers, workers=workers, prefetch=4, pin_memory=False):
         if isinstance(item, _Refused):
-            raise ValueError(item.message)
+            raise item.kind(item.message)
         yield item
 
 

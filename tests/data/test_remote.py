@@ -7,16 +7,13 @@ import io
 import multiprocessing
 import os
 import sys
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import fsspec
 import numpy as np
 import pytest
+from file_server import Server, serving
 from PIL import Image
 
 from multidomain_cct.__main__ import main
@@ -34,73 +31,6 @@ DOMAIN = Domain("yard", "folder", {"train": Split("*.jpg")}, (LabelClass("ground
 SAMPLES = 24
 
 
-class Server(ThreadingHTTPServer):
-    """Serves a folder; `faults` says for how many requests of a file which trouble it makes."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.faults: dict[str, list[str]] = {}
-        self.everywhere: list[str] = []
-        self.requests: Counter[str] = Counter()
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is no news."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        name = self.path.lstrip("/")
-        count = self.server.requests[name]
-        self.server.requests[name] += 1
-        faults = self.server.faults.get(name, self.server.everywhere)
-        fault = faults[count] if count < len(faults) else ""
-        path = self.server.folder / name
-        if fault in ("500", "503", "403"):
-            return self.send_error(int(fault))
-        if not path.is_file():
-            return self.send_error(404)
-        if fault == "drop":
-            self.close_connection = True
-            return self.connection.close()
-        if fault.startswith("redirect "):
-            self.send_response(302)
-            self.send_header("Location", fault.removeprefix("redirect "))
-            return self.end_headers()
-        content, start = path.read_bytes(), 0
-        if self.headers.get("Range") and fault != "no ranges":
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-            if start >= len(content):
-                return self.send_error(416)
-        body = content[start:]
-        if fault == "other bytes":
-            body = bytes(len(body))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if fault == "truncate":
-            self.wfile.write(body[: len(body) // 2])
-        elif fault == "stall":
-            self.wfile.write(body[: len(body) // 2])
-            self.wfile.flush()
-            time.sleep(1.5)
-        elif fault == "slow":
-            for place in range(0, len(body), max(1, len(body) // 8)):
-                self.wfile.write(body[place : place + max(1, len(body) // 8)])
-                self.wfile.flush()
-                time.sleep(0.05)
-        else:
-            self.wfile.write(body)
-
-    def log_message(self, *words: object) -> None:
-        """Nothing on the terminal."""
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """A server of six shards with their catalogue."""
@@ -113,12 +43,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
             if number % 4 == 3 and number + 1 < SAMPLES:
                 writer.publish()
     assert main(["index", "--catalogue", str(folder / "train-00000.tar")]) == 0
-    with Server(folder) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
+    with serving(folder) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def opened(server: Server, cache: Path, max_bytes: int = 2**30) -> Shards:
@@ -150,6 +76,30 @@ def test_a_file_that_never_comes_ends_in_one_line_after_a_bounded_number_of_atte
     with pytest.raises(SourceError, match=r"train-00002.tar: not fetched in 5 attempts \(the last: .+\)") as error:
         contents(shards)
     assert server.requests["train-00002.tar"] == 5 and "\n" not in str(error.value)
+
+
+# The server sends 1000 bytes a second.
+HURRIED = Patience(attempts=3, wait=0.01, stall=5.0, grace=0.3, least_rate=4000.0)
+
+
+def test_a_server_that_trickles_below_the_least_rate_is_given_up_and_asked_again_from_there(server: Server, tmp_path: Path) -> None:
+    """The whole file would be allowed some seconds at this rate; what has come, a fraction of one."""
+    name = "train-00002.tar"
+    server.faults[name] = ["trickle"] * 99
+    with pytest.raises(SourceError, match=rf"{name}: not fetched in 3 attempts \(the last: less than 4 KiB a second\)"):
+        download(f"{server.address}/{name}", tmp_path / "a", patience=HURRIED)
+    starts = server.starts[name]
+    assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2] < (tmp_path / "a").stat().st_size < (server.folder / name).stat().st_size / 4
+    server.faults[name] = []
+    download(f"{server.address}/{name}", tmp_path / "a", patience=HURRIED)
+    assert (tmp_path / "a").read_bytes() == (server.folder / name).read_bytes() and server.starts[name][3] > starts[2]
+
+
+def test_a_file_of_unknown_length_may_take_longer_than_the_grace_when_it_comes_fast_enough(server: Server, tmp_path: Path) -> None:
+    name = "train-00002.tar"
+    server.faults[name] = ["no length"]
+    download(f"{server.address}/{name}", tmp_path / "a", patience=Patience(attempts=1, grace=0.1, least_rate=1000.0))
+    assert (tmp_path / "a").read_bytes() == (server.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("fault", ["403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.1/a"])
@@ -237,5 +187,5 @@ def test_files_of_other_systems_come_through_fsspec_from_where_they_stopped() ->
 
 def test_s3_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(SourceError, match=r"s3 needs packages that are not installed.*pip install 'multidomain-cct\[remote\]'"):
+    with pytest.raises(ValueError, match=r"s3 needs packages that are not installed.*pip install 'multidomain-cct\[remote\]'"):
         download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)
