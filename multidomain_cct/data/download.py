@@ -11,7 +11,8 @@ import re
 import time
 import urllib.error
 import urllib.request
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from urllib.parse import urlsplit
 
 PROTOCOLS = ("http", "https", "s3")
 _CHUNK = 1 << 20
+_PART = 8 << 20
+"""Bytes that one request to s3 asks for: between two of them is judged whether the server is too slow."""
 _MAX_UNKNOWN = 1 << 30
 """Bytes that a file of unknown size may have."""
 
@@ -72,6 +75,8 @@ def download(address: str, target: Path, *, sha256: bytes | None = None, size: i
                 return
             trouble = "it is not the file that was indexed: its size or checksum differs"
             target.unlink()
+        except SourceError:
+            raise
         except urllib.error.HTTPError as error:
             trouble = f"HTTP {error.code} {error.reason}"
             error.close()
@@ -139,9 +144,40 @@ def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any)
         files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
     except ImportError as error:
         raise ValueError(f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install 'multidomain-cct[remote]'") from None
-    body = files.open(address, "rb")
-    body.seek(start)
-    return body, start, int(body.size)
+    try:
+        with _as_oserror():
+            body = files.open(address, "rb", block_size=_PART)
+            body.seek(start)
+    except (FileNotFoundError, PermissionError) as error:
+        trouble = "there is no such file" if isinstance(error, FileNotFoundError) else "it may not be read"
+        raise SourceError(f"{address}: {trouble} ({error}). Look at the address, and at what these credentials may read.") from None
+    return _Body(body), start, int(body.size)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A file of fsspec whose troubles are OSErrors, whichever library has them."""
+
+    file: Any
+
+    def read(self, size: int = -1) -> bytes:
+        with _as_oserror():
+            content: bytes = self.file.read(size)
+        return content
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        # botocore and aiohttp have families of their own: no connection, no credentials, a timeout.
+        raise OSError(str(error) or type(error).__name__) from None
 
 
 def _sha256(path: Path) -> bytes:

@@ -9,11 +9,14 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pytest
 from file_server import Server, serving
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from PIL import Image
 
 from multidomain_cct.__main__ import main
@@ -183,6 +186,67 @@ def test_files_of_other_systems_come_through_fsspec_from_where_they_stopped() ->
         file.write(b"0123456789")
     body, start, size = open_with_fsspec("memory://shards/a.tar", 4, protocol="memory")
     assert (body.read(), start, size) == (b"456789", 4, 10)
+
+
+class LibraryError(Exception):
+    """As botocore's errors: of no family that Python knows."""
+
+
+class BrokenFile(io.BytesIO):
+    size = 10
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise LibraryError("Response payload is not completed")
+
+
+class Bucket(MemoryFileSystem):
+    """Stands for s3fs, with what its server does in `answers`, one for each opening."""
+
+    protocol = "s3"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    answers: ClassVar[list[Exception | io.BytesIO]] = []
+
+    def __init__(self, config_kwargs: dict[str, float], **options: Any) -> None:
+        super().__init__(**options)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("s3://", "memory://")))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        answer = self.answers.pop(0) if self.answers and mode == "rb" else None
+        if isinstance(answer, Exception):
+            raise answer
+        return super()._open(path, mode, **options) if answer is None else answer
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> type[Bucket]:
+    monkeypatch.setitem(_registry, "s3", Bucket)
+    monkeypatch.setattr(Bucket, "answers", [])
+    with Bucket(config_kwargs={}).open("s3://bucket/a.tar", "wb") as file:
+        file.write(b"0123456789")
+    return Bucket
+
+
+def test_troubles_of_the_s3_library_are_tried_again_and_end_in_one_line(bucket: type[Bucket], tmp_path: Path) -> None:
+    bucket.answers = [LibraryError("Could not connect to the endpoint URL"), BrokenFile()]
+    download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)
+    assert (tmp_path / "a").read_bytes() == b"0123456789" and not bucket.answers
+    bucket.answers = [LibraryError("Unable to locate\ncredentials")] * 5
+    with pytest.raises(SourceError, match=r"^s3://bucket/a.tar: not fetched in 5 attempts \(the last: Unable to locate credentials\)"):
+        download("s3://bucket/a.tar", tmp_path / "b", patience=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"), [(FileNotFoundError("bucket/a.tar"), "there is no such file"), (PermissionError("Forbidden"), "it may not be read")]
+)
+def test_what_s3_will_not_give_is_asked_for_once(bucket: type[Bucket], tmp_path: Path, trouble: Exception, message: str) -> None:
+    bucket.answers = [LibraryError("busy"), trouble, LibraryError("asked again")]
+    with pytest.raises(SourceError, match=rf"^s3://bucket/a.tar: {message} \("):
+        download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)
+    assert len(bucket.answers) == 1
 
 
 def test_s3_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
