@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from multidomain_cct import __version__
 from multidomain_cct.commands import compare, domains, evaluate, index, pack, predict, report, smoothness, train, weaklabels
 from multidomain_cct.commands.terminal import FAILED, MISTAKE, complain, speaks
+from multidomain_cct.data.download import SourceError
 
 COMMANDS = (train, pack, index, evaluate, predict, report, compare, smoothness, weaklabels, domains)
 
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speaks(error):
             complain(str(error))
         return MISTAKE
+    except SourceError as error:
+        complain(str(error))
+        return FAILED
     except OSError as error:
         # A full disk, a folder that may not be written: not what was asked, but where.
         complain(f"{error.filename or 'input or output'}: {error.strerror or error}. Make room or choose another place, then give the same command again.")

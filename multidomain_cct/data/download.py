@@ -11,7 +11,8 @@ import re
 import time
 import urllib.error
 import urllib.request
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,14 @@ from urllib.parse import urlsplit
 
 PROTOCOLS = ("http", "https", "s3")
 _CHUNK = 1 << 20
+_PART = 8 << 20
+"""Bytes that one request to s3 asks for: between two of them is judged whether the server is too slow."""
 _MAX_UNKNOWN = 1 << 30
 """Bytes that a file of unknown size may have."""
 
 
-class SourceError(ValueError):
-    """A file that cannot be fetched. The message is one line: address, attempts, the last trouble."""
+class SourceError(OSError):
+    """A file that cannot be fetched: not the user's mistake. The message is one line: address, attempts, the last trouble."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class Patience:
     stall: float = 30.0
     """Seconds without a byte after which an attempt ends."""
     grace: float = 60.0
-    """Seconds that an attempt may take besides what `least_rate` allows."""
+    """Seconds that an attempt may take besides what `least_rate` allows for the bytes that have come."""
     least_rate: float = 32 * 1024
     """Bytes a second; slower than this an attempt ends, and the next goes on where it stopped."""
 
@@ -56,7 +59,7 @@ def require_address(address: str, allowed: list[str], where: str) -> None:
 def download(address: str, target: Path, *, sha256: bytes | None = None, size: int | None = None, patience: Patience | None = None) -> None:
     """Fetch a file whole, going on from what `target` already holds of it.
 
-    Raises SourceError when it cannot be had in a bounded number of attempts, or is not the file that was meant.
+    Raises SourceError when it cannot be had in a bounded number of attempts, or is not the file that was meant, and ValueError when a package is missing.
     """
     patience, trouble = patience or Patience(), ""
     for attempt in range(patience.attempts):
@@ -72,6 +75,8 @@ def download(address: str, target: Path, *, sha256: bytes | None = None, size: i
                 return
             trouble = "it is not the file that was indexed: its size or checksum differs"
             target.unlink()
+        except SourceError:
+            raise
         except urllib.error.HTTPError as error:
             trouble = f"HTTP {error.code} {error.reason}"
             error.close()
@@ -89,10 +94,10 @@ def _append(address: str, target: Path, size: int | None, patience: Patience) ->
     start = target.stat().st_size if target.is_file() else 0
     if size is not None and start >= size:
         return size
+    begun, received = time.monotonic(), 0
     opened = _open_s3 if address.startswith("s3://") else _open_http
     body, start, announced = opened(address, start, patience.stall)
     expected = size if size is not None else announced
-    deadline = time.monotonic() + patience.grace + (expected or 0) / patience.least_rate
     with closing(body), target.open("r+b" if start else "wb") as file:
         file.seek(start)
         file.truncate()
@@ -101,7 +106,9 @@ def _append(address: str, target: Path, size: int | None, patience: Patience) ->
         while left > 0 and (chunk := body.read1(min(_CHUNK, left)) if hasattr(body, "read1") else body.read(min(_CHUNK, left))):
             file.write(chunk)
             left -= len(chunk)
-            if time.monotonic() > deadline:
+            received += len(chunk)
+            # Judged on what has come: on the size of the whole file, a server that sends hardly anything would be waited for through hours.
+            if time.monotonic() - begun > patience.grace + received / patience.least_rate:
                 raise TimeoutError(f"less than {patience.least_rate / 1024:.0f} KiB a second")
     return expected
 
@@ -136,10 +143,41 @@ def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any)
         # A new instance: a cached one may have been made before a fork.
         files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
     except ImportError as error:
-        raise SourceError(f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install 'multidomain-cct[remote]'") from None
-    body = files.open(address, "rb")
-    body.seek(start)
-    return body, start, int(body.size)
+        raise ValueError(f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install 'multidomain-cct[remote]'") from None
+    try:
+        with _as_oserror():
+            body = files.open(address, "rb", block_size=_PART)
+            body.seek(start)
+    except (FileNotFoundError, PermissionError) as error:
+        trouble = "there is no such file" if isinstance(error, FileNotFoundError) else "it may not be read"
+        raise SourceError(f"{address}: {trouble} ({error}). Look at the address, and at what these credentials may read.") from None
+    return _Body(body), start, int(body.size)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A file of fsspec whose troubles are OSErrors, whichever library has them."""
+
+    file: Any
+
+    def read(self, size: int = -1) -> bytes:
+        with _as_oserror():
+            content: bytes = self.file.read(size)
+        return content
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        # botocore and aiohttp have families of their own: no connection, no credentials, a timeout.
+        raise OSError(str(error) or type(error).__name__) from None
 
 
 def _sha256(path: Path) -> bytes:

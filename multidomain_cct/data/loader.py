@@ -8,7 +8,8 @@ Shapes: B labelled images, U unlabelled images, H W crop size.
 from __future__ import annotations
 
 import signal
-from collections import Counter
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,14 +21,16 @@ from torch.utils.data import DataLoader, Dataset
 
 from multidomain_cct.data.augment import Augment, View, decode, mask_tensor, training_view, whole_view
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.download import SourceError
 from multidomain_cct.data.order import batch_positions, seed_from
 from multidomain_cct.data.shards import BadSample, Shards
 from multidomain_cct.data.streams import DomainStreams
 
 _SUBSTITUTES = 16
 """Samples that are tried in the place of one that cannot be used."""
-_LEAST_READ = 1000
-"""Images on which the share of bad ones is judged at least, or one epoch where that is shorter."""
+
+_QUIET_SECONDS = 0.05
+"""What is waited for threads of gloo to be done before loader processes are forked."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class _Refused:
     """A sample's error, carried from a loader process to the training process as a value so that it stays one line."""
 
     message: str
+    kind: type[ValueError] | type[SourceError]
 
 
 class TrainingSet(Dataset[Any]):
@@ -113,7 +117,7 @@ class TrainingSet(Dataset[Any]):
         try:
             return {stream.domain.name: self._batch(stream, turns, part * self.world + self.rank) for stream in present}
         except (ValueError, OSError) as error:
-            return _Refused(str(error))
+            return _Refused(str(error), SourceError if isinstance(error, SourceError) else ValueError)
 
     def _batch(self, streams: DomainStreams, turn: int, part: int) -> Batch:
         parts = self.world * self.accumulation
@@ -164,36 +168,13 @@ class TrainingSet(Dataset[Any]):
 def steps(data: TrainingSet, start: int, stop: int, *, workers: int, prefetch: int = 2, pin_memory: bool = False) -> Iterator[dict[str, Batch]]:
     """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of them.
 
-    Raises ValueError with one line when a sample cannot be used, or when more than the allowed share of a domain's images cannot.
+    Raises ValueError with one line when a sample cannot be used and none stands in for it, and SourceError when its shard cannot be fetched.
     """
     numbers = range(start * data.accumulation, stop * data.accumulation)
-    bad = {stream.domain.name: _BadShare(stream) for stream in data.streams}
     for item in _loader(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory):
         if isinstance(item, _Refused):
-            raise ValueError(item.message)
-        for name, batch in item.items():
-            bad[name].count(batch)
+            raise item.kind(item.message)
         yield item
-
-
-class _BadShare:
-    """How many of the images that a process has read of a domain it had to skip."""
-
-    def __init__(self, stream: DomainStreams) -> None:
-        self.stream, self.read, self.skipped = stream, 0, Counter[str]()
-        # A single bad image among the first few must not look like half of them.
-        self.least = min(_LEAST_READ, len(stream.labelled) + len(stream.unlabelled))
-
-    def count(self, batch: Batch) -> None:
-        self.read += len(batch.keys) + len(batch.skipped)
-        self.skipped.update(bad.reason for bad in batch.skipped)
-        total = self.skipped.total()
-        if batch.skipped and self.stream.max_bad is not None and total > self.stream.max_bad * max(self.read, self.least):
-            reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(self.skipped.items()))
-            raise ValueError(
-                f"{self.stream.domain.name}: {total} of {self.read} images cannot be used ({reasons}), more than data.max_bad_fraction {self.stream.max_bad}"
-                f" allows. The last: {batch.skipped[-1].message}"
-            )
 
 
 @dataclass(frozen=True)
@@ -219,18 +200,22 @@ class _ScoredSet(Dataset[Any]):
                 raise ValueError(f"{record.shard}: key {record.key!r} has no mask. Only labelled splits can be scored.")
             return ScoredImage(record.key, whole_view(image), mask_tensor(mask))
         except (ValueError, OSError) as error:
-            return _Refused(str(error))
+            return _Refused(str(error), ValueError)
 
 
 def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, workers: int) -> Iterator[ScoredImage]:
     """The samples with these numbers, whole, with their masks."""
     for item in _loader(_ScoredSet(shards, domain), numbers, workers=workers, prefetch=4, pin_memory=False):
         if isinstance(item, _Refused):
-            raise ValueError(item.message)
+            raise item.kind(item.message)
         yield item
 
 
 def _loader(data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetch: int, pin_memory: bool) -> DataLoader[Any]:
+    if workers and sys.version_info < (3, 12) and torch.distributed.is_available() and torch.distributed.is_initialized():
+        # After a reduction a thread of gloo lets go of its tensors, and for that makes itself known to Python. What is forked while it holds the lock for that
+        # finds it locked for ever, and the run waits for it (https://github.com/python/cpython/issues/112275; seen once in some 500 evaluations).
+        time.sleep(_QUIET_SECONDS)
     # A range is a sampler of item numbers; batch_size=None because an item is a whole batch already.
     return DataLoader(
         data,

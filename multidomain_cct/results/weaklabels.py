@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from multidomain_cct.data.augment import decode, whole_view
+from multidomain_cct.data.bad_images import BadImages, skipped_in
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.image_labels import TaggedImages, background_class, classified, open_tagged
 from multidomain_cct.data.loader import TrainingSet, steps
@@ -160,7 +161,9 @@ def train_classifier(
     optimiser = build_optimiser(optimisation, model.encoder.trunk, model)
     losses: list[float] = []
     batches = steps(data, 0, settings.steps, workers=recipe.data.workers, prefetch=recipe.data.prefetch, pin_memory=device.type == "cuda")
+    bad_images = BadImages(data)
     for step, batch in enumerate(batches if progress is None else progress(batches, settings.steps)):
+        bad_images.count(batch, skipped_in(batch))
         torch.manual_seed(seed_from(recipe.seed, step, "weaklabels"))
         set_learning_rate(optimiser, learning_rate(optimisation, step, settings.steps))
         here = {name: part.to(device) for name, part in batch.items()}

@@ -29,7 +29,7 @@ from multidomain_cct.training.durable import make_folder, sync, write_tensors, w
 from multidomain_cct.training.optimiser_state import optimiser_tensors, restore_optimiser
 from multidomain_cct.training.recipe import Recipe, read_recipe
 
-SCHEMA = 2
+SCHEMA = 3
 _MODEL, _OPTIMISER, _STATE, _MANIFEST = "model.safetensors", "optimiser.safetensors", "state.json", "MANIFEST.json"
 _REPLACED = ".before"
 """Ending of a checkpoint while another of the same step takes its place."""
@@ -39,6 +39,7 @@ _STATE_TYPES: dict[str, Any] = {
     "best_step": int,
     "best_miou": (int, float),
     "owes_evaluation": bool,
+    "images": dict,
     "recipe": str,
     "domains": dict,
     "schema": int,
@@ -61,6 +62,8 @@ class RunState:
     best_miou: float = -1.0
     owes_evaluation: bool = False
     """The run was asked to stop before this step's evaluation was done."""
+    images: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Images read and skipped, over all processes, of each domain where bad ones may be skipped."""
     recipe: str = ""
     """The recipe as YAML, so that a checkpoint tells what it is without its run's folder."""
     domains: dict[str, str] = field(default_factory=dict)
@@ -194,9 +197,12 @@ def _plain_state(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{path}: this is not the state of a run. {_ANOTHER}")
     if plain.get("schema") == 1 and isinstance(plain.get("optimiser"), dict):
         # It had no owed evaluations, and a place for plain numbers that no optimiser used.
-        plain |= {"schema": SCHEMA, "owes_evaluation": False, "optimiser": plain["optimiser"].get("entries")}
+        plain |= {"schema": 2, "owes_evaluation": False, "optimiser": plain["optimiser"].get("entries")}
+    if plain.get("schema") == 2:
+        # Each process counted bad images for itself, from its own start.
+        plain |= {"schema": SCHEMA, "images": {}}
     if plain.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: the checkpoint has the schema {plain.get('schema')!r}; this version reads 1 and {SCHEMA}. {_ANOTHER}")
+        raise ValueError(f"{path}: the checkpoint has the schema {plain.get('schema')!r}; this version reads 1 to {SCHEMA}. {_ANOTHER}")
     trouble = [f"{name} is missing" for name in _STATE_TYPES if name not in plain] + [f"{name} is unknown" for name in plain if name not in _STATE_TYPES]
     for name, kind in _STATE_TYPES.items():
         # To Python, True is a number.

@@ -13,6 +13,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch.distributed import DistError
 
+from multidomain_cct.data.bad_images import TooManyBadImages
+from multidomain_cct.data.download import SourceError
+
 GO_ON = "The run goes on from its last checkpoint with resume=auto."
 
 
@@ -24,35 +27,41 @@ class RunFailed(RuntimeError):
 def mistakes_in_common(accelerator: Accelerator) -> Iterator[None]:
     """Mistakes that one process finds become an error in all of them, so that none waits for the others.
 
-    An error that not all of them share names the rank.
+    An error that not all of them share names the rank. A file that cannot be fetched is RunFailed.
     """
     own: ValueError | OSError | None = None
     try:
         yield
     except (ValueError, OSError) as error:
         own = error
-    found: list[str | None] = gather_object([None if own is None else str(own)])
-    first = next((rank for rank, text in enumerate(found) if text is not None), None)
-    if own is not None and len(set(found)) == 1:
+    found: list[tuple[str, bool] | None] = gather_object([None if own is None else (str(own), isinstance(own, SourceError))])
+    first = next((rank for rank, trouble in enumerate(found) if trouble is not None), None)
+    if first is None or (trouble := found[first]) is None:
+        return
+    text, lost = trouble
+    shared = len(set(found)) == 1
+    if own is not None and shared and not lost:
         raise own
-    if first is not None:
-        raise ValueError(f"rank {first}: {found[first]}")
+    raise (RunFailed if lost else ValueError)(text if shared else f"rank {first}: {text}")
 
 
 @contextmanager
 def one_line_errors(rank: int, world: int) -> Iterator[None]:
-    """Errors of data, disk, loader processes and other ranks as ValueError or RunFailed with one line; what is a fault of this software passes as it is.
+    """Errors of data, disk, network, loaders and other ranks as ValueError or RunFailed with one line; what is a fault of this software passes as it is.
 
     With several processes the line begins with the rank, unless it tells of another rank's end.
     """
     where = f"rank {rank}: " if world > 1 else ""
     try:
         yield
-    except RunFailed:
+    except (RunFailed, TooManyBadImages):
+        # All processes find too many bad images at once, in the same words.
         raise
     except ValueError as error:
         # One process's data may be at fault; the others end without a word of their own.
         raise ValueError(f"{where}{error}") from None
+    except SourceError as error:
+        raise RunFailed(f"{where}{error}") from None
     except OSError as error:
         raise RunFailed(f"{where}{error.filename or 'input or output'}: {error.strerror or error}. Make room or choose another place. {GO_ON}") from None
     except RuntimeError as error:

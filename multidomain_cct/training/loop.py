@@ -9,10 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
-from multidomain_cct.data.loader import Batch, steps
+from multidomain_cct.data.bad_images import BadImages, skipped_in
+from multidomain_cct.data.loader import Batch, Skipped, steps
 from multidomain_cct.data.order import seed_from
 from multidomain_cct.training.assembly import compile_encoder
 from multidomain_cct.training.checkpoint import RunState, save_checkpoint
@@ -79,16 +81,17 @@ def _loop(run: Run, state: RunState, log: RunLog) -> None:
         _save_or_stop(run, state, save=not state.owes_evaluation)
     micro_batches = steps(run.data, state.step, settings.steps, workers=recipe.data.workers, prefetch=recipe.data.prefetch, pin_memory=device.type == "cuda")
     window, skipped, last_finite = Window(run.accelerator.num_processes), 0, state.step
+    bad_images = BadImages(run.data, state.images)
     run.model.train()
     for step in range(state.step, settings.steps):
         # Order, augmentation, learning rate and randomness hang on the step alone: this is all that a resume needs.
         torch.manual_seed(seed_from(recipe.seed, step, run.accelerator.process_index, "step"))
         lr = learning_rate(recipe.optimiser, step, settings.steps)
         set_learning_rate(run.optimiser, lr)
-        trouble = _optimise(run, micro_batches, step / settings.steps, window)
+        trouble = _optimise(run, micro_batches, step / settings.steps, window, bad_images)
         done, last = step + 1, step + 1 == settings.steps
-        while window.untold:
-            log.notice(f"step {done}: {window.untold.pop(0)}")
+        while bad_images.untold:
+            log.notice(f"step {done}: {bad_images.untold.pop(0)}")
         if trouble is None:
             skipped, last_finite = 0, done
         else:
@@ -100,9 +103,9 @@ def _loop(run: Run, state: RunState, log: RunLog) -> None:
         ends_window = last or done % settings.log_every == 0
         log.advance(done, window.text(device), plain=ends_window)
         if ends_window:
-            _record(run, log, done, window.metrics(device) | {"lr": lr})
+            _record(run, log, done, window.metrics(device) | bad_images.metrics | {"lr": lr})
             window = Window(run.accelerator.num_processes)
-        state = replace(state, step=done)
+        state = replace(state, step=done, images=bad_images.counts)
         if run.scored and (last or done % settings.evaluate_every == 0):
             state = _with_evaluation(run, state, log)
         _save_or_stop(run, state, save=last or state.best_step == done or done % settings.save_every == 0)
@@ -131,10 +134,10 @@ def _save_or_stop(run: Run, state: RunState, *, save: bool) -> None:
         raise RunStopped(f"stopped after step {state.step}, as SIGTERM asked, and saved. {GO_ON}")
 
 
-def _optimise(run: Run, micro_batches: Iterator[dict[str, Batch]], progress: float, window: Window) -> str | None:
+def _optimise(run: Run, micro_batches: Iterator[dict[str, Batch]], progress: float, window: Window, bad_images: BadImages) -> str | None:
     """One optimiser step. Returns what was not finite, and then nothing has changed.
 
-    Whether to skip is decided on losses that are summed over the processes, so all of them skip the same step.
+    Whether to skip is decided on losses that are summed over the processes, so all of them skip the same step; so is whether bad images are too many.
     """
     accelerator, model, accumulation = run.accelerator, run.model, run.recipe.training.accumulation
     trouble: str | None = None
@@ -145,13 +148,13 @@ def _optimise(run: Run, micro_batches: Iterator[dict[str, Batch]], progress: flo
         synchronised = micro == accumulation - 1
         with nullcontext() if synchronised else accelerator.no_sync(model):
             losses: dict[str, Tensor] = model(batches, progress=progress)
-            values = accelerator.reduce(torch.stack([loss.detach().float() for loss in losses.values()]), reduction="mean").tolist()
-            broken = [term for term, value in zip(losses, values, strict=True) if not math.isfinite(value)]
+            means, bad = _over_processes(accelerator, losses, batches)
+            bad_images.count(batches, bad)
+            broken = [term for term, value in means.items() if not math.isfinite(value)]
             if not broken:
-                window.add(dict(zip(losses, values, strict=True)), batches)
+                window.add(means, batches)
             elif trouble is None:
-                value = values[list(losses).index(broken[0])]
-                trouble = f"{broken[0]} is {value}; keys {', '.join(_broken_keys(broken[0], losses, batches))}"
+                trouble = f"{broken[0]} is {means[broken[0]]}; keys {', '.join(_broken_keys(broken[0], losses, batches))}"
             # Also when the step will be skipped: every forward pass of a wrapped model is answered by a backward pass.
             accelerator.backward(torch.stack(list(losses.values())).sum() / accumulation)
     if trouble is None:
@@ -169,6 +172,17 @@ def _optimise(run: Run, micro_batches: Iterator[dict[str, Batch]], progress: flo
         for buffer, before in zip(model.buffers(), statistics, strict=True):
             buffer.copy_(before)
     return trouble
+
+
+def _over_processes(accelerator: Accelerator, losses: Mapping[str, Tensor], batches: Mapping[str, Batch]) -> tuple[dict[str, float], list[tuple[str, Skipped]]]:
+    """The losses' means over the processes, and the images that were skipped in any of them, each with its domain.
+
+    Whether there are such images travels with the losses; only then, which is seldom, do the processes tell each other which.
+    """
+    own = skipped_in(batches)
+    numbers = [*(loss.detach().float() for loss in losses.values()), torch.full((), float(len(own)), device=accelerator.device)]
+    *means, anywhere = accelerator.reduce(torch.stack(numbers), reduction="mean").tolist()
+    return dict(zip(losses, means, strict=True)), gather_object(own) if anywhere else []
 
 
 def _broken_keys(term: str, losses: Mapping[str, Tensor], batches: Mapping[str, Batch]) -> list[str]:

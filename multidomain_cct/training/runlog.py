@@ -99,9 +99,6 @@ class Window:
         self.sums: dict[str, float] = defaultdict(float)
         self.counts: dict[str, int] = defaultdict(int)
         self.images = self.skipped = 0
-        self.bad: dict[str, int] = defaultdict(int)
-        """Images of this process that could not be used, by domain and reason."""
-        self.untold: list[str] = []
         self.waited = 0.0
         self.restart_clock()
 
@@ -115,10 +112,6 @@ class Window:
         before = time.perf_counter()
         batches = next(micro_batches)
         self.waited += time.perf_counter() - before
-        for name, batch in batches.items():
-            for bad in batch.skipped:
-                self.bad[f"data/{name}/skipped/{bad.reason}"] += 1
-                self.untold.append(f"{name}: skipped: {bad.message}")
         return batches
 
     def add(self, losses: Mapping[str, float], batches: Mapping[str, Batch]) -> None:
@@ -133,7 +126,7 @@ class Window:
         seconds = max(1e-9, time.perf_counter() - self.started)
         losses = {f"train/{term}": total / self.counts[term] for term, total in self.sums.items()}
         speed = {"sys/images_per_s": self.images / seconds, "sys/peak_mib": peak_mib(device), "sys/data_wait_fraction": self.waited / seconds}
-        return losses | speed | {"sys/skipped_steps": self.skipped} | self.bad
+        return losses | speed | {"sys/skipped_steps": self.skipped}
 
     def text(self, device: torch.device) -> str:
         """Speed, waiting for data, memory, and the losses by domain."""

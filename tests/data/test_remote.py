@@ -7,16 +7,16 @@ import io
 import multiprocessing
 import os
 import sys
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any, ClassVar
 
 import fsspec
 import numpy as np
 import pytest
+from file_server import Server, serving
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.registry import _registry
 from PIL import Image
 
 from multidomain_cct.__main__ import main
@@ -34,73 +34,6 @@ DOMAIN = Domain("yard", "folder", {"train": Split("*.jpg")}, (LabelClass("ground
 SAMPLES = 24
 
 
-class Server(ThreadingHTTPServer):
-    """Serves a folder; `faults` says for how many requests of a file which trouble it makes."""
-
-    daemon_threads = True
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.folder = folder
-        self.faults: dict[str, list[str]] = {}
-        self.everywhere: list[str] = []
-        self.requests: Counter[str] = Counter()
-        self.address = f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """A client that hangs up is no news."""
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        name = self.path.lstrip("/")
-        count = self.server.requests[name]
-        self.server.requests[name] += 1
-        faults = self.server.faults.get(name, self.server.everywhere)
-        fault = faults[count] if count < len(faults) else ""
-        path = self.server.folder / name
-        if fault in ("500", "503", "403"):
-            return self.send_error(int(fault))
-        if not path.is_file():
-            return self.send_error(404)
-        if fault == "drop":
-            self.close_connection = True
-            return self.connection.close()
-        if fault.startswith("redirect "):
-            self.send_response(302)
-            self.send_header("Location", fault.removeprefix("redirect "))
-            return self.end_headers()
-        content, start = path.read_bytes(), 0
-        if self.headers.get("Range") and fault != "no ranges":
-            start = int(self.headers["Range"].removeprefix("bytes=").rstrip("-"))
-            if start >= len(content):
-                return self.send_error(416)
-        body = content[start:]
-        if fault == "other bytes":
-            body = bytes(len(body))
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if fault == "truncate":
-            self.wfile.write(body[: len(body) // 2])
-        elif fault == "stall":
-            self.wfile.write(body[: len(body) // 2])
-            self.wfile.flush()
-            time.sleep(1.5)
-        elif fault == "slow":
-            for place in range(0, len(body), max(1, len(body) // 8)):
-                self.wfile.write(body[place : place + max(1, len(body) // 8)])
-                self.wfile.flush()
-                time.sleep(0.05)
-        else:
-            self.wfile.write(body)
-
-    def log_message(self, *words: object) -> None:
-        """Nothing on the terminal."""
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     """A server of six shards with their catalogue."""
@@ -113,12 +46,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
             if number % 4 == 3 and number + 1 < SAMPLES:
                 writer.publish()
     assert main(["index", "--catalogue", str(folder / "train-00000.tar")]) == 0
-    with Server(folder) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
+    with serving(folder) as running:
         yield running
-        running.shutdown()
-        thread.join()
 
 
 def opened(server: Server, cache: Path, max_bytes: int = 2**30) -> Shards:
@@ -150,6 +79,30 @@ def test_a_file_that_never_comes_ends_in_one_line_after_a_bounded_number_of_atte
     with pytest.raises(SourceError, match=r"train-00002.tar: not fetched in 5 attempts \(the last: .+\)") as error:
         contents(shards)
     assert server.requests["train-00002.tar"] == 5 and "\n" not in str(error.value)
+
+
+# The server sends 1000 bytes a second.
+HURRIED = Patience(attempts=3, wait=0.01, stall=5.0, grace=0.3, least_rate=4000.0)
+
+
+def test_a_server_that_trickles_below_the_least_rate_is_given_up_and_asked_again_from_there(server: Server, tmp_path: Path) -> None:
+    """The whole file would be allowed some seconds at this rate; what has come, a fraction of one."""
+    name = "train-00002.tar"
+    server.faults[name] = ["trickle"] * 99
+    with pytest.raises(SourceError, match=rf"{name}: not fetched in 3 attempts \(the last: less than 4 KiB a second\)"):
+        download(f"{server.address}/{name}", tmp_path / "a", patience=HURRIED)
+    starts = server.starts[name]
+    assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2] < (tmp_path / "a").stat().st_size < (server.folder / name).stat().st_size / 4
+    server.faults[name] = []
+    download(f"{server.address}/{name}", tmp_path / "a", patience=HURRIED)
+    assert (tmp_path / "a").read_bytes() == (server.folder / name).read_bytes() and server.starts[name][3] > starts[2]
+
+
+def test_a_file_of_unknown_length_may_take_longer_than_the_grace_when_it_comes_fast_enough(server: Server, tmp_path: Path) -> None:
+    name = "train-00002.tar"
+    server.faults[name] = ["no length"]
+    download(f"{server.address}/{name}", tmp_path / "a", patience=Patience(attempts=1, grace=0.1, least_rate=1000.0))
+    assert (tmp_path / "a").read_bytes() == (server.folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("fault", ["403", "redirect file:///etc/passwd", "redirect ftp://127.0.0.1/a"])
@@ -235,7 +188,68 @@ def test_files_of_other_systems_come_through_fsspec_from_where_they_stopped() ->
     assert (body.read(), start, size) == (b"456789", 4, 10)
 
 
+class LibraryError(Exception):
+    """As botocore's errors: of no family that Python knows."""
+
+
+class BrokenFile(io.BytesIO):
+    size = 10
+
+    def read(self, size: int | None = -1) -> bytes:
+        raise LibraryError("Response payload is not completed")
+
+
+class Bucket(MemoryFileSystem):
+    """Stands for s3fs, with what its server does in `answers`, one for each opening."""
+
+    protocol = "s3"
+    store: ClassVar[dict[str, Any]] = {}
+    pseudo_dirs: ClassVar[list[str]] = [""]
+    answers: ClassVar[list[Exception | io.BytesIO]] = []
+
+    def __init__(self, config_kwargs: dict[str, float], **options: Any) -> None:
+        super().__init__(**options)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("s3://", "memory://")))
+
+    def _open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+        answer = self.answers.pop(0) if self.answers and mode == "rb" else None
+        if isinstance(answer, Exception):
+            raise answer
+        return super()._open(path, mode, **options) if answer is None else answer
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> type[Bucket]:
+    monkeypatch.setitem(_registry, "s3", Bucket)
+    monkeypatch.setattr(Bucket, "answers", [])
+    with Bucket(config_kwargs={}).open("s3://bucket/a.tar", "wb") as file:
+        file.write(b"0123456789")
+    return Bucket
+
+
+def test_troubles_of_the_s3_library_are_tried_again_and_end_in_one_line(bucket: type[Bucket], tmp_path: Path) -> None:
+    bucket.answers = [LibraryError("Could not connect to the endpoint URL"), BrokenFile()]
+    download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)
+    assert (tmp_path / "a").read_bytes() == b"0123456789" and not bucket.answers
+    bucket.answers = [LibraryError("Unable to locate\ncredentials")] * 5
+    with pytest.raises(SourceError, match=r"^s3://bucket/a.tar: not fetched in 5 attempts \(the last: Unable to locate credentials\)"):
+        download("s3://bucket/a.tar", tmp_path / "b", patience=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "message"), [(FileNotFoundError("bucket/a.tar"), "there is no such file"), (PermissionError("Forbidden"), "it may not be read")]
+)
+def test_what_s3_will_not_give_is_asked_for_once(bucket: type[Bucket], tmp_path: Path, trouble: Exception, message: str) -> None:
+    bucket.answers = [LibraryError("busy"), trouble, LibraryError("asked again")]
+    with pytest.raises(SourceError, match=rf"^s3://bucket/a.tar: {message} \("):
+        download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)
+    assert len(bucket.answers) == 1
+
+
 def test_s3_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(SourceError, match=r"s3 needs packages that are not installed.*pip install 'multidomain-cct\[remote\]'"):
+    with pytest.raises(ValueError, match=r"s3 needs packages that are not installed.*pip install 'multidomain-cct\[remote\]'"):
         download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)

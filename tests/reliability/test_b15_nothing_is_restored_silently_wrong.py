@@ -93,7 +93,9 @@ def test_an_optimiser_entry_that_its_list_hides_is_named(saved: Checkpoint, tmp_
         assert f"{name} is missing" in refusal(checkpoint, saved)
 
 
-@pytest.mark.parametrize("item", ["step", "fingerprints", "best_step", "best_miou", "owes_evaluation", "recipe", "domains", "schema", "optimiser", "scaler"])
+@pytest.mark.parametrize(
+    "item", ["step", "fingerprints", "best_step", "best_miou", "owes_evaluation", "images", "recipe", "domains", "schema", "optimiser", "scaler"]
+)
 def test_each_item_of_the_state_that_is_missing_or_of_another_kind_is_named(saved: Checkpoint, tmp_path: Path, item: str) -> None:
     checkpoint = shutil.copytree(saved[0], tmp_path / saved[0].name)
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
@@ -107,8 +109,8 @@ def test_each_item_of_the_state_that_is_missing_or_of_another_kind_is_named(save
     [
         ("[]", "this is not the state of a run"),
         ("{", "this is not the state of a run"),
-        ('{"schema": 0}', "has the schema 0; this version reads 1 and 2"),
-        ('{"schema": 3}', "has the schema 3; this version reads 1 and 2"),
+        ('{"schema": 0}', "has the schema 0; this version reads 1 to 3"),
+        ('{"schema": 4}', "has the schema 4; this version reads 1 to 3"),
         ('{"extra": 1, ', "extra is unknown"),
         ('{"scaler": {"scale": 1.0}, ', "the gradient scaler's state is {'scale': 1.0}"),
     ],
@@ -123,14 +125,17 @@ def test_another_state_is_refused_with_one_line(saved: Checkpoint, tmp_path: Pat
     assert message in line
 
 
-def test_the_older_schema_is_read_as_what_it_means(saved: Checkpoint, tmp_path: Path) -> None:
+def test_the_older_schemas_are_read_as_what_they_mean(saved: Checkpoint, tmp_path: Path) -> None:
     checkpoint = shutil.copytree(saved[0], tmp_path / saved[0].name)
     plain = json.loads((checkpoint / "state.json").read_text())
-    del plain["owes_evaluation"]
-    older = plain | {"schema": 1, "optimiser": {"numbers": {}, "entries": plain["optimiser"]}}
-    (checkpoint / "state.json").write_text(json.dumps(older))
-    rewrite_manifest(checkpoint)
-    assert load_checkpoint(checkpoint, saved[1], saved[2]) == read_state(saved[0])
+    del plain["images"]
+    second = plain | {"schema": 2}
+    older = {name: value for name, value in plain.items() if name != "owes_evaluation"}
+    older |= {"schema": 1, "optimiser": {"numbers": {}, "entries": plain["optimiser"]}}
+    for state in (second, older):
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        rewrite_manifest(checkpoint)
+        assert load_checkpoint(checkpoint, saved[1], saved[2]) == read_state(saved[0])
     (checkpoint / "state.json").write_text(json.dumps(older | {"optimiser": {"numbers": {}}}))
     assert "optimiser is None" in refusal(checkpoint, saved)
 

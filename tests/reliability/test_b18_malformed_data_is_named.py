@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import io
+import json
+import shutil
+import signal
 import tarfile
 import zlib
 from collections import Counter
@@ -14,11 +17,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from processes import Plan, Started, seen, start_ranks
+from run_files import logged, state_of, tensors_of
 from tars import write_tar
 
 from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.bad_images import BadImages, skipped_in
 from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.loader import Batch, TrainingSet, steps
+from multidomain_cct.data.shard_index import IMAGE as IMAGE_COLUMN
+from multidomain_cct.data.shard_index import ShardIndex, index_path
 from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
 from multidomain_cct.data.tar_index import index_shard
 
@@ -122,7 +130,12 @@ FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
 def one_epoch(root: Path, *, epochs: int = 1, **changes: object) -> list[Batch]:
     data = replace(DataSettings(shards=str(root), labelled_batch=3, crop=[16, 16]), **changes)  # type: ignore[arg-type]
     streams = open_streams(DOMAIN, DomainSettings(), data, use_unlabelled=False)
-    return [batch["yard"] for batch in steps(TrainingSet([streams], seed=3, augment=Augment()), 0, epochs * SAMPLES // 3, workers=0)]
+    training_set, batches = TrainingSet([streams], seed=3, augment=Augment()), []
+    bad_images = BadImages(training_set)
+    for batch in steps(training_set, 0, epochs * SAMPLES // 3, workers=0):
+        bad_images.count(batch, skipped_in(batch))
+        batches.append(batch["yard"])
+    return batches
 
 
 def keys(batches: list[Batch]) -> list[str]:
@@ -191,3 +204,91 @@ def test_b18_a_malformed_shard_is_refused_before_a_run_sees_it_whatever_becomes_
     with pytest.raises(FileNotFoundError, match="has no index. Build it"):
         one_epoch(tmp_path, on_bad=on_bad)
     record_property("B18", f"{len(SHARD_FAULTS) + len(FILE_FAULTS)} kinds of malformed shards refused in both modes")
+
+
+Words = Callable[..., list[str]]
+REASON = "image: bytes differ from the index"
+BAD_KEYS = ("train_001", "train_006")
+
+
+@pytest.fixture
+def two_bad(two_domains: Path, tmp_path: Path) -> Path:
+    """A copy of the two domains in which bytes of two of the ten images of fields have changed."""
+    root = shutil.copytree(two_domains, tmp_path / "damaged")
+    shard = root / "fields" / "train-00000.tar"
+    content, index = bytearray(shard.read_bytes()), ShardIndex.load(index_path(shard))
+    for key in BAD_KEYS:
+        content[index.offset[index.keys.index(key), IMAGE_COLUMN] + 30] ^= 1
+    shard.write_bytes(content)
+    return root
+
+
+@pytest.fixture
+def two_ranks(command: Words, two_bad: Path, tmp_path: Path) -> Callable[..., list[Started]]:
+    """A function (run's name, max_bad_fraction, a plan for each rank) that trains on the two bad images with two processes: five epochs of the ten images."""
+
+    def begin(name: str, max_bad_fraction: float, plans: list[Plan], *more: str) -> list[Started]:
+        domains = {"fields": {"labelled": "all", "labelled_batch": 2}, "shapes": {"labelled": "4"}}
+        data = [f"data.shards={two_bad}", "data.workers=1", "data.on_bad=skip", f"data.max_bad_fraction={max_bad_fraction}"]
+        training = {"steps": 25, "log_every": 1, "evaluate_every": 100, "save_every": 5, "keep": 99}
+        return start_ranks(command(name, *data, *more, training=training, domains=domains, method="supervised"), tmp_path / f"{name}.txt", plans)
+
+    return begin
+
+
+def processes_of(run: Path) -> int:
+    """World size that the run has written down."""
+    count: int = json.loads((run / "env.json").read_text())["processes"]
+    return count
+
+
+def test_b18_bad_images_are_counted_and_told_over_all_processes(
+    two_ranks: Callable[..., list[Started]], tmp_path: Path, figure: Callable[[str, str], None]
+) -> None:
+    files = [tmp_path / "seen0", tmp_path / "seen1"]
+    ranks = two_ranks("run", 0.2, [Plan(seen=file) for file in files])
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
+    run = tmp_path / "runs" / "run"
+    assert processes_of(run) == 2
+    # A bad image comes once in each epoch; the image that stands in for it comes twice.
+    keys = [[key for batches in seen(file).values() for key in batches[0]["fields"][0]] for file in files]
+    assert not set(BAD_KEYS) & {*keys[0], *keys[1]}
+    substitutes = [Counter(part)["train_002"] + Counter(part)["train_007"] for part in keys]
+    assert sum(substitutes) == 20 and all(substitutes)
+    told = [line for line in ranks[0].text.splitlines() if "fields: skipped: " in line]
+    assert [sum(repr(key) in line for line in told) for key in BAD_KEYS] == [5, 5] and "skipped: " not in ranks[1].text
+    assert [line[f"data/fields/skipped/{REASON}"] for line in logged(run) if "lr" in line and line["step"] % 5 == 0] == [2, 4, 6, 8, 10]
+    assert state_of(run, 25)["images"] == {"fields": {"read": 60, "skipped": {REASON: 10}}, "shapes": {"read": 50, "skipped": {}}}
+    figure("B18", "2 ranks: skipped images counted and told over both")
+
+
+def test_b18_all_processes_end_at_the_same_step_when_their_bad_images_together_are_too_many(
+    two_ranks: Callable[..., list[Started]], tmp_path: Path, figure: Callable[[str, str], None]
+) -> None:
+    """Two bad ones of ten, when one is allowed."""
+    files = [tmp_path / "seen0", tmp_path / "seen1"]
+    ranks = two_ranks("run", 0.15, [Plan(seen=file) for file in files])
+    assert [rank.wait() for rank in ranks] == [2, 2], ranks[0].text + ranks[1].text
+    assert processes_of(tmp_path / "runs" / "run") == 2
+    (line,) = ranks[0].errors
+    assert line.startswith("error: fields: 2 of ") and f"images cannot be used (2 x {REASON}), more than data.max_bad_fraction 0.15 allows" in line
+    assert not ranks[1].errors and "Traceback" not in ranks[0].text + ranks[1].text
+    steps_taken = [len(seen(file)) for file in files]
+    assert steps_taken[0] == steps_taken[1] <= 5
+    figure("B18", "2 ranks end at the same step with one line when their bad images together are too many")
+
+
+def test_b18_counts_of_bad_images_go_on_with_a_run_that_was_killed(
+    two_ranks: Callable[..., list[Started]], tmp_path: Path, figure: Callable[[str, str], None]
+) -> None:
+    straight = two_ranks("straight", 0.2, [Plan(), Plan()])
+    assert [rank.wait() for rank in straight] == [0, 0], straight[0].text
+    killed = two_ranks("run", 0.2, [Plan(send=(13, signal.SIGKILL)), Plan(send=(13, signal.SIGKILL))])
+    assert [rank.wait() for rank in killed] == [-signal.SIGKILL] * 2, killed[0].text
+    resumed = two_ranks("run", 0.2, [Plan(), Plan()], "resume=auto")
+    assert [rank.wait() for rank in resumed] == [0, 0], resumed[0].text
+    assert "going on from step 10" in resumed[0].text
+    runs = [tmp_path / "runs" / name for name in ("straight", "run")]
+    assert state_of(runs[0], 25)["images"] == state_of(runs[1], 25)["images"] and logged(runs[0]) == logged(runs[1])
+    assert tensors_of(runs[0]) == tensors_of(runs[1])
+    figure("B18", "counts go on with a killed run")

@@ -1,5 +1,6 @@
 """A process, and a node, that is killed: torchrun starts the others again, and the run goes on from its last checkpoint by itself."""
 
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from nodes import LOOPBACK, Node, two_nodes
 from processes import WATCHDOG_SECONDS, Plan, start_ranks
 from run_files import logged, steps_of, tensors_of
 
@@ -20,11 +22,11 @@ SETTINGS = {"training": {"steps": 14, "log_every": 1, "save_every": 2, "evaluate
 class Launched:
     """torchrun with what it has printed."""
 
-    def __init__(self, options: list[str], words: list[str], out: Path) -> None:
+    def __init__(self, options: list[str], words: list[str], out: Path, node: Node) -> None:
         self.out = out
-        launcher = [sys.executable, "-m", "torch.distributed.run", *options, "-m", "multidomain_cct", *words]
+        launcher = [*node.words, sys.executable, "-m", "torch.distributed.run", *options, "-m", "multidomain_cct", *words]
         # Without it, torch 2.14 gives a second attempt the addresses of the first.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": node.interface}
         with out.open("w") as file:
             self.process = subprocess.Popen(launcher, stdout=file, stderr=file, start_new_session=True, env=environment)
 
@@ -53,8 +55,8 @@ class Launched:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     launched: list[Launched] = []
 
-    def one(options: list[str], words: list[str]) -> Launched:
-        launched.append(Launched(options, words, tmp_path / f"launched{len(launched)}.txt"))
+    def one(options: list[str], words: list[str], node: Node = LOOPBACK) -> Launched:
+        launched.append(Launched(options, words, tmp_path / f"launched{len(launched)}.txt", node))
         return launched[-1]
 
     yield one
@@ -93,20 +95,26 @@ def test_a_killed_rank_is_started_again_with_its_peer(
 def test_a_killed_node_comes_back_and_the_run_goes_on(
     command: Words, tmp_path: Path, launch: Callable[..., Launched], figure: Callable[[str, str], None]
 ) -> None:
-    """Two launchers on this machine's loopback stand for two nodes."""
+    """A node is killed as a whole: its launcher and its rank."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    options = ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "cct", "--local-addr", "127.0.0.1"]
-    options += ["--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-conf"]
     run, words = tmp_path / "runs" / "run", [*command("run", **SETTINGS), "resume=auto"]
-    first = launch([*options, "is_host=1"], words)
-    second = launch([*options, "is_host=0"], words)
-    wait_for_step(run, 4, first)
-    second.end()
-    again = launch([*options, "is_host=0"], words)
-    assert first.process.wait(2 * WATCHDOG_SECONDS) == 0, first.out.read_text()[-3000:]
-    assert again.process.wait(WATCHDOG_SECONDS) == 0, again.out.read_text()[-3000:]
+    with two_nodes() as (one, other, what):
+        meeting = ["--rdzv-backend", "c10d", "--rdzv-id", "cct", "--rdzv-endpoint", f"{one.address}:{port}"]
+        options = ["--nnodes", "2", "--nproc_per_node", "1", "--max-restarts", "3", *meeting]
+        first = launch([*options, "--local-addr", one.address, "--rdzv-conf", "is_host=1"], words, one)
+        member = [*options, "--local-addr", other.address, "--rdzv-conf", "is_host=0"]
+        second = launch(member, words, other)
+        wait_for_step(run, 4, first)
+        assert json.loads((run / "env.json").read_text())["processes"] == 2
+        networks = {os.readlink(f"/proc/{pid}/ns/net") for each in (first, second) for pid in each.ranks().values()}
+        assert len(networks) == len({one.words, other.words})
+        second.end()
+        again = launch(member, words, other)
+        assert first.process.wait(2 * WATCHDOG_SECONDS) == 0, first.out.read_text()[-3000:]
+        assert again.process.wait(WATCHDOG_SECONDS) == 0, again.out.read_text()[-3000:]
     assert "going on from step" in first.out.read_text() + again.out.read_text()
-    assert steps_of(run)[-1] == 14
-    figure("elastic", "node killed and started again: went on by itself")
+    straight = finished(command, tmp_path)
+    assert tensors_of(run) == tensors_of(straight) and logged(run) == logged(straight)
+    figure("elastic", f"node killed and started again, {what}: went on by itself, same bytes as without")

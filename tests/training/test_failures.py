@@ -5,6 +5,8 @@ import time
 import pytest
 from accelerate import Accelerator
 
+from multidomain_cct.data.bad_images import TooManyBadImages
+from multidomain_cct.data.download import SourceError
 from multidomain_cct.training.failures import RunFailed, mistakes_in_common, no_process_left, one_line_errors
 
 
@@ -24,6 +26,8 @@ from multidomain_cct.training.failures import RunFailed, mistakes_in_common, no_
         (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4"), 1, RuntimeError, "pair.cc"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 2, RuntimeError, "^mat1 and mat2"),
         (RunFailed("step 3: a is nan"), 2, RunFailed, "^step 3: a is nan$"),
+        (SourceError("https://host/a: HTTP 403"), 2, RunFailed, "^rank 1: https://host/a: HTTP 403$"),
+        (TooManyBadImages("a: 3 of 9 images"), 2, TooManyBadImages, "^a: 3 of 9 images"),
     ],
 )
 def test_errors_become_one_line_and_faults_of_the_software_stay_what_they_are(error: Exception, world: int, kind: type[Exception], message: str) -> None:
@@ -45,3 +49,8 @@ def test_processes_that_an_error_leaves_are_ended_and_those_from_before_stay() -
     assert not left.is_alive() and older.is_alive()
     older.kill()
     older.join()
+
+
+def test_a_file_that_cannot_be_fetched_before_the_run_begins_is_a_failed_run() -> None:
+    with pytest.raises(RunFailed, match="^https://host/a: HTTP 403$"), mistakes_in_common(Accelerator(cpu=True)):
+        raise SourceError("https://host/a: HTTP 403")

@@ -375,4 +375,4 @@ def test_images_that_were_skipped_are_told_and_counted(tiny_recipe: TinyRecipe, 
     run = start(tiny_recipe(training__steps=6, training__log_every=1, data__shards=str(root), **{f"data__{key}": value for key, value in bad.items()}), root)
     counts = logged(run, "data/fields/skipped/image: bytes differ from the index")
     told = [line for line in capsys.readouterr().out.splitlines() if "fields: skipped: " in line and "unlabelled-00000.tar" in line]
-    assert sum(counts) == 1 and len(told) == 1
+    assert counts[-1] == 1 and len(told) == 1
