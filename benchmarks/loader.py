@@ -1,13 +1,14 @@
 """How fast training views are made, beside bare decoding by the same library and beside a plain Dataset, and how long training waits for them.
 
-python benchmarks/loader.py [--images 8] [--size 2048x1024] [--crop 512] [--repeats 5] [--steps 40] [--json]
+python benchmarks/loader.py [--images 8] [--views 32] [--size 2048x1024] [--crop 512] [--repeats 5] [--steps 40] [--json]
 
 Draws photographs of 2048x1024 with masks (PNG; as JPEG of quality 95 about 0.8 MB), packs them twice, at 1024x512 as domains/cityscapes.yaml stores them and at
 their original size, and makes the same views of both: a crop of what 1024x512 is at a random scale of 0.5 to 2.
 
-- bare: Pillow decodes the JPEGs that the shards hold, and resizes a region as large as the view's to the crop. No masks, checks, flips, tensors, batches.
-- loader: everything to the finished batch, in one worker process, half of the images with masks; and in this process, of images without and with masks.
-- plain: a usual torch Dataset over the folder of PNGs, in this process: open, convert, resize all of it, crop, flip, to tensors; every image with its mask.
+- loader: everything to the finished batch, in one worker process that has started: of images without masks, of which half have masks, and with masks.
+- bare: Pillow decodes the JPEGs of those very views, and resizes regions as large as the views' to the crop. No masks, checks, flips, tensors, batches.
+- plain: a usual torch Dataset over the folder of PNGs, in one worker process too: open, convert, resize all of it, crop, flip, to tensors; every image with its
+  mask.
 
 They take turns; medians are compared. Waiting is read from the metrics of a short training on drawn images of 320x240 with one worker, two domains as in
 recipes/real_small.yaml.
@@ -47,7 +48,7 @@ from multidomain_cct.data.loader import TrainingSet, steps
 from multidomain_cct.data.order import seed_from
 from multidomain_cct.data.pack import pack
 from multidomain_cct.data.shards import Shards
-from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.streams import DataSettings, DomainSettings, DomainStreams, open_streams
 from multidomain_cct.training.runlog import read_metrics
 
 SCALE = (0.5, 2.0)
@@ -60,6 +61,10 @@ DOMAIN = Domain(
     classes=tuple(LabelClass(f"class {n}", tuple(int(v) for v in color), ids=(n,)) for n, color in enumerate(COLORS)),
 )
 BATCH = 4
+STARTED = 3
+"""Batches after which a worker process is taken to have started."""
+BUDGETS = {"without_masks": ("none", "all"), "half_with_masks": ("1/2", "rest"), "with_masks": ("all", "none")}
+"""By name of the figure, which images are labelled and which are not."""
 LOOK: dict[str, Any] = {"colors": COLORS, "regions": (16, 32), "grain": 6, "ending": "png", "compress_level": 1}
 
 
@@ -86,9 +91,13 @@ class PlainDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         return F.pil_to_tensor(image), F.pil_to_tensor(mask)[0]
 
 
-def plain_rate(raw: Path, size: tuple[int, int], crop: int) -> float:
-    data = torch.utils.data.DataLoader(PlainDataset(raw, size, crop), batch_size=BATCH)
-    return rate(iter(data), len(data), len(data.dataset) / len(data))
+def plain_rate(raw: Path, size: tuple[int, int], crop: int, views: int) -> float:
+    data, count = PlainDataset(raw, size, crop), max(2, views // BATCH)
+    numbers = [[(batch * BATCH + n) % len(data) for n in range(BATCH)] for batch in range(STARTED + count)]
+    batches = iter(torch.utils.data.DataLoader(data, batch_sampler=numbers, num_workers=1))
+    for _ in range(STARTED):
+        next(batches)
+    return rate(batches, count, BATCH)
 
 
 def rate(batches: Iterator[Any], count: int, images: float) -> float:
@@ -99,45 +108,50 @@ def rate(batches: Iterator[Any], count: int, images: float) -> float:
     return count * images / (time.perf_counter() - started)
 
 
-def bare_rate(jpegs: list[bytes], factors: list[float], crop: int) -> float:
+def bare_rate(views: list[tuple[bytes, float]], crop: int) -> float:
+    """Images per second of JPEGs that are shown at these factors of their size."""
     started = time.perf_counter()
-    for content, factor in zip(jpegs, factors, strict=True):
+    for content, factor in views:
         image = Image.open(io.BytesIO(content))
         width, height = min(image.width, crop / factor), min(image.height, crop / factor)
         image.resize((min(crop, round(width * factor)), min(crop, round(height * factor))), Image.Resampling.BILINEAR, box=(0, 0, width, height))
-    return len(jpegs) / (time.perf_counter() - started)
+    return len(views) / (time.perf_counter() - started)
 
 
 class Ours:
     """The loader on the shards of one stored size."""
 
-    def __init__(self, shards: Path, domain: Domain, crop: int, images: int) -> None:
+    def __init__(self, shards: Path, domain: Domain, crop: int, views: int) -> None:
         self.scale = SCALE if domain.size is not None else (SCALE[0] / 2, SCALE[1] / 2)
-        opened = Shards.open(shards / domain.name, "train")
-        self.jpegs = [opened.read(number, with_mask=False).image for number in range(images)]
-        # Each image's scale in the first epoch, so that the bare work is that of the very same views.
-        seeds = [seed_from(0, domain.name, 0, key, "unlabelled") for key in list(opened.keys)[:images]]
-        self.factors = [float(np.random.default_rng(seed).uniform(*self.scale)) for seed in seeds]
-        self.shards, self.domain, self.crop, self.images = shards, domain, crop, images
+        self.shards, self.domain, self.crop, self.views = shards, domain, crop, views
 
-    def data(self, labelled: str, unlabelled: str) -> TrainingSet:
+    def streams(self, labelled: str, unlabelled: str) -> DomainStreams:
         batch = {"labelled_batch": BATCH, "unlabelled_batch": BATCH}
         settings = DataSettings(shards=str(self.shards), crop=[self.crop, self.crop], **batch)
-        streams = open_streams(self.domain, DomainSettings(labelled=labelled, unlabelled=unlabelled), settings)
-        return TrainingSet([streams], seed=0, augment=Augment(scale=list(self.scale)))
+        return open_streams(self.domain, DomainSettings(labelled=labelled, unlabelled=unlabelled), settings)
 
-    def rate_here(self, *, masks: bool) -> float:
-        data = self.data("all" if masks else "none", "none" if masks else "all")
-        count = max(1, self.images // BATCH)
-        return rate(steps(data, 0, count, workers=0), count, BATCH)
-
-    def rate_of_worker(self) -> float:
-        """Images per second of one worker process, once it has started and its queue is empty."""
-        data, started, count = self.data("1/2", "rest"), 3, max(2, self.images // BATCH)
-        batches = steps(data, 0, started + count, workers=1, prefetch=1)
-        for _ in range(started):
+    def rates(self, labelled: str, unlabelled: str) -> tuple[float, float]:
+        """Images per second of one worker process once it has started, with nothing prepared, and of bare work on the same images at the same scales."""
+        streams = self.streams(labelled, unlabelled)
+        per_step = BATCH * (bool(streams.labelled) + bool(streams.unlabelled))
+        count = max(2, self.views // per_step)
+        batches = steps(TrainingSet([streams], seed=0, augment=Augment(scale=list(self.scale))), 0, STARTED + count, workers=1)
+        for _ in range(STARTED):
             next(batches)
-        return rate(batches, count, 2 * BATCH)
+        return rate(batches, count, per_step), bare_rate(self.shown(streams, range(STARTED, STARTED + count)), self.crop)
+
+    def shown(self, streams: DomainStreams, numbers: range) -> list[tuple[bytes, float]]:
+        """The JPEG and the scale of each view in these steps."""
+        found = []
+        for kind in ("labelled", "unlabelled"):
+            samples = getattr(streams, kind)
+            for position in range(numbers.start * BATCH, numbers.stop * BATCH) if len(samples) else ():
+                epoch, chosen = streams.order(kind, 0).at(position)
+                source, number = samples[chosen]
+                record = streams.sources[source].read(number, with_mask=False)
+                rng = np.random.default_rng(seed_from(0, self.domain.name, epoch, record.key, kind))
+                found.append((record.image, float(rng.uniform(*self.scale))))
+        return found
 
 
 def measure_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -147,21 +161,17 @@ def measure_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = {}
     for size, domain in stored.items():
         pack(domain, raw, "train", folder / "shards", workers=2)
-        ours, found = Ours(folder / "shards", domain, options.crop, options.images), []
+        ours, found = Ours(folder / "shards", domain, options.crop, options.views), []
         for _ in range(options.repeats):
-            found.append(
-                {
-                    "bare": bare_rate(ours.jpegs, ours.factors, options.crop),
-                    "worker": ours.rate_of_worker(),
-                    "here_without_masks": ours.rate_here(masks=False),
-                    "here_with_masks": ours.rate_here(masks=True),
-                    "plain": plain_rate(raw, (width, height), options.crop),
-                }
-            )
+            figures = {"plain": plain_rate(raw, (width, height), options.crop, min(options.views, 4 * BATCH))}
+            for name, budget in BUDGETS.items():
+                figures[name], figures[f"bare_{name}"] = ours.rates(*budget)
+            found.append(figures)
         row = {f"{name}_images_per_s": statistics.median(repeat[name] for repeat in found) for name in found[0]}
-        for name in ("worker", "here_without_masks", "here_with_masks"):
-            row |= {f"{name}_over_{peer}": statistics.median(repeat[name] / repeat[peer] for repeat in found) for peer in ("bare", "plain")}
-        row["jpeg_kb"] = statistics.mean(map(len, ours.jpegs)) / 1024
+        for name in BUDGETS:
+            row |= {f"{name}_over_{peer}": statistics.median(r[name] / r[own] for r in found) for peer, own in (("bare", f"bare_{name}"), ("plain", "plain"))}
+        opened = Shards.open(folder / "shards" / domain.name, "train")
+        row["jpeg_kb"] = statistics.mean(len(opened.read(number, with_mask=False).image) for number in range(options.images)) / 1024
         rows[size] = row
     return rows
 
@@ -196,6 +206,7 @@ def measure_waiting(steps_: int, folder: Path) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=8)
+    parser.add_argument("--views", type=int, default=32, help="that are timed at a time")
     parser.add_argument("--size", default="2048x1024", help="of the drawn images, WIDTHxHEIGHT")
     parser.add_argument("--crop", type=int, default=512, help="side in pixels")
     parser.add_argument("--repeats", type=int, default=5)
@@ -210,6 +221,7 @@ def main() -> None:
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "images": options.images,
+        "views": options.views,
         "size": options.size,
         "crop": options.crop,
         "stored": rows,
@@ -219,12 +231,13 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         return
     table = Table(title=f"views of {options.crop}x{options.crop}, images/s, {result['date']}, {result['machine']}")
-    for column in ("stored at", "", "images/s", "/ bare", "/ plain Dataset of PNGs"):
+    for column in ("stored at", "", "images/s", "bare, images/s", "/ bare", "/ plain Dataset of PNGs"):
         table.add_column(column, justify="right")
     for size, row in rows.items():
-        for name in ("bare", "worker", "here_without_masks", "here_with_masks", "plain"):
-            ratios = (f"{row[f'{name}_over_{peer}']:.2f}" if f"{name}_over_{peer}" in row else "" for peer in ("bare", "plain"))
-            table.add_row(size, name.replace("_", " "), f"{row[f'{name}_images_per_s']:.1f}", *ratios)
+        for name in BUDGETS:
+            rates = (f"{row[f'{key}_images_per_s']:.1f}" for key in (name, f"bare_{name}"))
+            table.add_row(size, name.replace("_", " "), *rates, *(f"{row[f'{name}_over_{peer}']:.2f}" for peer in ("bare", "plain")))
+        table.add_row(size, "plain Dataset", f"{row['plain_images_per_s']:.1f}")
         table.add_section()
     Console().print(table)
     print(f"Training with one worker waits {waiting['share']:.2%} of its time for data, at {waiting['images_per_s']:.1f} images/s.")

@@ -1,6 +1,6 @@
 """How memory and time of a CCT step grow with the auxiliary decoders and with the domains.
 
-python benchmarks/memory.py [--decoders 1 7 15 30] [--domains 1 2 4 8] [--images 16] [any option of benchmarks/step.py] [--json]
+python benchmarks/memory.py [--decoders 1 7 15 30] [--domains 1 2 4 8] [--images 64] [any option of benchmarks/step.py] [--json]
 
 Two tables. With K auxiliary decoders of one domain: seconds and peak memory, over those of the smallest K. With D domains that share the same number of
 images per step, half of them labelled: seconds per image, over those of the smallest D. The processes that are compared take turns step by step, as in
@@ -23,7 +23,7 @@ def arguments() -> tuple[argparse.Namespace, list[int], list[int], int]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
     parser.add_argument("--decoders", type=int, nargs="+", default=[1, 7, 15, 30])
     parser.add_argument("--domains", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--images", type=int, default=16, help="per step, over all domains; twice the largest number of domains divides it")
+    parser.add_argument("--images", type=int, default=64, help="per step, over all domains; twice the largest number of domains divides it")
     own, rest = parser.parse_known_args()
     if own.images % (2 * max(own.domains)):
         parser.error(f"--images is {own.images}, which twice the {max(own.domains)} domains do not divide.")

@@ -131,8 +131,8 @@ def training_view(record: Record, domain: Domain, augment: Augment, crop: tuple[
     if cut.shown != crop:
         pixels[:] = np.array(PAD, dtype=np.uint8)[:, None, None]
     # Channel by channel: Pillow separates them several times faster than an array of (H, W, 3) is turned to (3, H, W).
-    for channel, band in zip(pixels, part.split(), strict=True):
-        channel[place] = np.asarray(band)
+    for channel, band in zip(pixels, "RGB", strict=True):
+        channel[place] = np.frombuffer(part.tobytes("raw", band), dtype=np.uint8).reshape(part.height, part.width)
 
     ids = np.full((crop[1], crop[0]), IGNORE, dtype=np.uint8)
     if record.mask is not None:

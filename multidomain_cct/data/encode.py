@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -165,6 +166,13 @@ def _jpeg(image: Image.Image) -> bytes:
 
 
 def _png(mask: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    mask.save(buffer, "PNG", compress_level=6)
-    return buffer.getvalue()
+    """A PNG of 8-bit grey values whose rows are stored as they are.
+
+    Pillow would choose a filter for each row. Of label masks the files are then half as large, a few kilobytes, but take three to four times as long to read.
+    Level 3 is the quickest to write and to read: higher ones find longer repetitions, which lie farther away.
+    """
+    rows = np.zeros((mask.height, 1 + mask.width), dtype=np.uint8)
+    rows[:, 1:] = np.asarray(mask)
+    header = struct.pack(">IIBBBBB", mask.width, mask.height, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), level=3)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)

@@ -46,7 +46,7 @@ def stored_mask(content: bytes, domain: Domain, where: str) -> Image.Image:
             "The shard was made with another class table: pack it again.",
             "mask: id outside the class table",
         )
-    return Image.fromarray(ids.astype(np.uint8, copy=False))
+    return mask if mask.mode == "L" and step == 1 else Image.fromarray(ids.astype(np.uint8, copy=False))
 
 
 def _all_known(ids: np.ndarray, num_classes: int) -> bool:
