@@ -41,9 +41,9 @@ PAPER := --encoder resnet50 --context psp --width 512 --stride 8 --decoder pixel
 LAPTOP := --encoder tf_efficientnet_lite0 --context fpn --width 128 --decoders 12 --classes 11 --crop 208 --batch 8 --threads $(THREADS)
 
 bench: .venv/dev
-	$(BIN)/python benchmarks/step.py $(PAPER) --crop 160 --steps 3
-	$(BIN)/python benchmarks/step.py $(PAPER) --crop 320 --steps 2
-	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder pixelshuffle --steps 5
+	$(BIN)/python benchmarks/step.py $(PAPER) --crop 160 --steps 5
+	$(BIN)/python benchmarks/step.py $(PAPER) --crop 320 --steps 3
+	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder pixelshuffle --steps 7
 	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder bilinear --steps 5
 	$(BIN)/python benchmarks/memory.py --threads $(THREADS)
 	$(BIN)/python benchmarks/loader.py

@@ -96,6 +96,8 @@ def test_a_run_that_was_stopped_goes_on(bench: Callable[..., list[str]], tmp_pat
         if not ended.is_set():
             os.kill(os.getpid(), signal.SIGINT)
 
+    # A shell starts what it puts into the background without it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     watcher = threading.Thread(target=interrupt_at_the_first_checkpoint)
     watcher.start()
     try:
@@ -103,6 +105,7 @@ def test_a_run_that_was_stopped_goes_on(bench: Callable[..., list[str]], tmp_pat
     finally:
         ended.set()
         watcher.join()
+        signal.signal(signal.SIGINT, before)
     assert capsys.readouterr().err == "error: stopped with 0 of 1 runs finished. The same command goes on from the last checkpoints.\n"
     log = folder.with_name("cct-seed0.log")
     with log.open("ab") as file:
