@@ -171,9 +171,28 @@ def measure_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         for name in BUDGETS:
             row |= {f"{name}_over_{peer}": statistics.median(r[name] / r[own] for r in found) for peer, own in (("bare", f"bare_{name}"), ("plain", "plain"))}
         opened = Shards.open(folder / "shards" / domain.name, "train")
-        row["jpeg_kb"] = statistics.mean(len(opened.read(number, with_mask=False).image) for number in range(options.images)) / 1024
+        records = [opened.read(number) for number in range(options.images)]
+        row["jpeg_kb"] = statistics.mean(len(record.image) for record in records) / 1024
+        stored_masks = [record.mask for record in records if record.mask is not None]
+        row["masks"] = {"stored": reading(stored_masks), "pillow": reading([as_pillow_writes(mask) for mask in stored_masks])}
         rows[size] = row
     return rows
+
+
+def as_pillow_writes(mask: bytes) -> bytes:
+    buffer = io.BytesIO()
+    Image.open(io.BytesIO(mask)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def reading(masks: list[bytes]) -> dict[str, float]:
+    """Size of a PNG, and the time that Pillow takes to read it."""
+    taken = []
+    for mask in masks * 10:
+        started = time.perf_counter()
+        Image.open(io.BytesIO(mask)).load()
+        taken.append(time.perf_counter() - started)
+    return {"ms": 1000 * statistics.median(taken), "kb": statistics.mean(map(len, masks)) / 1024}
 
 
 def measure_waiting(steps_: int, folder: Path) -> dict[str, float]:
@@ -240,6 +259,9 @@ def main() -> None:
         table.add_row(size, "plain Dataset", f"{row['plain_images_per_s']:.1f}")
         table.add_section()
     Console().print(table)
+    for size, row in rows.items():
+        stored, pillow = row["masks"]["stored"], row["masks"]["pillow"]
+        print(f"Masks of {size}: {stored['ms']:.2f} ms to read ({stored['kb']:.1f} KB); as Pillow writes them {pillow['ms']:.2f} ms ({pillow['kb']:.1f} KB).")
     print(f"Training with one worker waits {waiting['share']:.2%} of its time for data, at {waiting['images_per_s']:.1f} images/s.")
 
 

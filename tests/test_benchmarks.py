@@ -49,6 +49,7 @@ def test_loader_prints_rates_over_bare_decoding_and_over_a_plain_dataset_and_the
         # Bits per pixel of photographs: an empty picture would decode far too quickly.
         width, height = map(int, size.split("x"))
         assert 2 < 8 * 1024 * row["jpeg_kb"] / (width * height) < 8
+        assert all(row["masks"][which][figure] > 0 for which in ("stored", "pillow") for figure in ("ms", "kb"))
     assert 0 <= found["waiting"]["share"] <= 1 and found["waiting"]["images_per_s"] > 0
 
 

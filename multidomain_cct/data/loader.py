@@ -214,7 +214,7 @@ def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, wor
 def _loader(data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetch: int, pin_memory: bool) -> DataLoader[Any]:
     if workers and sys.version_info < (3, 12) and torch.distributed.is_available() and torch.distributed.is_initialized():
         # After a reduction a thread of gloo lets go of its tensors, and for that makes itself known to Python. What is forked while it holds the lock for that
-        # finds it locked for ever, and the run waits for it (https://github.com/python/cpython/issues/112275; seen once in some 500 evaluations).
+        # finds it locked for ever, and the run waits for it (https://github.com/python/cpython/issues/112275).
         time.sleep(_QUIET_SECONDS)
     # A range is a sampler of item numbers; batch_size=None because an item is a whole batch already.
     return DataLoader(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from multidomain_cct.data import loader
 from multidomain_cct.data.augment import PAD, Augment
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
 from multidomain_cct.data.loader import Batch, TrainingSet, scored_images, steps
@@ -409,3 +411,20 @@ def test_loading_draws_nothing_from_the_callers_generator(shards: Path, workers:
     before = torch.random.get_rng_state()
     run(training_set(streams(shards, ["d0"])), 0, 2, workers)
     assert torch.equal(torch.random.get_rng_state(), before)
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="Python 3.12 does not wait for a lock in a forked process")
+@pytest.mark.parametrize("several", [False, True])
+def test_in_a_run_of_several_processes_gloo_is_given_time_before_workers_are_forked(
+    several: bool, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("multidomain_cct.data.loader.time.sleep", waited.append)
+    if several:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        run(training_set(streams(shards, ["d0"])), 0, 1, workers=1)
+    finally:
+        if several:
+            torch.distributed.destroy_process_group()
+    assert (loader._QUIET_SECONDS in waited) == several
