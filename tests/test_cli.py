@@ -49,7 +49,7 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(a) for a in arguments]) == 2
     errors = capsys.readouterr().err
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in errors
+    assert len(lines) == 1 and "Traceback" not in errors and all(errors.splitlines())
     return lines[0]
 
 
@@ -228,6 +228,7 @@ def test_mistakes_about_runs(tiny_run: Path, yard: Path, capsys: pytest.CaptureF
     assert "not a run" in mistake(capsys, "report", yard)
     assert "absent.jpg" in mistake(capsys, "predict", tiny_run, "--domain", "fields", "--out", "out", "absent.jpg")
     assert "there is no such shard" in mistake(capsys, "index", "absent.tar")
+    assert "--domains: absent: there is no such folder." in mistake(capsys, "domains", "--domains", "absent")
     assert not (yard / "out").exists()
 
 

@@ -83,13 +83,15 @@ class progress_bar:
         self._bar = Progress(TextColumn(title, markup=False), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=Console(stderr=True))
 
     def __enter__(self) -> progress_bar:
-        self._bar.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._bar.stop()
+        # rich ends with an empty line what it has not begun.
+        if self._bar.live.is_started:
+            self._bar.stop()
 
     def __call__(self, items: Iterable[Any], total: int) -> Iterator[Any]:
+        self._bar.start()
         task = self._bar.add_task("", total=total, rate="")
         for item in items:
             yield item

@@ -53,7 +53,10 @@ def read_domain(path: Path) -> Domain:
 
 
 def domain_folders(extra: Sequence[Path] = (), recipe: Path | None = None) -> list[Path]:
-    """The folders in which domains are looked for, first match first."""
+    """The folders in which domains are looked for, first match first. Raises FileNotFoundError for an extra one that is not there."""
+    for folder in extra:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--domains: {folder}: there is no such folder.")
     beside = [] if recipe is None else [recipe.resolve().parent / "domains", recipe.resolve().parent.parent / "domains"]
     # A wheel carries domains/ inside the package; a clone has it beside the package.
     package = Path(__file__).resolve().parents[1]

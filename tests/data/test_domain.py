@@ -223,6 +223,11 @@ def test_a_folder_that_is_named_comes_before_the_others(tmp_path: Path) -> None:
     assert find_domain("street", domain_folders(extra=[tmp_path / "mine"], recipe=tmp_path / "recipe.yaml")).title == "Mine"
 
 
+def test_a_folder_that_is_named_and_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^--domains: .*mine: there is no such folder\.$"):
+        domain_folders(extra=[tmp_path / "mine"])
+
+
 def test_an_unknown_domain_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(ValueError, match=r'recipes/cs_sun.yaml names the domain "citscapes". Known: .*camvid, .*cityscapes, .*Did you mean "cityscapes"\?'):
         find_domain("citscapes", [SHIPPED], named_by="recipes/cs_sun.yaml")
