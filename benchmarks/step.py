@@ -3,14 +3,16 @@
 python benchmarks/step.py [--encoder resnet18] [--context fpn] [--stride 8] [--width 128] [--decoder pixelshuffle] [--crop 128] [--batch 2]
                           [--decoders 30] [--classes 21] [--domains 1] [--steps 3] [--device cpu] [--threads 1] [--only ours] [--json]
                           [--sample 0] [--consistency-stride 1] [--checkpoint] [--compile]
+                          [--return-memory]
 
 A step is forward, backward and SGD on drawn images. The plain one sends labelled and unlabelled images through the encoder in two passes, holds the logits
 of all K auxiliary decoders until its one backward pass, and keeps torch's default memory format; the networks start from the same weights. `encoder` is
-forward and backward of our encoder alone, in one pass, on the same images. The K auxiliary decoders are spread evenly over the authors' thirty.
+forward and backward of our encoder alone, in one pass, on the same images. These two keep the memory that they free, as `train` does, unless
+--return-memory is given. The K auxiliary decoders are spread evenly over the authors' thirty.
 
 A process for each takes turns with the others step by step, so that none runs while another is timed; medians are compared. Memory is the peak of the
-resident set (on a GPU: of torch's allocations) in a process that does nothing else; what it holds before the first step is given apart. The options of the
-last line are those of recipes that trade exactness or time: they change ours only.
+resident set (on a GPU: of torch's allocations) in a process that does nothing else; what it holds before the first step is given apart. The options from
+--sample to --compile are those of recipes that trade exactness or time: they change ours only.
 """
 
 from __future__ import annotations
@@ -58,6 +60,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--consistency-stride", type=int, default=1)
     parser.add_argument("--checkpoint", action="store_true", help="recompute the encoder's activations in backward")
     parser.add_argument("--compile", action="store_true", help="torch.compile the encoder")
+    parser.add_argument("--return-memory", action="store_true", help="give freed memory back to the system, as any other program does")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(given)
 
@@ -108,7 +111,11 @@ def serve(which: str, options: argparse.Namespace, pipe: Connection) -> None:
     """Take a step whenever asked and answer with its seconds; at the end with the memory in MiB, before the first step and at its peak."""
     import torch
 
+    from multidomain_cct.commands.kept_memory import keep_freed_memory
+
     torch.set_num_threads(options.threads)
+    if which != "plain" and not options.return_memory:
+        keep_freed_memory()
     on_gpu = options.device.startswith("cuda")
     model, batches = build(which, options)
     if which == "plain":

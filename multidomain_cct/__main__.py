@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from multidomain_cct import __version__
 from multidomain_cct.commands import compare, domains, evaluate, index, pack, predict, report, smoothness, train, weaklabels
+from multidomain_cct.commands.kept_memory import keep_freed_memory
 from multidomain_cct.commands.terminal import FAILED, MISTAKE, complain, speaks
 from multidomain_cct.data.download import SourceError
 
@@ -62,4 +63,5 @@ def build_parser() -> tuple[argparse.ArgumentParser, set[str]]:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     sys.exit(main())

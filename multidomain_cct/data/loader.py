@@ -124,26 +124,25 @@ class TrainingSet(Dataset[Any]):
         skipped: list[Skipped] = []
         labelled, labelled_keys = self._views(streams, "labelled", batch_positions(turn, streams.labelled_batch, part=part, parts=parts), skipped)
         unlabelled, unlabelled_keys = self._views(streams, "unlabelled", batch_positions(turn, streams.unlabelled_batch, part=part, parts=parts), skipped)
+        width, height = streams.crop
+        no_images, no_ids = torch.empty(0, 3, height, width, dtype=torch.uint8), torch.empty(0, height, width, dtype=torch.uint8)
         return Batch(
-            images=labelled.image,
-            masks=labelled.ids,
-            unlabelled=unlabelled.image,
-            valid=unlabelled.inside,
+            images=_stacked([view.image for view in labelled], no_images),
+            masks=_stacked([view.ids for view in labelled], no_ids),
+            unlabelled=_stacked([view.image for view in unlabelled], no_images),
+            valid=_stacked([view.inside for view in unlabelled], no_ids.bool()),
             keys=labelled_keys + unlabelled_keys,
-            pseudo_labels=None if streams.weak_source is None else unlabelled.ids,
+            pseudo_labels=None if streams.weak_source is None else _stacked([view.ids for view in unlabelled], no_ids),
             skipped=tuple(skipped),
         )
 
-    def _views(self, streams: DomainStreams, kind: str, positions: range, skipped: list[Skipped]) -> tuple[View, tuple[str, ...]]:
-        """The views at these positions, stacked, and their keys; none of a stream without samples. What had to be skipped is added to `skipped`."""
+    def _views(self, streams: DomainStreams, kind: str, positions: range, skipped: list[Skipped]) -> tuple[tuple[View, ...], tuple[str, ...]]:
+        """The views at these positions and their keys; none of a stream without samples. What had to be skipped is added to `skipped`."""
         order = self._orders[streams.domain.name, kind]
         if not order.num_samples:
-            width, height = streams.crop
-            ids = torch.empty(0, height, width, dtype=torch.uint8)
-            return View(torch.empty(0, 3, height, width, dtype=torch.uint8), ids, ids.bool()), ()
+            return (), ()
         views, keys = zip(*(self._usable_view(streams, kind, *order.at(position), skipped) for position in positions), strict=True)
-        stacked = View(*(torch.stack([getattr(view, part) for view in views]) for part in ("image", "ids", "inside")))
-        return stacked, keys
+        return views, keys
 
     def _usable_view(self, streams: DomainStreams, kind: str, epoch: int, chosen: int, skipped: list[Skipped]) -> tuple[View, str]:
         """The view of a sample; where it cannot be used and others may stand in, of the next one in the shards that can: no position shifts for it."""
@@ -163,6 +162,11 @@ class TrainingSet(Dataset[Any]):
         record = streams.sources[source].read(number, with_mask=kind == "labelled" or source == streams.weak_source)
         rng = np.random.default_rng(seed_from(self.seed, streams.domain.name, epoch, record.key, kind))
         return training_view(record, streams.domain, self.augment, streams.crop, rng), record.key
+
+
+def _stacked(parts: Sequence[Tensor], none: Tensor) -> Tensor:
+    """The parts along a new first axis, or `none` where there are no parts."""
+    return torch.stack(list(parts)) if parts else none
 
 
 def steps(data: TrainingSet, start: int, stop: int, *, workers: int, prefetch: int = 2, pin_memory: bool = False) -> Iterator[dict[str, Batch]]:

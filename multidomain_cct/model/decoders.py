@@ -94,17 +94,22 @@ class PixelShuffleDecoder(Decoder):
 
     def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         logits = _at_each_position(features.flatten(2), self.classify.weight)
+        if not self.doublings:
+            return logits
+        # A last channel of ones takes the biases through the products: adding them, and summing their gradients, would be passes of their own over all pixels.
+        logits = F.pad(logits, (0, 0, 0, 1), value=1.0)
         for number, doubling in enumerate(self.doublings):
-            weight: Tensor = doubling.get_parameter("weight")
-            bias: Tensor = doubling.get_parameter("bias")
+            weight = torch.cat([doubling.get_parameter("weight").flatten(1), doubling.get_parameter("bias")[:, None]], dim=1)  # (4C, C + 1)
+            last = number == len(self.doublings) - 1
+            if not last:
+                weight = torch.cat([weight, F.pad(weight.new_zeros(4, weight.shape[1] - 1), (0, 1), value=1.0)])  # and ones to ones
             reach = self.stride >> (number + 1)  # pixels of the image that a sub-pixel of this doubling is wide
             if reach < grid.step:
-                chosen = 2 * (grid.row // reach % 2) + grid.column // reach % 2
-                weight, bias = weight[chosen::4], bias[chosen::4]
-            logits = _at_each_position(logits, weight, bias)
-            if number < len(self.doublings) - 1:
+                weight = weight[2 * (grid.row // reach % 2) + grid.column // reach % 2 :: 4]
+            logits = _at_each_position(logits, weight)
+            if not last:
                 logits.relu_()
-            logits = logits.view(len(logits), self.classify.out_channels, -1)
+            logits = logits.view(len(logits), self.classify.out_channels + (not last), -1)
         return logits
 
     def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:

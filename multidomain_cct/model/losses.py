@@ -283,5 +283,6 @@ class _WithGradient(torch.autograd.Function):
 
 def _through_softmax(own: Tensor, gradient: Tensor, *, out: Tensor) -> Tensor:
     """The gradient with respect to logits, given their softmax and the gradient with respect to that."""
-    weighted = torch.mul(own, gradient, out=out)
-    return weighted.addcmul_(own, weighted.sum(dim=1, keepdim=True), value=-1)
+    # What autograd calls for a softmax: one pass, where products and sums of tensors are three.
+    through: Tensor = torch.ops.aten._softmax_backward_data.out(gradient, own, 1, own.dtype, grad_input=out)
+    return through
