@@ -8,7 +8,8 @@ python benchmarks/step.py [--encoder resnet18] [--context fpn] [--stride 8] [--w
 A step is forward, backward and SGD on drawn images. The plain one sends labelled and unlabelled images through the encoder in two passes, holds the logits
 of all K auxiliary decoders until its one backward pass, and keeps torch's default memory format; the networks start from the same weights. `encoder` is
 forward and backward of our encoder alone, in one pass, on the same images. These two keep the memory that they free, as `train` does, unless
---return-memory is given. The K auxiliary decoders are spread evenly over the authors' thirty.
+--return-memory is given; `--only ours returning` compares our step with one that does not keep it. The K auxiliary decoders are
+spread evenly over the authors' thirty.
 
 A process for each takes turns with the others step by step, so that none runs while another is timed; medians are compared. Memory is the peak of the
 resident set (on a GPU: of torch's allocations) in a process that does nothing else; what it holds before the first step is given apart. The options from
@@ -34,8 +35,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WHICH = ("plain", "ours", "encoder")
-RATIOS = {"step": ("ours", "plain"), "tax": ("ours", "encoder")}
+WHICH = ("plain", "ours", "encoder", "returning")
+RATIOS = {"step": ("ours", "plain"), "tax": ("ours", "encoder"), "kept": ("ours", "returning")}
 """By name: what is divided by what."""
 MIB = 2**20
 
@@ -55,7 +56,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each, after one that is not")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", "1")))
-    parser.add_argument("--only", choices=WHICH, nargs="+", default=list(WHICH))
+    parser.add_argument("--only", choices=WHICH, nargs="+", default=list(WHICH[:3]))
     parser.add_argument("--sample", type=int, default=0, help="auxiliary decoders drawn per step; 0: all")
     parser.add_argument("--consistency-stride", type=int, default=1)
     parser.add_argument("--checkpoint", action="store_true", help="recompute the encoder's activations in backward")
@@ -79,7 +80,7 @@ def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
 
     authors = Perturbations().each()
     mix = tuple(authors[number * len(authors) // options.decoders % len(authors)] for number in range(options.decoders))
-    ours = which == "ours"
+    ours = which in ("ours", "returning")
     consistency = ConsistencySettings(sample=options.sample, stride=options.consistency_stride) if ours else ConsistencySettings()
     task = Task(tuple(number % 2 == 1 for number in range(options.classes)), perturbations=mix, consistency=consistency)
     extras = {"checkpoint": options.checkpoint, "compile": options.compile} if ours else {}
@@ -114,7 +115,7 @@ def serve(which: str, options: argparse.Namespace, pipe: Connection) -> None:
     from multidomain_cct.commands.kept_memory import keep_freed_memory
 
     torch.set_num_threads(options.threads)
-    if which != "plain" and not options.return_memory:
+    if which in ("ours", "encoder") and not options.return_memory:
         keep_freed_memory()
     on_gpu = options.device.startswith("cuda")
     model, batches = build(which, options)
