@@ -37,6 +37,7 @@ def bytes_taken(which: str) -> int:
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc, whose setting this is")
 def test_memory_that_was_freed_is_used_again() -> None:
     assert bytes_taken("keep") < 2**20
+    assert bytes_taken("return") > 2**29
 
 
 def test_it_says_so_where_it_cannot_be_done(monkeypatch: pytest.MonkeyPatch) -> None:
