@@ -1,7 +1,7 @@
 """Memory that stays with the process once it is freed.
 
 The C library gives large blocks back to the system as soon as they are freed, and the system clears each page of the next ones before they can be written. A
-training step on a CPU takes and frees the same megabytes again and again, and so spends up to a quarter of its time on pages (docs/speed.md).
+training step on a CPU takes and frees the same megabytes again and again, and so spends up to a fifth of its time on pages (docs/speed.md).
 """
 
 from __future__ import annotations
