@@ -1,8 +1,8 @@
 """One step of cross-consistency training as its formulas say it: loops over images, every auxiliary decoder's logits at once, plain autograd.
 
-What ours is held against: its numbers in tests/test_reference.py, its time and memory in benchmarks/step.py. It calls a network's encoder, reads the weights
-of its decoders and its settings, and shares no other computation with the package. Random numbers are drawn in the package's order, so that a seed gives
-both the same perturbations.
+What ours is held against: its numbers in tests/test_reference.py, its time and memory in benchmarks/step.py. It calls a network's trunk and norms, reads the
+weights of its context module and decoders and its settings, and shares no other computation of the step with the package. Random numbers are drawn in the
+package's order, so that a seed gives both the same perturbations.
 
 Shapes: B labelled images, U unlabelled images, C classes of the domain, K auxiliary decoders, D feature channels, h w feature size, H W image size.
 """
@@ -42,9 +42,25 @@ def encode(encoder: nn.Module, batches: Mapping[str, Any], passes: str) -> dict[
     images = [((name, kind), part) for name, batch in batches.items() for kind, part in (("labelled", batch.images), ("unlabelled", batch.unlabelled))]
     images.sort(key=lambda item: item[0][1])  # all labelled, then all unlabelled images
     if passes == "two":
-        return {(name, kind): encoder(part, [(name, len(part))]) for (name, kind), part in images if len(part)}
-    joined = encoder(torch.cat([part for _, part in images]), [(name, len(part)) for (name, _), part in images])
+        return {(name, kind): features(encoder, part, [(name, len(part))]) for (name, kind), part in images if len(part)}
+    joined = features(encoder, torch.cat([part for _, part in images]), [(name, len(part)) for (name, _), part in images])
     return dict(zip([key for key, _ in images], torch.split(joined, [len(part) for _, part in images]), strict=True))
+
+
+def features(encoder: Any, images: Tensor, parts: list[tuple[str, int]]) -> Tensor:
+    """(B, D, h, w): the encoder's; a pyramid pooling is spelled out, as PSPNet has it."""
+    context = encoder.context
+    if type(context).__name__ != "PyramidPooling":
+        found: Tensor = encoder(images, parts)
+        return found
+    encoder.segments.parts = tuple(parts)
+    top = encoder.trunk((images - encoder.mean) / encoder.deviation)[-1]
+    pooled = [
+        F.interpolate(branch(F.adaptive_avg_pool2d(top, bins)), size=top.shape[-2:], mode="bilinear", align_corners=False)
+        for bins, branch in zip(context.BINS, context.branches, strict=True)
+    ]
+    fused: Tensor = context.fuse(torch.cat([top, *pooled], dim=1))
+    return fused
 
 
 def unsupervised_losses(model: Any, name: str, z: Tensor, batch: Any, progress: float) -> dict[str, Tensor]:

@@ -5,11 +5,11 @@ python benchmarks/step.py [--encoder resnet18] [--context fpn] [--stride 8] [--w
                           [--sample 0] [--consistency-stride 1] [--checkpoint] [--compile]
                           [--return-memory]
 
-A step is forward, backward and SGD on drawn images. The plain one sends labelled and unlabelled images through the encoder in two passes, holds the logits
-of all K auxiliary decoders until its one backward pass, and keeps torch's default memory format; the networks start from the same weights. `encoder` is
-forward and backward of our encoder alone, in one pass, on the same images. These two keep the memory that they free, as `train` does, unless
---return-memory is given; `--only ours returning` compares our step with one that does not keep it. The K auxiliary decoders are
-spread evenly over the authors' thirty.
+A step is forward, backward and SGD with momentum on drawn images. The plain one sends labelled and unlabelled images through the encoder in two passes,
+brings PSP's averages to the size of the map before it convolves them, holds the logits of all K auxiliary decoders until its one backward pass, and keeps
+torch's default memory format; the networks start from the same weights. `encoder` is forward and backward of our encoder alone, in one pass, on the same
+images. Ours and `encoder` keep the memory that they free, as `train` does, unless --return-memory is given; `--only ours returning` compares our step with one
+that does not keep it. The K auxiliary decoders are spread evenly over the authors' thirty.
 
 A process for each takes turns with the others step by step, so that none runs while another is timed; medians are compared. Memory is the peak of the
 resident set (on a GPU: of torch's allocations) in a process that does nothing else; what it holds before the first step is given apart. The options from

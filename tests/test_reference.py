@@ -33,7 +33,9 @@ from multidomain_cct.model.perturbations import (
     Perturbations,
 )
 
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
+ADVERSARIAL_TOLERANCE = TOLERANCE | {torch.float32: 1e-4}
+"""Of what adversarial noise reaches: its trial step is a small difference of logits, which rounding in another order of summation changes."""
 KINDS: list[Perturbation] = [
     FeatureNoise(),
     FeatureDrop(),
@@ -62,8 +64,8 @@ def plain_cct() -> ModuleType:
 PLAIN = plain_cct()
 
 
-def network(dtype: torch.dtype, tasks: dict[str, Task], *, norm: str = "shared", decoder: str = "bilinear") -> CCT:
-    model = CCT(EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32, norm=norm), tasks, decoder=decoder).to(dtype)
+def network(dtype: torch.dtype, tasks: dict[str, Task], *, context: str = "fpn", norm: str = "shared", decoder: str = "bilinear") -> CCT:
+    model = CCT(EncoderSettings(name="test_resnet", stride=8, context=context, width=32, norm=norm), tasks, decoder=decoder).to(dtype)
     with torch.no_grad():
         for parameter in model.heads.parameters():
             parameter.mul_(3 if decoder == "bilinear" else 1.5)  # fresh decoders say the same everywhere
@@ -99,24 +101,25 @@ def parts_of(model: CCT) -> list[str]:
     return ["encoder.", *(f"heads.{name}.{part}." for name, own in numbers.items() for part in ("main", *(f"auxiliaries.{number}" for number in own)))]
 
 
-def largest_errors(model: CCT, batches: dict[str, Batch], progress: float = 0.05) -> tuple[float, float]:
-    """Of the losses and of the gradients."""
+def adversarial(model: CCT, parameter: str) -> bool:
+    """Whether adversarial noise reaches the parameter: it is of a decoder that sees some, or of the encoder beside one."""
+    seen = {name for name, part in model.named_modules() if isinstance(getattr(part, "perturbation", None), AdversarialNoise)}
+    return parameter.startswith(tuple(seen)) or (bool(seen) and parameter.startswith("encoder."))
+
+
+def assert_equal_to_plain(model: CCT, batches: dict[str, Batch], progress: float = 0.05) -> None:
     expected, expected_gradients = step(PLAIN.step_losses, copy.deepcopy(model), batches, progress)
     found, gradients = step(CCT.forward, model, batches, progress)
     assert found.keys() == expected.keys() and gradients.keys() == expected_gradients.keys()
     assert all(loss > 0 for loss in expected.values())
-    of_losses = max((found[name] - expected[name]).abs().item() / expected[name].item() for name in expected)
+    dtype = next(model.parameters()).dtype
+    assert max((found[name] - expected[name]).abs().item() / expected[name].item() for name in expected) <= TOLERANCE[dtype]
     scales = {name: gradient.abs().max().item() for name, gradient in expected_gradients.items()}
     learning = {name for name, scale in scales.items() if scale > 0}
     assert all(any(name.startswith(part) for name in learning) for part in parts_of(model))
-    differences = {name: (gradients[name] - expected_gradients[name]).abs().max().item() for name in scales}
-    return of_losses, max(differences[name] / (scale or 1.0) for name, scale in scales.items())
-
-
-def assert_equal_to_plain(model: CCT, batches: dict[str, Batch], progress: float = 0.05) -> None:
-    tolerance = TOLERANCE[next(model.parameters()).dtype]
-    of_losses, of_gradients = largest_errors(model, batches, progress)
-    assert of_losses <= tolerance and of_gradients <= tolerance
+    errors = {name: (gradients[name] - expected_gradients[name]).abs().max().item() / (scale or 1.0) for name, scale in scales.items()}
+    limits = {name: (ADVERSARIAL_TOLERANCE if adversarial(model, name) else TOLERANCE)[dtype] for name in errors}
+    assert not {name: error for name, error in errors.items() if not error <= limits[name]}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -156,16 +159,15 @@ def test_annealed_bootstrapped_cross_entropy_gives_the_plain_losses_and_gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", ["shared", "per_domain", "frozen"])
+def test_pyramid_pooling_gives_the_plain_losses_and_gradients(norm: str, dtype: torch.dtype) -> None:
+    model = network(dtype, {"street": STREET, "room": ROOM}, context="psp", norm=norm)
+    assert_equal_to_plain(model, {"street": batch(4), "room": batch(3, seed=1)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pixelshuffle_decoders_give_the_plain_losses_and_gradients(dtype: torch.dtype) -> None:
-    # Without adversarial noise: its trial step is a small difference of logits, of which the roundings of two orders of summation are 1e-5 in 32 bits.
-    few = tuple(kind for kind in FEW if not isinstance(kind, AdversarialNoise))
-    assert_equal_to_plain(network(dtype, {"street": replace(STREET, perturbations=few)}, decoder="pixelshuffle"), {"street": batch(4)})
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 5e-5), (torch.float64, 1e-10)])
-def test_adversarial_noise_on_pixelshuffle_decoders_gives_the_plain_losses_and_gradients(dtype: torch.dtype, tolerance: float) -> None:
-    of_losses, of_gradients = largest_errors(network(dtype, {"street": STREET}, decoder="pixelshuffle"), {"street": batch(4)})
-    assert of_losses <= TOLERANCE[dtype] and of_gradients <= tolerance
+    assert_equal_to_plain(network(dtype, {"street": STREET}, decoder="pixelshuffle"), {"street": batch(4)})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

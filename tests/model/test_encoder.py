@@ -82,20 +82,23 @@ def test_mean_and_deviation_are_no_part_of_what_is_saved() -> None:
     assert not {"mean", "deviation"} & set(encoder(context="none").state_dict())
 
 
-def test_pyramid_pooling_adds_averages_over_1_2_3_and_6_bins_a_side() -> None:
-    module = PyramidPooling([8], 32, lambda channels: nn.Identity())
-    features = torch.rand(2, 8, 6, 12)
-    seen: list[Tensor] = []
-    module.fuse.register_forward_pre_hook(lambda fuse, inputs: seen.append(inputs[0]))
-    assert module([features]).shape == (2, 32, 6, 12)
-    assert torch.equal(seen[0][:, :8], features)
-    for number, bins in enumerate((1, 2, 3, 6)):
-        means = features.double().numpy().reshape(2, 8, bins, 6 // bins, bins, 12 // bins).mean(axis=(3, 5))
-        weight = module.branches[number][0].weight.detach().double().numpy()[:, :, 0, 0]  # type: ignore[index]
-        expected = np.maximum(np.einsum("dc,bchw->bdhw", weight, means), 0)
-        found = seen[0][:, 8 + 2 * number : 10 + 2 * number]
-        centre = nn.functional.interpolate(torch.from_numpy(expected), size=(6, 12), mode="bilinear", align_corners=False)
-        np.testing.assert_allclose(found.detach().numpy(), centre.numpy(), atol=1e-5)
+@pytest.mark.parametrize(("channels", "size"), [(8, (6, 12)), (10, (5, 7)), (4, (1, 3))])
+def test_pyramid_pooling_convolves_the_map_beside_its_averages_over_1_2_3_and_6_bins_a_side(channels: int, size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    module = PyramidPooling([channels], 32, nn.BatchNorm2d).double()
+    features = torch.randn(2, channels, *size, dtype=torch.float64, requires_grad=True)
+    maps = [features]
+    for bins, branch in zip((1, 2, 3, 6), module.branches, strict=True):
+        means = nn.functional.adaptive_avg_pool2d(features, bins)
+        maps.append(nn.functional.interpolate(branch(means), size=size, mode="bilinear", align_corners=False))
+    expected = module.fuse(torch.cat(maps, dim=1))
+    found = module([features])
+    assert found.shape == (2, 32, *size)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    factors = torch.randn_like(expected)
+    inputs = [features, *module.parameters()]
+    for own, other in zip(torch.autograd.grad(found, inputs, factors), torch.autograd.grad(expected, inputs, factors), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-12 * max(1.0, float(other.abs().max())))
 
 
 # Norms
