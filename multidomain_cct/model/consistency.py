@@ -1,7 +1,8 @@
 """The K auxiliary decoders of a domain, one at a time.
 
 Their logits never exist all at once: for each decoder in turn the losses and, in the same forward pass, their gradients with respect to the features and to
-that decoder are computed and only these are kept. Backward scales them. The result is exact, and memory does not grow with K.
+that decoder are computed, a piece of the pixels after the other, and only these are kept. Backward scales them. The result is exact, and memory does not grow
+with K.
 
 Shapes: B images, T terms of the loss, C classes, D feature channels, h w feature size, P pixels, in the decoders' order.
 """
@@ -9,6 +10,7 @@ Shapes: B images, T terms of the loss, C classes, D feature channels, h w featur
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,10 +33,10 @@ class AuxiliaryDecoder(nn.Module):
         self.perturbation = perturbation
         self.decoder = decoder
 
-    def forward(self, features: Tensor, guide: Guide, grid: Grid = ALL_PIXELS) -> tuple[Tensor, Tensor]:
-        """(B, C, P) logits of the perturbed (B, D, h, w) features, and (B,) bool: False where nothing was left of an image's features."""
-        perturbed = self.perturbation(features, guide, self.decoder.pixels)
-        return self.decoder.pixels(perturbed, grid), perturbed.detach().abs().amax(dim=(1, 2, 3)) != 0
+    def perturbed(self, features: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
+        """The (B, D, h, w) features as the decoder sees them, and (B,) bool: False where nothing was left of an image's features."""
+        found = self.perturbation(features, guide, self.decoder.pixels)
+        return found, found.detach().abs().amax(dim=(1, 2, 3)) != 0
 
 
 def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Sequence[Term], *, sample: int = 0, grid: Grid = ALL_PIXELS) -> Tensor:
@@ -53,7 +55,7 @@ def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide,
 class _EachInTurn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, wanted: bool, features: Tensor, drawn: Sequence[nn.Module], guide: Guide, terms: Sequence[Term], grid: Grid, *parameters: Tensor
+        ctx: Any, wanted: bool, features: Tensor, drawn: Sequence[AuxiliaryDecoder], guide: Guide, terms: Sequence[Term], grid: Grid, *parameters: Tensor
     ) -> Tensor:
         """`wanted` says whether gradients are. `parameters` are those of all decoders, drawn or not: a wrapper for several processes waits for each."""
         leaf = features.detach().requires_grad_(wanted)
@@ -64,25 +66,36 @@ class _EachInTurn(torch.autograd.Function):
         feature_gradients = [leaf.new_zeros(leaf.shape, dtype=torch.promote_types(leaf.dtype, torch.float32)) for _ in terms if wanted]
         own_gradients: list[list[Tensor]] = [[] for _ in terms]
         totals: list[Tensor] = []
+        parts: list[list[Term]] = []
         for auxiliary in drawn:
             with torch.set_grad_enabled(wanted):
-                logits, kept = auxiliary(leaf, guide, grid)
-            for number, term in enumerate(terms):
-                loss, gradient = term(logits, kept)
-                totals.append(loss)
-                if wanted:
-                    scaled = (gradient.mul_(scale) if half else gradient).to(logits.dtype)
-                    last = number == len(terms) - 1
-                    first, *rest = torch.autograd.grad(logits, [leaf, *auxiliary.parameters()], scaled, retain_graph=not last)
-                    feature_gradients[number] += first
-                    own_gradients[number] += rest
+                perturbed, kept = auxiliary.perturbed(leaf, guide)
+                product = auxiliary.decoder.last_product(perturbed, grid)
+            pieces = product.pieces()
+            # Cut once: the decoders differ in their weights only.
+            parts = parts or [[term.part(partial(product.cut, piece=piece)) for term in terms] for piece in pieces]
+            of_inputs = [product.no_gradients() for _ in terms if wanted]
+            losses = []
+            for piece, own_terms in zip(pieces, parts, strict=True):
+                logits = product.logits(piece)
+                for number, term in enumerate(own_terms):
+                    loss, gradient = term(logits, kept)
+                    losses.append(loss)
+                    if wanted:
+                        product.add_gradients(piece, (gradient.mul_(scale) if half else gradient).to(logits.dtype), of_inputs[number])
+            totals.append(torch.stack(losses).view(len(pieces), len(terms)).sum(dim=0))
+            for number, given in enumerate(of_inputs):
+                last = number == len(terms) - 1
+                first, *rest = torch.autograd.grad(product.inputs, [leaf, *auxiliary.parameters()], given, retain_graph=not last)
+                feature_gradients[number] += first
+                own_gradients[number] += rest
         ctx.save_for_backward(*feature_gradients, *(gradient for term in own_gradients for gradient in term))
         own = {id(parameter): place for place, parameter in enumerate(parameter for auxiliary in drawn for parameter in auxiliary.parameters())}
         ctx.places = [own.get(id(parameter)) for parameter in parameters]
         ctx.shapes = [parameter.shape for parameter in parameters]
         ctx.scale, ctx.num_terms = scale * len(drawn), len(terms)
         ctx.dtype, ctx.format = features.dtype, torch.channels_last if features.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        return torch.stack(totals).view(len(drawn), len(terms)).mean(dim=0)
+        return torch.stack(totals).mean(dim=0)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:

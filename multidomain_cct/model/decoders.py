@@ -1,14 +1,16 @@
 """Decoders: encoder features -> logits at the image's resolution.
 
 A loss over pixels does not ask in which order they come, so a decoder also gives its logits in an order of its own (`pixels`), without the copies that make
-a picture of them, and puts maps that go with them into that order (`in_order`). With a `Grid` it leaves out pixels.
+a picture of them, and puts maps that go with them into that order (`in_order`). With a `Grid` it leaves out pixels. Its last step is linear: left undone
+(`last_product`), it gives them a piece at a time.
 
-Shapes: B images, C classes, D feature channels, h w feature size, s the encoder's stride, P pixels of the image that are in the grid.
+Shapes: B images, C classes, D feature channels, h w feature size, s the encoder's stride, P pixels of the image that are in the grid, p pixels of a piece.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -40,12 +42,59 @@ class Grid:
 ALL_PIXELS = Grid()
 
 
+class LastProduct(ABC):
+    """A decoder's last step, not yet taken: what it multiplies, and the logits a piece of the pixels at a time.
+
+    A piece stays in a processor's cache while a loss passes over it several times, and the logits of all pixels never exist at once.
+    """
+
+    inputs: tuple[Tensor, ...]
+    """What is multiplied, with its graph."""
+    length: int
+    """Of the axis that pieces are cut along."""
+    values: int
+    """Logits that a step along it holds."""
+
+    def pieces(self) -> list[slice]:
+        """Of equal length, but for the last."""
+        # On a GPU a piece bounds the memory only: small ones would wait for their launch.
+        most = LOGITS_OF_A_THREAD * torch.get_num_threads() if self.inputs[0].device.type == "cpu" else LOGITS_OF_A_GPU
+        count = -(-self.length // max(1, most // self.values))
+        size = -(-self.length // count)
+        return [slice(start, start + size) for start in range(0, self.length, size)]
+
+    @abstractmethod
+    def cut(self, maps: Tensor, piece: slice) -> Tensor:
+        """(B, ..., p): the piece of (B, ..., P) maps in the decoder's order."""
+
+    @abstractmethod
+    def logits(self, piece: slice) -> Tensor:
+        """(B, C, p), without a graph."""
+
+    @abstractmethod
+    def no_gradients(self) -> list[Tensor]:
+        """Room for the gradients with respect to the inputs, which `add_gradients` fills piece by piece."""
+
+    @abstractmethod
+    def add_gradients(self, piece: slice, gradient: Tensor, total: Sequence[Tensor]) -> None:
+        """`gradient` is that with respect to the piece's (B, C, p) logits."""
+
+
+LOGITS_OF_A_THREAD = 2**18
+"""A piece's, on a CPU: beyond it, what a loss makes of them leaves the caches before it is used again."""
+LOGITS_OF_A_GPU = 2**25
+
+
 class Decoder(nn.Module, ABC):
     """A decoder from (B, D, h, w) features to (B, C, s*h, s*w) logits."""
 
     @abstractmethod
     def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         """(B, C, P): the logits of the grid's pixels, in the decoder's order."""
+
+    @abstractmethod
+    def last_product(self, features: Tensor, grid: Grid = ALL_PIXELS) -> LastProduct:
+        """What gives `pixels`, a piece at a time."""
 
     @abstractmethod
     def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
@@ -93,24 +142,29 @@ class PixelShuffleDecoder(Decoder):
         return picture.reshape(images, -1, self.stride * height, self.stride * width)
 
     def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
-        logits = _at_each_position(features.flatten(2), self.classify.weight)
-        if not self.doublings:
-            return logits
-        # A last channel of ones takes the biases through the products: adding them, and summing their gradients, would be passes of their own over all pixels.
-        logits = F.pad(logits, (0, 0, 0, 1), value=1.0)
+        hidden, weight = self._before_last(features, grid)
+        return _at_each_position(hidden, weight).view(len(hidden), self.classify.out_channels, -1)
+
+    def last_product(self, features: Tensor, grid: Grid = ALL_PIXELS) -> LastProduct:
+        return _OverChannels(*self._before_last(features, grid), self.classify.out_channels)
+
+    def _before_last(self, features: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """What the last convolution takes, (B, E, n), and its (F, E) weights: its outputs F are classes times sub-pixels."""
+        hidden, weight = features.flatten(2), self.classify.weight.flatten(1)
         for number, doubling in enumerate(self.doublings):
+            hidden = _at_each_position(hidden, weight)
+            if number:
+                hidden = hidden.relu_().view(len(hidden), self.classify.out_channels + 1, -1)
+            else:
+                # A last channel of ones takes the biases through the products: adding them, and summing their gradients, would be passes over all pixels.
+                hidden = F.pad(hidden, (0, 0, 0, 1), value=1.0)
             weight = torch.cat([doubling.get_parameter("weight").flatten(1), doubling.get_parameter("bias")[:, None]], dim=1)  # (4C, C + 1)
-            last = number == len(self.doublings) - 1
-            if not last:
+            if number < len(self.doublings) - 1:
                 weight = torch.cat([weight, F.pad(weight.new_zeros(4, weight.shape[1] - 1), (0, 1), value=1.0)])  # and ones to ones
             reach = self.stride >> (number + 1)  # pixels of the image that a sub-pixel of this doubling is wide
             if reach < grid.step:
                 weight = weight[2 * (grid.row // reach % 2) + grid.column // reach % 2 :: 4]
-            logits = _at_each_position(logits, weight)
-            if not last:
-                logits.relu_()
-            logits = logits.view(len(logits), self.classify.out_channels + (not last), -1)
-        return logits
+        return hidden, weight
 
     def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         kept = maps[..., grid.row :: grid.step, grid.column :: grid.step]
@@ -138,12 +192,67 @@ class BilinearDecoder(Decoder):
     def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         return upsample_bilinear(self._coarse(features), self.stride, grid).flatten(2)
 
+    def last_product(self, features: Tensor, grid: Grid = ALL_PIXELS) -> LastProduct:
+        coarse = self._coarse(features)
+        rows, columns = _interpolations(coarse, self.stride, grid)
+        with torch.autocast(coarse.device.type, enabled=False):
+            return _OverRows(coarse @ columns, rows)
+
     def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         return maps[..., grid.row :: grid.step, grid.column :: grid.step].flatten(-2)
 
     def _coarse(self, features: Tensor) -> Tensor:
         coarse = _at_each_position(features.flatten(2), self.classify.weight, self.classify.bias)
         return coarse.view(*coarse.shape[:2], *features.shape[2:])
+
+
+class _OverChannels(LastProduct):
+    """(F, E) weights times (B, E, n) values; of the F outputs those of a class stand together. Cut along n."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, num_classes: int) -> None:
+        self.inputs = hidden, weight
+        self.length, self.values = hidden.shape[2], len(hidden) * len(weight)
+        self.classes, self.subpixels = num_classes, len(weight) // num_classes
+        self.hidden, self.weight = hidden.detach(), weight.detach()
+
+    def cut(self, maps: Tensor, piece: slice) -> Tensor:
+        return maps.reshape(*maps.shape[:-1], self.subpixels, self.length)[..., piece].flatten(-2).contiguous()
+
+    def logits(self, piece: slice) -> Tensor:
+        return _at_each_position(self.hidden[..., piece], self.weight).view(len(self.hidden), self.classes, -1)
+
+    def no_gradients(self) -> list[Tensor]:
+        return [torch.empty_like(self.hidden), torch.zeros_like(self.weight)]
+
+    def add_gradients(self, piece: slice, gradient: Tensor, total: Sequence[Tensor]) -> None:
+        outputs = gradient.view(len(gradient), len(self.weight), -1)
+        total[0][..., piece] = _at_each_position(outputs, self.weight.T)
+        # This way round the product is faster than its transpose.
+        total[1].add_(torch.bmm(self.hidden[..., piece], outputs.transpose(1, 2)).sum(dim=0).T)
+
+
+class _OverRows(LastProduct):
+    """(B, C, h, w) values, interpolated along h by an (h, H) matrix. Cut along H."""
+
+    def __init__(self, hidden: Tensor, rows: Tensor) -> None:
+        self.inputs = (hidden,)
+        self.length, self.values = rows.shape[1], hidden.shape[0] * hidden.shape[1] * hidden.shape[3]
+        self.hidden, self.rows = hidden.detach(), rows
+
+    def cut(self, maps: Tensor, piece: slice) -> Tensor:
+        return maps.reshape(*maps.shape[:-1], self.length, self.hidden.shape[3])[..., piece, :].flatten(-2).contiguous()
+
+    def logits(self, piece: slice) -> Tensor:
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return (self.rows[:, piece].T @ self.hidden).flatten(2)
+
+    def no_gradients(self) -> list[Tensor]:
+        return [torch.zeros_like(self.hidden)]
+
+    def add_gradients(self, piece: slice, gradient: Tensor, total: Sequence[Tensor]) -> None:
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            maps = gradient.reshape(-1, len(self.rows[0, piece]), self.hidden.shape[3])
+            total[0].flatten(0, 1).baddbmm_(self.rows[:, piece].expand(len(maps), -1, -1), maps)
 
 
 def _at_each_position(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -161,11 +270,16 @@ def upsample_bilinear(maps: Tensor, factor: int, grid: Grid = ALL_PIXELS) -> Ten
 
     On a CPU its backward pass, above all, is much faster.
     """
-    rows = _interpolation(maps.shape[-2], factor, maps)[:, grid.row :: grid.step]
-    columns = _interpolation(maps.shape[-1], factor, maps)[:, grid.column :: grid.step]
+    rows, columns = _interpolations(maps, factor, grid)
     with torch.autocast(maps.device.type, enabled=False):
         upsampled: Tensor = rows.T @ (maps @ columns)
     return upsampled
+
+
+def _interpolations(maps: Tensor, factor: int, grid: Grid) -> tuple[Tensor, Tensor]:
+    """(h, factor*h) and (w, factor*w), or as many of their columns as the grid has rows and columns of pixels."""
+    rows, columns = (_interpolation(length, factor, maps) for length in maps.shape[-2:])
+    return rows[:, grid.row :: grid.step], columns[:, grid.column :: grid.step]
 
 
 def _interpolation(length: int, factor: int, like: Tensor) -> Tensor:

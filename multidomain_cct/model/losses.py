@@ -9,11 +9,12 @@ Shapes: B images, C classes of the domain, H W image size, * any pixel dimension
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -154,7 +155,8 @@ def at_least_float32(logits: Tensor) -> Tensor:
 class Term(ABC):
     """A loss on logits that many decoders give for the same images: `mean_over_valid` of a value per pixel, with its gradient.
 
-    The gradient lies in memory that the next call uses again: fresh memory of this size costs a CPU as much time as the arithmetic.
+    The gradient lies in memory that the next call uses again: fresh memory of this size costs a CPU as much time as the arithmetic. All tensors that a term
+    has are per pixel, pixels last.
     """
 
     def __init__(self, valid: Tensor, dtype: torch.dtype) -> None:
@@ -165,10 +167,18 @@ class Term(ABC):
         self._rooms: list[Tensor] = []
 
     def room(self, number: int, like: Tensor) -> Tensor:
-        """Memory for a tensor like this one, the same in every call."""
+        """Memory for a tensor like this one, the same in every call, and for all parts of a term."""
         if number == len(self._rooms):
-            self._rooms.append(torch.empty_like(like))
-        return self._rooms[number]
+            self._rooms.append(like.new_empty(like.numel()))
+        elif self._rooms[number].numel() < like.numel():
+            self._rooms[number] = like.new_empty(like.numel())
+        return self._rooms[number][: like.numel()].view(like.shape)
+
+    def part(self, cut: Callable[[Tensor], Tensor]) -> Self:
+        """The term on some of the pixels: `cut` takes them from (B, ..., P) maps. The losses of the parts of a whole add up."""
+        part = copy.copy(self)
+        vars(part).update({name: cut(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+        return part
 
     def __call__(self, logits: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The loss, and its gradient with respect to (B, C, *) logits, in 32 bits or more. Images that are not `kept`, (B,) bool, count as 0."""
@@ -197,13 +207,14 @@ class SquaredDistance(Term):
         # The 2 of the gradient costs a pass over all classes less here.
         self.twice = 2 * self.weight.unsqueeze(1)  # (B, 1, *)
         self.negative = -self.twice * target
+        self.fourfold = 4 * self.weight
 
     def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.softmax(logits, dim=1, out=self.room(0, logits))
         difference = torch.addcmul(self.negative, own, self.twice, out=self.room(1, logits))  # 2 weight (own - target)
         gradient = _through_softmax(own, difference, out=self.room(2, logits))
         # The weights of the pixels that count are above 0, and only these are summed.
-        return difference.square_().sum(dim=1).div_(self.twice.squeeze(1)).div_(2), gradient
+        return difference.square_().sum(dim=1).div_(self.fourfold), gradient
 
 
 class KullbackLeibler(Term):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from multidomain_cct.model import decoders as model_decoders
 from multidomain_cct.model.consistency import AuxiliaryDecoder, auxiliary_losses
 from multidomain_cct.model.decoders import Grid, build_decoder
 from multidomain_cct.model.guides import Guide
@@ -67,7 +68,8 @@ def plain_mean(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms
         _, target, valid = drawn(features.dtype)
     losses = []
     for auxiliary in auxiliaries:
-        logits, kept = auxiliary(features, guide)
+        perturbed, kept = auxiliary.perturbed(features, guide)
+        logits = auxiliary.decoder.pixels(perturbed)
         pixels = [(logits.softmax(dim=1) - target).square().sum(dim=1), (target * (target.log() - logits.log_softmax(dim=1))).sum(dim=1)]
         losses.append(torch.stack([mean_over_valid(each, valid & kept[:, None]) for each in pixels]))
     return torch.stack(losses).mean(dim=0)
@@ -82,8 +84,10 @@ def gradients(loss: Tensor, features: Tensor, auxiliaries: nn.ModuleList) -> lis
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("most", [10, 10**6])
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
-def test_losses_and_gradients_equal_the_plain_sum(dtype: torch.dtype, tolerance: float, kind: str) -> None:
+def test_losses_and_gradients_equal_the_plain_sum(dtype: torch.dtype, tolerance: float, kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_decoders, "LOGITS_OF_A_THREAD", most)  # pieces of an image, or whole ones
     auxiliaries = decoders(dtype, kind)
     features, guide, terms = example(dtype)
     results = []
@@ -278,7 +282,7 @@ def seed_that_erases(auxiliary: nn.Module, features: Tensor, guide: Guide) -> in
     """The first one with which nothing is left of the second image, and something of the first."""
     for seed in range(100):
         torch.manual_seed(seed)
-        if auxiliary(features, guide)[1].tolist() == [True, False]:
+        if auxiliary.perturbed(features, guide)[1].tolist() == [True, False]:
             return seed
     raise AssertionError("none of a hundred seeds")
 
@@ -294,7 +298,7 @@ def test_an_image_of_which_nothing_is_left_is_told_apart_and_counts_as_0(case: t
     torch.manual_seed(seed)
     losses = auxiliary_losses(features, auxiliaries, guide, terms)
     torch.manual_seed(seed)
-    logits, _ = auxiliaries[0](features, guide)
+    logits = auxiliaries[0].decoder.pixels(auxiliaries[0].perturbed(features, guide)[0])
     # The first image's mean over its pixels, shared among two images.
     expected = (logits[0].softmax(dim=0) - target[0]).square().sum(dim=0).mean() / 2
     torch.testing.assert_close(losses[0], expected, rtol=1e-12, atol=0)

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from multidomain_cct.model import decoders
 from multidomain_cct.model.decoders import Decoder, Grid, PixelShuffleDecoder, build_decoder, icnr_
 
 
@@ -118,6 +119,32 @@ def test_a_grid_leaves_every_so_manyth_pixel_of_every_so_manyth_row(kind: str, g
     torch.testing.assert_close(found, decoder.in_order(picture, grid))
     kept = picture[:, :, grid.row :: grid.step, grid.column :: grid.step]
     torch.testing.assert_close(found.sort(dim=2).values, kept.flatten(2).sort(dim=2).values)
+
+
+@pytest.mark.parametrize("most", [1, 100, 10**6])
+@pytest.mark.parametrize("grid", [Grid(), Grid(2, 0, 1), Grid(8, 5, 6)])
+@pytest.mark.parametrize(("kind", "stride"), [("pixelshuffle", 1), ("pixelshuffle", 8), ("bilinear", 8)])
+def test_the_last_product_gives_the_pixels_and_takes_their_gradients_piece_by_piece(
+    kind: str, stride: int, grid: Grid, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders, "LOGITS_OF_A_THREAD", most)
+    grid = grid if stride > 1 else Grid()
+    decoder = trained_looking(kind, stride).double()
+    features = torch.rand(2, 16, 3, 5, dtype=torch.float64, requires_grad=True)
+    inputs = [features, *decoder.parameters()]
+    pixels = decoder.pixels(features, grid)
+    factors = torch.randn_like(pixels)
+    product = decoder.last_product(features, grid)
+    pieces, gradients = product.pieces(), product.no_gradients()
+    for piece in pieces:
+        logits = product.logits(piece)
+        assert not logits.requires_grad
+        assert len(pieces) == 1 or logits.numel() <= max(most * torch.get_num_threads(), product.values)
+        torch.testing.assert_close(logits, product.cut(pixels, piece), rtol=1e-12, atol=1e-12)
+        product.add_gradients(piece, product.cut(factors, piece), gradients)
+    assert sum(product.cut(pixels, piece).numel() for piece in pieces) == pixels.numel()
+    expected, found = torch.autograd.grad(pixels, inputs, factors), torch.autograd.grad(product.inputs, inputs, gradients)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])

@@ -406,6 +406,19 @@ def test_the_cross_entropy_of_pseudo_labels_is_the_plain_one(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["mse", "kl", "js", "ce"])
+def test_the_parts_of_a_term_add_up_to_it(name: str) -> None:
+    logits, ids, target = (maps.flatten(2 if maps.ndim == 4 else 1) for maps in example())
+    term = CrossEntropy(ids, torch.float64) if name == "ce" else losses.DISTANCES[name](target, ids != IGNORE)
+    pixels, kept = ids.shape[1], torch.tensor([True, False, True, True])
+    cuts = [slice(0, 3), slice(3, pixels - 1), slice(pixels - 1, pixels)]  # the second is the largest: memory for the first does not do
+    parts = [(term.part(lambda maps, cut=cut: maps[..., cut]), logits[..., cut]) for cut in cuts]  # type: ignore[misc]
+    found = [(loss, gradient.clone()) for loss, gradient in (part(own, kept) for part, own in parts)]
+    loss, gradient = term(logits, kept)
+    torch.testing.assert_close(torch.stack([own for own, _ in found]).sum(), loss, rtol=1e-12, atol=0)
+    torch.testing.assert_close(torch.cat([own for _, own in found], dim=2), gradient, rtol=1e-12, atol=1e-18)
+
+
+@pytest.mark.parametrize("name", ["mse", "kl", "js", "ce"])
 def test_images_that_are_not_kept_count_as_0_and_teach_nothing(name: str) -> None:
     logits, ids, target = example()
     term = CrossEntropy(ids, torch.float64) if name == "ce" else losses.DISTANCES[name](target, ids != IGNORE)

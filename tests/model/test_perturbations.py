@@ -488,7 +488,7 @@ def test_vat_adds_up_over_accumulated_micro_batches_as_in_one_plain_sum() -> Non
             torch.manual_seed(number)
             if plain:
                 torch.manual_seed(number)
-                loss = auxiliaries[0](own, guide)[0].softmax(dim=1).square().sum(dim=1).mean()
+                loss = decoder.pixels(auxiliaries[0].perturbed(own, guide)[0]).softmax(dim=1).square().sum(dim=1).mean()
             else:
                 nothing = torch.zeros_like(decoder.pixels(own).detach())
                 (loss,) = auxiliary_losses(own, auxiliaries, guide, [SquaredDistance(nothing, nothing[:, 0] == 0)])
