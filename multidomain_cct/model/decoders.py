@@ -4,18 +4,19 @@ A loss over pixels does not ask in which order they come, so a decoder also give
 a picture of them, and puts maps that go with them into that order (`in_order`). With a `Grid` it leaves out pixels. Its last step is linear: left undone
 (`last_product`), it gives them a piece at a time.
 
-Shapes: B images, C classes, D feature channels, h w feature size, s the encoder's stride, P pixels of the image that are in the grid, p pixels of a piece.
+Shapes: B images, C classes, D feature channels, h w feature size, s the encoder's stride, P pixels of the image that are in the grid.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from multidomain_cct.model.last_product import LastProduct, OverChannels, OverRows, at_each_position
 
 DECODERS = ("pixelshuffle", "bilinear")
 
@@ -40,49 +41,6 @@ class Grid:
 
 
 ALL_PIXELS = Grid()
-
-
-class LastProduct(ABC):
-    """A decoder's last step, not yet taken: what it multiplies, and the logits a piece of the pixels at a time.
-
-    A piece stays in a processor's cache while a loss passes over it several times, and the logits of all pixels never exist at once.
-    """
-
-    inputs: tuple[Tensor, ...]
-    """What is multiplied, with its graph."""
-    length: int
-    """Of the axis that pieces are cut along."""
-    values: int
-    """Logits that a step along it holds."""
-
-    def pieces(self) -> list[slice]:
-        """Of equal length, but for the last."""
-        # On a GPU a piece bounds the memory only: small ones would wait for their launch.
-        most = LOGITS_OF_A_THREAD * torch.get_num_threads() if self.inputs[0].device.type == "cpu" else LOGITS_OF_A_GPU
-        count = -(-self.length // max(1, most // self.values))
-        size = -(-self.length // count)
-        return [slice(start, start + size) for start in range(0, self.length, size)]
-
-    @abstractmethod
-    def cut(self, maps: Tensor, piece: slice) -> Tensor:
-        """(B, ..., p): the piece of (B, ..., P) maps in the decoder's order."""
-
-    @abstractmethod
-    def logits(self, piece: slice) -> Tensor:
-        """(B, C, p), without a graph."""
-
-    @abstractmethod
-    def no_gradients(self) -> list[Tensor]:
-        """Room for the gradients with respect to the inputs, which `add_gradients` fills piece by piece."""
-
-    @abstractmethod
-    def add_gradients(self, piece: slice, gradient: Tensor, total: Sequence[Tensor]) -> None:
-        """`gradient` is that with respect to the piece's (B, C, p) logits."""
-
-
-LOGITS_OF_A_THREAD = 2**18
-"""A piece's, on a CPU: beyond it, what a loss makes of them leaves the caches before it is used again."""
-LOGITS_OF_A_GPU = 2**25
 
 
 class Decoder(nn.Module, ABC):
@@ -143,16 +101,16 @@ class PixelShuffleDecoder(Decoder):
 
     def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         hidden, weight = self._before_last(features, grid)
-        return _at_each_position(hidden, weight).view(len(hidden), self.classify.out_channels, -1)
+        return at_each_position(hidden, weight).view(len(hidden), self.classify.out_channels, -1)
 
     def last_product(self, features: Tensor, grid: Grid = ALL_PIXELS) -> LastProduct:
-        return _OverChannels(*self._before_last(features, grid), self.classify.out_channels)
+        return OverChannels(*self._before_last(features, grid), self.classify.out_channels)
 
     def _before_last(self, features: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """What the last convolution takes, (B, E, n), and its (F, E) weights: its outputs F are classes times sub-pixels."""
         hidden, weight = features.flatten(2), self.classify.weight.flatten(1)
         for number, doubling in enumerate(self.doublings):
-            hidden = _at_each_position(hidden, weight)
+            hidden = at_each_position(hidden, weight)
             if number:
                 hidden = hidden.relu_().view(len(hidden), self.classify.out_channels + 1, -1)
             else:
@@ -196,72 +154,14 @@ class BilinearDecoder(Decoder):
         coarse = self._coarse(features)
         rows, columns = _interpolations(coarse, self.stride, grid)
         with torch.autocast(coarse.device.type, enabled=False):
-            return _OverRows(coarse @ columns, rows)
+            return OverRows(coarse @ columns, rows)
 
     def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         return maps[..., grid.row :: grid.step, grid.column :: grid.step].flatten(-2)
 
     def _coarse(self, features: Tensor) -> Tensor:
-        coarse = _at_each_position(features.flatten(2), self.classify.weight, self.classify.bias)
+        coarse = at_each_position(features.flatten(2), self.classify.weight, self.classify.bias)
         return coarse.view(*coarse.shape[:2], *features.shape[2:])
-
-
-class _OverChannels(LastProduct):
-    """(F, E) weights times (B, E, n) values; of the F outputs those of a class stand together. Cut along n."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, num_classes: int) -> None:
-        self.inputs = hidden, weight
-        self.length, self.values = hidden.shape[2], len(hidden) * len(weight)
-        self.classes, self.subpixels = num_classes, len(weight) // num_classes
-        self.hidden, self.weight = hidden.detach(), weight.detach()
-
-    def cut(self, maps: Tensor, piece: slice) -> Tensor:
-        return maps.reshape(*maps.shape[:-1], self.subpixels, self.length)[..., piece].flatten(-2).contiguous()
-
-    def logits(self, piece: slice) -> Tensor:
-        return _at_each_position(self.hidden[..., piece], self.weight).view(len(self.hidden), self.classes, -1)
-
-    def no_gradients(self) -> list[Tensor]:
-        return [torch.empty_like(self.hidden), torch.zeros_like(self.weight)]
-
-    def add_gradients(self, piece: slice, gradient: Tensor, total: Sequence[Tensor]) -> None:
-        outputs = gradient.view(len(gradient), len(self.weight), -1)
-        total[0][..., piece] = _at_each_position(outputs, self.weight.T)
-        # This way round the product is faster than its transpose.
-        total[1].add_(torch.bmm(self.hidden[..., piece], outputs.transpose(1, 2)).sum(dim=0).T)
-
-
-class _OverRows(LastProduct):
-    """(B, C, h, w) values, interpolated along h by an (h, H) matrix. Cut along H."""
-
-    def __init__(self, hidden: Tensor, rows: Tensor) -> None:
-        self.inputs = (hidden,)
-        self.length, self.values = rows.shape[1], hidden.shape[0] * hidden.shape[1] * hidden.shape[3]
-        self.hidden, self.rows = hidden.detach(), rows
-
-    def cut(self, maps: Tensor, piece: slice) -> Tensor:
-        return maps.reshape(*maps.shape[:-1], self.length, self.hidden.shape[3])[..., piece, :].flatten(-2).contiguous()
-
-    def logits(self, piece: slice) -> Tensor:
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            return (self.rows[:, piece].T @ self.hidden).flatten(2)
-
-    def no_gradients(self) -> list[Tensor]:
-        return [torch.zeros_like(self.hidden)]
-
-    def add_gradients(self, piece: slice, gradient: Tensor, total: Sequence[Tensor]) -> None:
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            maps = gradient.reshape(-1, len(self.rows[0, piece]), self.hidden.shape[3])
-            total[0].flatten(0, 1).baddbmm_(self.rows[:, piece].expand(len(maps), -1, -1), maps)
-
-
-def _at_each_position(features: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(B, C, n) values of a (C, D, 1, 1) convolution on (B, D, n) features: one matrix product per image, several times faster than torch's convolution
-    where a matrix has few rows or columns (benchmarks/step.py).
-    """
-    weights = weight.flatten(1).expand(len(features), -1, -1)
-    values = torch.bmm(weights, features)
-    return values if bias is None else values.add_(bias[:, None])
 
 
 def upsample_bilinear(maps: Tensor, factor: int, grid: Grid = ALL_PIXELS) -> Tensor:

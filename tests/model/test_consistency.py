@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multidomain_cct.model import decoders as model_decoders
+from multidomain_cct.model import last_product
 from multidomain_cct.model.consistency import AuxiliaryDecoder, auxiliary_losses
 from multidomain_cct.model.decoders import Grid, build_decoder
 from multidomain_cct.model.guides import Guide
@@ -87,7 +87,7 @@ def gradients(loss: Tensor, features: Tensor, auxiliaries: nn.ModuleList) -> lis
 @pytest.mark.parametrize("most", [10, 10**6])
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
 def test_losses_and_gradients_equal_the_plain_sum(dtype: torch.dtype, tolerance: float, kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(model_decoders, "LOGITS_OF_A_THREAD", most)  # pieces of an image, or whole ones
+    monkeypatch.setattr(last_product, "LOGITS_OF_A_THREAD", most)  # pieces of an image, or whole ones
     auxiliaries = decoders(dtype, kind)
     features, guide, terms = example(dtype)
     results = []

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from multidomain_cct.model import decoders
+from multidomain_cct.model import last_product
 from multidomain_cct.model.decoders import Decoder, Grid, PixelShuffleDecoder, build_decoder, icnr_
 
 
@@ -127,7 +127,7 @@ def test_a_grid_leaves_every_so_manyth_pixel_of_every_so_manyth_row(kind: str, g
 def test_the_last_product_gives_the_pixels_and_takes_their_gradients_piece_by_piece(
     kind: str, stride: int, grid: Grid, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoders, "LOGITS_OF_A_THREAD", most)
+    monkeypatch.setattr(last_product, "LOGITS_OF_A_THREAD", most)
     grid = grid if stride > 1 else Grid()
     decoder = trained_looking(kind, stride).double()
     features = torch.rand(2, 16, 3, 5, dtype=torch.float64, requires_grad=True)
