@@ -1,17 +1,17 @@
-"""The K auxiliary decoders of a domain, one at a time.
+"""Losses of decoders: those of the K auxiliary decoders of a domain, one at a time, and of a main decoder.
 
-Their logits never exist all at once: for each decoder in turn the losses and, in the same forward pass, their gradients with respect to the features and to
-that decoder are computed, a piece of the pixels after the other, and only these are kept. Backward scales them. The result is exact, and memory does not grow
-with K.
+Logits never exist all at once: for each decoder in turn the losses and, in the same forward pass, their gradients with respect to the features and to that
+decoder are computed, a piece of the pixels after the other, and only these are kept. Backward scales them. The result is exact, and memory does not grow with
+K.
 
 Shapes: B images, T terms of the loss, C classes, D feature channels, h w feature size, P pixels, in the decoders' order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -47,15 +47,27 @@ def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide,
     """
     drawn = torch.randperm(len(auxiliaries))[:sample].sort().values.tolist() if sample else range(len(auxiliaries))
     parameters = [parameter for auxiliary in auxiliaries for parameter in auxiliary.parameters()]
-    chosen = [auxiliaries[number] for number in drawn]
-    losses: Tensor = _EachInTurn.apply(torch.is_grad_enabled(), features, chosen, guide, terms, grid, *parameters)  # type: ignore[no-untyped-call]
+    chosen = [cast(AuxiliaryDecoder, auxiliaries[number]) for number in drawn]
+    decoders: list[tuple[Decoder, See]] = [(auxiliary.decoder, partial(auxiliary.perturbed, guide=guide)) for auxiliary in chosen]
+    losses: Tensor = _EachInTurn.apply(torch.is_grad_enabled(), features, decoders, terms, grid, *parameters)  # type: ignore[no-untyped-call]
     return losses
+
+
+def decoder_losses(features: Tensor, decoder: Decoder, terms: Sequence[Term]) -> Tensor:
+    """(T,): each term of the loss of one decoder that sees the features as they are, differentiable in them and in its parameters."""
+    as_they_are: list[tuple[Decoder, See]] = [(decoder, lambda features: (features, None))]
+    losses: Tensor = _EachInTurn.apply(torch.is_grad_enabled(), features, as_they_are, terms, ALL_PIXELS, *decoder.parameters())  # type: ignore[no-untyped-call]
+    return losses
+
+
+See = Callable[[Tensor], tuple[Tensor, Tensor | None]]
+"""(B, D, h, w) features -> those that a decoder sees, and (B,) bool: the images that count, None for all."""
 
 
 class _EachInTurn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, wanted: bool, features: Tensor, drawn: Sequence[AuxiliaryDecoder], guide: Guide, terms: Sequence[Term], grid: Grid, *parameters: Tensor
+        ctx: Any, wanted: bool, features: Tensor, decoders: Sequence[tuple[Decoder, See]], terms: Sequence[Term], grid: Grid, *parameters: Tensor
     ) -> Tensor:
         """`wanted` says whether gradients are. `parameters` are those of all decoders, drawn or not: a wrapper for several processes waits for each."""
         leaf = features.detach().requires_grad_(wanted)
@@ -67,10 +79,10 @@ class _EachInTurn(torch.autograd.Function):
         own_gradients: list[list[Tensor]] = [[] for _ in terms]
         totals: list[Tensor] = []
         parts: list[list[Term]] = []
-        for auxiliary in drawn:
+        for decoder, see in decoders:
             with torch.set_grad_enabled(wanted):
-                perturbed, kept = auxiliary.perturbed(leaf, guide)
-                product = auxiliary.decoder.last_product(perturbed, grid)
+                seen, kept = see(leaf)
+                product = decoder.last_product(seen, grid)
             pieces = product.pieces()
             # Cut once: the decoders differ in their weights only.
             parts = parts or [[term.part(partial(product.cut, piece=piece)) for term in terms] for piece in pieces]
@@ -86,14 +98,14 @@ class _EachInTurn(torch.autograd.Function):
             totals.append(torch.stack(losses).view(len(pieces), len(terms)).sum(dim=0))
             for number, given in enumerate(of_inputs):
                 last = number == len(terms) - 1
-                first, *rest = torch.autograd.grad(product.inputs, [leaf, *auxiliary.parameters()], given, retain_graph=not last)
+                first, *rest = torch.autograd.grad(product.inputs, [leaf, *decoder.parameters()], given, retain_graph=not last)
                 feature_gradients[number] += first
                 own_gradients[number] += rest
         ctx.save_for_backward(*feature_gradients, *(gradient for term in own_gradients for gradient in term))
-        own = {id(parameter): place for place, parameter in enumerate(parameter for auxiliary in drawn for parameter in auxiliary.parameters())}
+        own = {id(parameter): place for place, parameter in enumerate(parameter for decoder, _ in decoders for parameter in decoder.parameters())}
         ctx.places = [own.get(id(parameter)) for parameter in parameters]
         ctx.shapes = [parameter.shape for parameter in parameters]
-        ctx.scale, ctx.num_terms = scale * len(drawn), len(terms)
+        ctx.scale, ctx.num_terms = scale * len(decoders), len(terms)
         ctx.dtype, ctx.format = features.dtype, torch.channels_last if features.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         return torch.stack(totals).mean(dim=0)
 
@@ -112,4 +124,4 @@ class _EachInTurn(torch.autograd.Function):
 
         own = [weighted(rest[place::share]) for place in range(share)]
         each = (factors.new_zeros(shape) if place is None else own[place] for place, shape in zip(ctx.places, ctx.shapes, strict=True))
-        return (None, weighted(feature_gradients).to(ctx.dtype, memory_format=ctx.format), None, None, None, None, *each)
+        return (None, weighted(feature_gradients).to(ctx.dtype, memory_format=ctx.format), None, None, None, *each)

@@ -94,18 +94,6 @@ class ConsistencySettings:
         return self.weight / num_classes if self.weight_unit == "authors" else self.weight
 
 
-def supervised_loss(logits: Tensor, masks: Tensor, settings: SupervisedSettings, progress: float) -> Tensor:
-    """Scalar: the chosen loss of (B, C, *) logits on (B, *) train ids when `progress` (0 to 1) of the run is done."""
-    if settings.loss == "ce":
-        return cross_entropy(logits, masks)
-    return bootstrapped_cross_entropy(logits, masks, ab_threshold(settings, logits.shape[1], progress))
-
-
-def cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """Scalar: cross-entropy of (B, C, *) logits with (B, *) train ids, in nats; pixels of id 255 do not count."""
-    return mean_over_valid(pixel_cross_entropy(logits, masks), masks != IGNORE)
-
-
 def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
     """(B, *): cross-entropy in nats; 0 at pixels of id 255."""
     return F.cross_entropy(at_least_float32(logits), masks.long(), ignore_index=IGNORE, reduction="none")

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from multidomain_cct.data.augment import PAD
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.data.order import seed_from
-from multidomain_cct.model.consistency import AuxiliaryDecoder
+from multidomain_cct.model.consistency import AuxiliaryDecoder, decoder_losses
 from multidomain_cct.model.decoders import Decoder, build_decoder
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
-from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings, at_least_float32, supervised_loss
+from multidomain_cct.model.losses import ConsistencySettings, CrossEntropy, SupervisedSettings, ab_threshold, at_least_float32, bootstrapped_cross_entropy
 from multidomain_cct.model.perturbations import Perturbation
 
 Features = Mapping[tuple[str, str], Tensor]
@@ -97,9 +97,13 @@ class Segmenter(nn.Module):
         losses = {}
         for name, batch in batches.items():
             if (name, "labelled") in features:
-                task, decoder = self.tasks[name], self.head(name).main
-                logits, ids = decoder.pixels(features[name, "labelled"]), decoder.in_order(batch.masks)
-                losses[f"{name}/supervised"] = task.weight * supervised_loss(logits, ids, task.supervised, progress)
+                task, decoder, seen = self.tasks[name], self.head(name).main, features[name, "labelled"]
+                ids = decoder.in_order(batch.masks)
+                if task.supervised.loss == "ce":
+                    (loss,) = decoder_losses(seen, decoder, [CrossEntropy(ids, torch.promote_types(seen.dtype, torch.float32))])
+                else:
+                    loss = bootstrapped_cross_entropy(decoder.pixels(seen), ids, ab_threshold(task.supervised, task.num_classes, progress))
+                losses[f"{name}/supervised"] = task.weight * loss
         return losses
 
     @torch.no_grad()

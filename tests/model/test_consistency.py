@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from multidomain_cct.model import last_product
-from multidomain_cct.model.consistency import AuxiliaryDecoder, auxiliary_losses
+from multidomain_cct.model.consistency import AuxiliaryDecoder, auxiliary_losses, decoder_losses
 from multidomain_cct.model.decoders import Grid, build_decoder
 from multidomain_cct.model.guides import Guide
-from multidomain_cct.model.losses import KullbackLeibler, SquaredDistance, Term, mean_over_valid
+from multidomain_cct.model.losses import CrossEntropy, KullbackLeibler, SquaredDistance, Term, mean_over_valid
 from multidomain_cct.model.perturbations import (
     AdversarialNoise,
     ContextMask,
@@ -100,6 +100,29 @@ def test_losses_and_gradients_equal_the_plain_sum(dtype: torch.dtype, tolerance:
     for expected, found in zip(*results, strict=True):
         assert found.dtype == dtype
         assert (found - expected).abs().max() <= tolerance * max(1.0, expected.abs().max().item())
+
+
+@pytest.mark.parametrize("most", [10, 10**6])
+@pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
+def test_losses_of_one_decoder_on_features_as_they_are_equal_the_plain_ones(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(last_product, "LOGITS_OF_A_THREAD", most)
+    torch.manual_seed(1)
+    decoder = build_decoder(kind, CHANNELS, CLASSES, STRIDE).double()
+    features, target, valid = drawn(torch.float64)
+    ids = torch.randint(0, CLASSES, (2, PIXELS), dtype=torch.uint8).where(valid, 255)
+    leaf = features.requires_grad_()
+    inputs = [leaf, *decoder.parameters()]
+    found = decoder_losses(leaf, decoder, [CrossEntropy(ids, torch.float64), SquaredDistance(target, valid)])
+    logits = decoder.pixels(leaf)
+    entropies = torch.nn.functional.cross_entropy(logits, ids.long(), ignore_index=255, reduction="none")
+    distances = (logits.softmax(dim=1) - target).square().sum(dim=1)
+    expected = torch.stack([mean_over_valid(entropies, valid), mean_over_valid(distances, valid)])
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(weighted(losses), inputs) for losses in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+    with torch.no_grad():
+        silent = decoder_losses(leaf, decoder, [CrossEntropy(ids, torch.float64)])
+    assert not silent.requires_grad and silent[0] == found[0]
 
 
 def test_each_term_has_its_own_gradient() -> None:

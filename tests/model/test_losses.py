@@ -22,14 +22,16 @@ from multidomain_cct.model.losses import (
     ab_threshold,
     bootstrapped_cross_entropy,
     confident,
-    cross_entropy,
     differentiable,
     mean_over_valid,
     pixel_cross_entropy,
-    supervised_loss,
 )
 
 SEEDS = st.integers(0, 10_000)
+
+
+def cross_entropy(logits: Tensor, ids: Tensor) -> Tensor:
+    return differentiable(CrossEntropy(ids, torch.promote_types(logits.dtype, torch.float32)), logits)
 
 
 def distance_of(kind: Callable[[Tensor, Tensor], Term]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -333,12 +335,12 @@ def test_ab_ce_keeps_at_least_one_pixel_of_each_image_that_has_one(seed: int, th
     assert learns[[0, 2, 3]].flatten(1).any(dim=1).all() and not learns[1].any()
 
 
-def test_supervised_loss_is_the_one_that_was_chosen_at_the_progress_of_the_run() -> None:
+def test_the_threshold_of_ab_ce_follows_the_progress_of_the_run() -> None:
     logits, ids, _ = example()
-    assert supervised_loss(logits, ids, SupervisedSettings(), 0.1) == cross_entropy(logits, ids)
     chosen = SupervisedSettings(loss="ab_ce")
-    found = [supervised_loss(logits, ids, chosen, progress).item() for progress in (0.0, 0.05, 1.0)]
-    assert found == pytest.approx([numpy_bootstrapped(logits, ids, ab_threshold(chosen, 5, progress)) for progress in (0.0, 0.05, 1.0)])
+    thresholds = [ab_threshold(chosen, 5, progress) for progress in (0.0, 0.05, 1.0)]
+    found = [bootstrapped_cross_entropy(logits, ids, threshold).item() for threshold in thresholds]
+    assert found == pytest.approx([numpy_bootstrapped(logits, ids, threshold) for threshold in thresholds])
     assert found[0] > found[1] > found[2] > cross_entropy(logits, ids)  # the easy pixels come in later
 
 
@@ -398,7 +400,7 @@ def test_the_cross_entropy_of_pseudo_labels_is_the_plain_one(seed: int) -> None:
     logits, ids, _ = example(seed)
     ids[0] = IGNORE
     results = []
-    for loss in (cross_entropy(logits.requires_grad_(), ids), differentiable(CrossEntropy(ids, torch.float64), logits)):
+    for loss in (mean_over_valid(pixel_cross_entropy(logits.requires_grad_(), ids), ids != IGNORE), cross_entropy(logits, ids)):
         (gradient,) = torch.autograd.grad(loss, logits)
         results.append((loss.detach(), gradient))
     for expected, found in zip(*results, strict=True):
