@@ -60,6 +60,12 @@ def decoder_losses(features: Tensor, decoder: Decoder, terms: Sequence[Term]) ->
     return losses
 
 
+def in_fp16(features: Tensor) -> bool:
+    """Whether autocast makes 16-bit floats of small range of what is computed from the features."""
+    kind = features.device.type
+    return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+
+
 See = Callable[[Tensor], tuple[Tensor, Tensor | None]]
 """(B, D, h, w) features -> those that a decoder sees, and (B,) bool: the images that count, None for all."""
 
@@ -71,7 +77,7 @@ class _EachInTurn(torch.autograd.Function):
     ) -> Tensor:
         """`wanted` says whether gradients are. `parameters` are those of all decoders, drawn or not: a wrapper for several processes waits for each."""
         leaf = features.detach().requires_grad_(wanted)
-        half = torch.is_autocast_enabled(features.device.type) and torch.get_autocast_dtype(features.device.type) == torch.float16
+        half = in_fp16(features)
         scale = FP16_LOSS_SCALE if half else 1.0
         # Sums stay scaled, in 32 bits, until backward: taking the scale out of 16-bit numbers would flush most of them to 0.
         # Not in the features' memory format, but in that of matrix products: adding across formats is slow.

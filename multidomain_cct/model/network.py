@@ -12,12 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from multidomain_cct.data.augment import PAD
+from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.data.order import seed_from
-from multidomain_cct.model.consistency import AuxiliaryDecoder, decoder_losses
+from multidomain_cct.model.consistency import AuxiliaryDecoder, decoder_losses, in_fp16
 from multidomain_cct.model.decoders import Decoder, build_decoder
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
-from multidomain_cct.model.losses import ConsistencySettings, CrossEntropy, SupervisedSettings, ab_threshold, at_least_float32, bootstrapped_cross_entropy
+from multidomain_cct.model.losses import (
+    ConsistencySettings,
+    CrossEntropy,
+    SupervisedSettings,
+    ab_threshold,
+    at_least_float32,
+    bootstrapped_cross_entropy,
+    mean_over_valid,
+    pixel_cross_entropy,
+)
 from multidomain_cct.model.perturbations import Perturbation
 
 Features = Mapping[tuple[str, str], Tensor]
@@ -97,12 +107,8 @@ class Segmenter(nn.Module):
         losses = {}
         for name, batch in batches.items():
             if (name, "labelled") in features:
-                task, decoder, seen = self.tasks[name], self.head(name).main, features[name, "labelled"]
-                ids = decoder.in_order(batch.masks)
-                if task.supervised.loss == "ce":
-                    (loss,) = decoder_losses(seen, decoder, [CrossEntropy(ids, torch.promote_types(seen.dtype, torch.float32))])
-                else:
-                    loss = bootstrapped_cross_entropy(decoder.pixels(seen), ids, ab_threshold(task.supervised, task.num_classes, progress))
+                task = self.tasks[name]
+                loss = supervised_loss(self.head(name).main, features[name, "labelled"], batch.masks, task.supervised, progress)
                 losses[f"{name}/supervised"] = task.weight * loss
         return losses
 
@@ -127,6 +133,19 @@ class Segmenter(nn.Module):
     def logits(self, images: Tensor, domain: str) -> Tensor:
         """(B, C, H, W) logits of the domain's main decoder for (B, 3, H, W) uint8 images of any size."""
         return whole_image_logits(self.encoder, self.head(domain).main, images, domain)
+
+
+def supervised_loss(decoder: Decoder, features: Tensor, masks: Tensor, settings: SupervisedSettings, progress: float) -> Tensor:
+    """Scalar: the chosen loss of (B, D, h, w) features on (B, H, W) train ids when `progress` (0 to 1) of the run is done."""
+    ids = decoder.in_order(masks)
+    if settings.loss == "ab_ce":
+        logits = decoder.pixels(features)
+        return bootstrapped_cross_entropy(logits, ids, ab_threshold(settings, logits.shape[1], progress))
+    if in_fp16(features):
+        # Sums over pixels overflow unless the loss is scaled as a GradScaler finds out, which acts on autograd's backward pass alone.
+        return mean_over_valid(pixel_cross_entropy(decoder.pixels(features), ids), ids != IGNORE)
+    term = CrossEntropy(ids, torch.promote_types(features.dtype, torch.float32))
+    return decoder_losses(features, decoder, [term])[0]
 
 
 def labelled_images(batches: Mapping[str, Batch]) -> dict[tuple[str, str], Tensor]:

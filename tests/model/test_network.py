@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from multidomain_cct.data.augment import PAD
 from multidomain_cct.data.loader import Batch
+from multidomain_cct.model.consistency import decoder_losses
+from multidomain_cct.model.decoders import build_decoder
 from multidomain_cct.model.encoder import EncoderSettings
-from multidomain_cct.model.losses import SupervisedSettings
-from multidomain_cct.model.network import Segmenter, Task, labelled_images
+from multidomain_cct.model.losses import CrossEntropy, SupervisedSettings
+from multidomain_cct.model.network import Segmenter, Task, labelled_images, supervised_loss
 from multidomain_cct.model.perturbations import Dropout, FeatureDrop, FeatureNoise
 
 TINY = EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32)
@@ -87,6 +90,27 @@ def test_a_domain_that_borrows_a_head_teaches_it_with_its_own_weight() -> None:
 
 def test_a_step_without_labelled_images_has_no_losses() -> None:
     assert network()({"street": batch(4, labelled=0)}) == {}
+
+
+def test_in_16_bits_of_small_range_no_sum_over_pixels_overflows() -> None:
+    """At features at which it does in `decoder_losses`, whose scale of the loss is a constant."""
+    torch.manual_seed(0)
+    decoder, features = build_decoder("pixelshuffle", 16, 3, 8), 300 * torch.rand(2, 16, 4, 4)
+    masks = torch.randint(0, 3, (2, 32, 32), dtype=torch.uint8)
+
+    def gradients(loss_of: Callable[[Tensor], Tensor], half: bool) -> tuple[Tensor, ...]:
+        leaf = features.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.float16, enabled=half):
+            loss = loss_of(leaf)
+        return torch.autograd.grad(loss, [leaf, *decoder.parameters()])
+
+    def chosen(leaf: Tensor) -> Tensor:
+        return supervised_loss(decoder, leaf, masks, SupervisedSettings(), 1.0)
+
+    for found, exact in zip(gradients(chosen, True), gradients(chosen, False), strict=True):
+        assert (found - exact).norm() < 0.02 * exact.norm()
+    in_pieces = gradients(lambda leaf: decoder_losses(leaf, decoder, [CrossEntropy(decoder.in_order(masks))])[0], True)
+    assert not all(gradient.isfinite().all() for gradient in in_pieces)
 
 
 def test_the_target_is_the_main_decoders_prediction_in_32_bits_without_a_graph() -> None:
