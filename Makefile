@@ -1,7 +1,7 @@
 # make demo   two toy domains, trained with and without unlabelled images, and a report (about 5 minutes on 2 cores after installation)
 # make test   what CI runs: lint, types, every test
 # make reliability  the promises of docs/reliability.md at their full figures, and a table of what each reached
-# make bench  the benchmarks (about 20 minutes on 2 quiet cores); docs/speed.md says what each shows
+# make bench  the benchmarks (12 to 16 minutes on 2 quiet cores); docs/speed.md says what each shows
 
 PYTHON ?= python3
 BIN := .venv/bin
