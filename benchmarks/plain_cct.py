@@ -42,12 +42,12 @@ def encode(encoder: nn.Module, batches: Mapping[str, Any], passes: str) -> dict[
     images = [((name, kind), part) for name, batch in batches.items() for kind, part in (("labelled", batch.images), ("unlabelled", batch.unlabelled))]
     images.sort(key=lambda item: item[0][1])  # all labelled, then all unlabelled images
     if passes == "two":
-        return {(name, kind): features(encoder, part, [(name, len(part))]) for (name, kind), part in images if len(part)}
-    joined = features(encoder, torch.cat([part for _, part in images]), [(name, len(part)) for (name, _), part in images])
+        return {(name, kind): features_of(encoder, part, [(name, len(part))]) for (name, kind), part in images if len(part)}
+    joined = features_of(encoder, torch.cat([part for _, part in images]), [(name, len(part)) for (name, _), part in images])
     return dict(zip([key for key, _ in images], torch.split(joined, [len(part) for _, part in images]), strict=True))
 
 
-def features(encoder: Any, images: Tensor, parts: list[tuple[str, int]]) -> Tensor:
+def features_of(encoder: Any, images: Tensor, parts: list[tuple[str, int]]) -> Tensor:
     """(B, D, h, w): the encoder's; a pyramid pooling is spelled out, as PSPNet has it."""
     context = encoder.context
     if type(context).__name__ != "PyramidPooling":

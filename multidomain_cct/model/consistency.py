@@ -1,8 +1,8 @@
 """Losses of decoders: those of the K auxiliary decoders of a domain, one at a time, and of a main decoder.
 
-Logits never exist all at once: for each decoder in turn the losses and, in the same forward pass, their gradients with respect to the features and to that
-decoder are computed, a piece of the pixels after the other, and only these are kept. Backward scales them. The result is exact, and memory does not grow with
-K.
+The logits that losses compare never exist all at once: for each decoder in turn the losses and, in the same forward pass, their gradients with respect to the
+features and to that decoder are computed, a piece of the pixels after the other, and only these are kept. Backward scales them. The result is exact, and memory
+does not grow with K.
 
 Shapes: B images, T terms of the loss, C classes, D feature channels, h w feature size, P pixels, in the decoders' order.
 """

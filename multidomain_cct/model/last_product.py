@@ -1,6 +1,6 @@
 """The linear last step of a decoder, taken a piece of the pixels at a time.
 
-A loss passes over logits several times: those of a piece stay in a processor's caches meanwhile, and those of all pixels never exist at once.
+A loss passes over logits several times: those of a piece stay in a processor's caches meanwhile, and those of all pixels need no memory.
 
 Shapes: B images, C classes, P pixels in the decoder's order, p pixels of a piece, h w feature size, H image height.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 LOGITS_OF_A_THREAD = 2**18
 """In a piece, on a CPU: beyond it, what a loss makes of them leaves the caches before it is used again (benchmarks/step.py)."""
 LOGITS_OF_A_GPU = 2**25
-"""In a piece, on a GPU, where it bounds the memory only: small pieces would wait for their launch."""
+"""In a piece, on a GPU (not measured): it bounds the memory only, as small pieces would wait for their launch."""
 
 
 class LastProduct(ABC):
