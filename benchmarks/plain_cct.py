@@ -72,6 +72,7 @@ def unsupervised_losses(model: Any, name: str, z: Tensor, batch: Any, progress: 
         target = torch.softmax(decode(head.main, z), dim=1)  # (U, C, H, W)
     counted = batch.valid & (target.max(dim=1).values >= settings.confidence)
     objects = object_mask(target, batch.valid, task.things, model.encoder.stride)  # (U, h, w)
+    z = z.contiguous()  # noise is drawn in the order of memory
     perturbed = [perturb(auxiliary.perturbation, z, objects, auxiliary.decoder) for auxiliary in head.auxiliaries]
     kept = [torch.stack([(image != 0).any() for image in maps]) for maps in perturbed]
     logits = torch.stack([decode(auxiliary.decoder, maps) for auxiliary, maps in zip(head.auxiliaries, perturbed, strict=True)])  # (K, U, C, H, W)

@@ -20,6 +20,7 @@ from multidomain_cct.model.decoders import ALL_PIXELS, Decoder, Grid
 from multidomain_cct.model.guides import Guide
 from multidomain_cct.model.losses import Term
 from multidomain_cct.model.perturbations import Perturbation
+from multidomain_cct.model.pointwise import Change, ChangedProduct
 
 FP16_LOSS_SCALE = 2.0**12
 """In 16-bit floats the gradients of a mean over pixels underflow unless the loss is scaled, and a GradScaler's factor is not known inside a forward pass."""
@@ -33,11 +34,6 @@ class AuxiliaryDecoder(nn.Module):
         self.perturbation = perturbation
         self.decoder = decoder
 
-    def perturbed(self, features: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
-        """The (B, D, h, w) features as the decoder sees them, and (B,) bool: False where nothing was left of an image's features."""
-        found = self.perturbation(features, guide, self.decoder.pixels)
-        return found, found.detach().abs().amax(dim=(1, 2, 3)) != 0
-
 
 def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Sequence[Term], *, sample: int = 0, grid: Grid = ALL_PIXELS) -> Tensor:
     """(T,): the mean over the decoders of each term of the loss (CCT equation 2), differentiable in the features and in the decoders' parameters.
@@ -48,14 +44,14 @@ def auxiliary_losses(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide,
     drawn = torch.randperm(len(auxiliaries))[:sample].sort().values.tolist() if sample else range(len(auxiliaries))
     parameters = [parameter for auxiliary in auxiliaries for parameter in auxiliary.parameters()]
     chosen = [cast(AuxiliaryDecoder, auxiliaries[number]) for number in drawn]
-    decoders: list[tuple[Decoder, See]] = [(auxiliary.decoder, partial(auxiliary.perturbed, guide=guide)) for auxiliary in chosen]
+    decoders = [(auxiliary.decoder, partial(auxiliary.perturbation, guide=guide, decoder=auxiliary.decoder)) for auxiliary in chosen]
     losses: Tensor = _EachInTurn.apply(torch.is_grad_enabled(), features, decoders, terms, grid, *parameters)  # type: ignore[no-untyped-call]
     return losses
 
 
 def decoder_losses(features: Tensor, decoder: Decoder, terms: Sequence[Term]) -> Tensor:
     """(T,): each term of the loss of one decoder that sees the features as they are, differentiable in them and in its parameters."""
-    as_they_are: list[tuple[Decoder, See]] = [(decoder, lambda features: (features, None))]
+    as_they_are = [(decoder, lambda features: Change())]
     losses: Tensor = _EachInTurn.apply(torch.is_grad_enabled(), features, as_they_are, terms, ALL_PIXELS, *decoder.parameters())  # type: ignore[no-untyped-call]
     return losses
 
@@ -66,51 +62,54 @@ def in_fp16(features: Tensor) -> bool:
     return torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
 
 
-See = Callable[[Tensor], tuple[Tensor, Tensor | None]]
-"""(B, D, h, w) features -> those that a decoder sees, and (B,) bool: the images that count, None for all."""
-
-
 class _EachInTurn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, wanted: bool, features: Tensor, decoders: Sequence[tuple[Decoder, See]], terms: Sequence[Term], grid: Grid, *parameters: Tensor
+        ctx: Any,
+        wanted: bool,
+        features: Tensor,
+        decoders: Sequence[tuple[Decoder, Callable[[Tensor], Change]]],
+        terms: Sequence[Term],
+        grid: Grid,
+        *parameters: Tensor,
     ) -> Tensor:
         """`wanted` says whether gradients are. `parameters` are those of all decoders, drawn or not: a wrapper for several processes waits for each."""
-        leaf = features.detach().requires_grad_(wanted)
+        # Matrix products and sums of other formats are slower.
+        maps = features.detach().contiguous()
         half = in_fp16(features)
         scale = FP16_LOSS_SCALE if half else 1.0
         # Sums stay scaled, in 32 bits, until backward: taking the scale out of 16-bit numbers would flush most of them to 0.
-        # Not in the features' memory format, but in that of matrix products: adding across formats is slow.
-        feature_gradients = [leaf.new_zeros(leaf.shape, dtype=torch.promote_types(leaf.dtype, torch.float32)) for _ in terms if wanted]
-        own_gradients: list[list[Tensor]] = [[] for _ in terms]
+        feature_gradients = [maps.new_zeros(maps.shape, dtype=torch.promote_types(maps.dtype, torch.float32)) for _ in terms if wanted]
+        weights = decoders[0][0].joined([decoder for decoder, _ in decoders])
+        weight_gradients = [[torch.empty_like(weight) for weight in weights] for _ in terms if wanted]
         totals: list[Tensor] = []
         parts: list[list[Term]] = []
-        for decoder, see in decoders:
-            with torch.set_grad_enabled(wanted):
-                seen, kept = see(leaf)
-                product = decoder.last_product(seen, grid)
-            pieces = product.pieces()
+        for place, (decoder, change) in enumerate(decoders):
+            classify, *others = (weight[place] for weight in weights)
+            first = ChangedProduct(maps, classify, change(maps))
+            kept = first.images_left()
+            upsampling = decoder.upsampling(first.values.view(len(maps), -1, *maps.shape[2:]), others, grid)
+            pieces = upsampling.pieces()
             # Cut once: the decoders differ in their weights only.
-            parts = parts or [[term.part(partial(product.cut, piece=piece)) for term in terms] for piece in pieces]
-            of_inputs = [product.no_gradients() for _ in terms if wanted]
+            parts = parts or [[term.part(partial(upsampling.cut, piece=piece)) for term in terms] for piece in pieces]
+            collected = [upsampling.no_gradients() for _ in terms if wanted]
             losses = []
             for piece, own_terms in zip(pieces, parts, strict=True):
-                logits = product.logits(piece)
+                logits = upsampling.logits(piece)
                 for number, term in enumerate(own_terms):
                     loss, gradient = term(logits, kept)
                     losses.append(loss)
                     if wanted:
-                        product.add_gradients(piece, (gradient.mul_(scale) if half else gradient).to(logits.dtype), of_inputs[number])
+                        upsampling.add_gradients(piece, (gradient.mul_(scale) if half else gradient).to(logits.dtype), collected[number])
             totals.append(torch.stack(losses).view(len(pieces), len(terms)).sum(dim=0))
-            for number, given in enumerate(of_inputs):
-                last = number == len(terms) - 1
-                first, *rest = torch.autograd.grad(product.inputs, [leaf, *decoder.parameters()], given, retain_graph=not last)
-                feature_gradients[number] += first
-                own_gradients[number] += rest
-        ctx.save_for_backward(*feature_gradients, *(gradient for term in own_gradients for gradient in term))
-        own = {id(parameter): place for place, parameter in enumerate(parameter for decoder, _ in decoders for parameter in decoder.parameters())}
+            for number, total in enumerate(collected):
+                of_values, *rest = upsampling.gradients(total)
+                for room, gradient in zip(weight_gradients[number], [first.add_gradients(of_values, feature_gradients[number]), *rest], strict=True):
+                    room[place] = gradient
+        ctx.save_for_backward(*feature_gradients, *(gradient for own in weight_gradients for gradient in own))
+        own = {id(parameter): (place, number) for place, (decoder, _) in enumerate(decoders) for number, parameter in enumerate(decoder.parameters())}
         ctx.places = [own.get(id(parameter)) for parameter in parameters]
-        ctx.shapes = [parameter.shape for parameter in parameters]
+        ctx.shapes, ctx.separated = [parameter.shape for parameter in parameters], decoders[0][0].separated
         ctx.scale, ctx.num_terms = scale * len(decoders), len(terms)
         ctx.dtype, ctx.format = features.dtype, torch.channels_last if features.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         return torch.stack(totals).mean(dim=0)
@@ -128,6 +127,6 @@ class _EachInTurn(torch.autograd.Function):
                 total = total + gradient * factor
             return total
 
-        own = [weighted(rest[place::share]) for place in range(share)]
-        each = (factors.new_zeros(shape) if place is None else own[place] for place, shape in zip(ctx.places, ctx.shapes, strict=True))
+        own = ctx.separated([weighted(rest[place::share]) for place in range(share)])
+        each = (factors.new_zeros(shape) if place is None else own[place[1]][place[0]] for place, shape in zip(ctx.places, ctx.shapes, strict=True))
         return (None, weighted(feature_gradients).to(ctx.dtype, memory_format=ctx.format), None, None, None, *each)

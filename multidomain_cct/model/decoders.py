@@ -1,8 +1,7 @@
 """Decoders: encoder features -> logits at the image's resolution.
 
 A loss over pixels does not ask in which order they come, so a decoder also gives its logits in an order of its own (`pixels`), without the copies that make
-a picture of them, and puts maps that go with them into that order (`in_order`). With a `Grid` it leaves out pixels. Its last step is linear: left undone
-(`last_product`), it gives them a piece at a time.
+a picture of them, and puts maps that go with them into that order (`in_order`). With a `Grid` it leaves out pixels.
 
 Shapes: B images, C classes, D feature channels, h w feature size, s the encoder's stride, P pixels of the image that are in the grid.
 """
@@ -10,13 +9,15 @@ Shapes: B images, C classes, D feature channels, h w feature size, s the encoder
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multidomain_cct.model.last_product import LastProduct, OverChannels, OverRows, at_each_position
+from multidomain_cct.model.pointwise import at_each_position
+from multidomain_cct.model.upsampling import Interpolation, SubPixels, Upsampling
 
 DECODERS = ("pixelshuffle", "bilinear")
 
@@ -44,15 +45,27 @@ ALL_PIXELS = Grid()
 
 
 class Decoder(nn.Module, ABC):
-    """A decoder from (B, D, h, w) features to (B, C, s*h, s*w) logits."""
+    """A decoder from (B, D, h, w) features to (B, C, s*h, s*w) logits: a 1x1 convolution to C channels, then upsampling."""
 
-    @abstractmethod
+    classify: nn.Conv2d
+
     def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         """(B, C, P): the logits of the grid's pixels, in the decoder's order."""
+        (classify, *weights) = (weight[0] for weight in self.joined([self]))
+        coarse = at_each_position(features.flatten(2), classify)
+        return self.upsampling(coarse.view(*coarse.shape[:2], *features.shape[2:]), weights, grid).logits(slice(None))
 
     @abstractmethod
-    def last_product(self, features: Tensor, grid: Grid = ALL_PIXELS) -> LastProduct:
-        """What gives `pixels`, a piece at a time."""
+    def joined(self, decoders: Sequence[Decoder]) -> list[Tensor]:
+        """Weights of K decoders like this one, (K, ...): those of `classify`, (K, C, D), then what `upsampling` takes."""
+
+    @abstractmethod
+    def separated(self, joined: Sequence[Tensor]) -> list[Tensor]:
+        """(K, ...) parameters, in their order, whose weights are joined; or their gradients."""
+
+    @abstractmethod
+    def upsampling(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid = ALL_PIXELS) -> Upsampling:
+        """From (B, C, h, w), the products of the features and the weights of `classify`, to the logits that `pixels` gives, a piece at a time."""
 
     @abstractmethod
     def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
@@ -99,30 +112,20 @@ class PixelShuffleDecoder(Decoder):
         picture = shuffled.permute(0, 1, 2 + 2 * doublings, *rows, 3 + 2 * doublings, *columns)
         return picture.reshape(images, -1, self.stride * height, self.stride * width)
 
-    def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
-        hidden, weight = self._before_last(features, grid)
-        return at_each_position(hidden, weight).view(len(hidden), self.classify.out_channels, -1)
+    def joined(self, decoders: Sequence[Decoder]) -> list[Tensor]:
+        classify, *own = (torch.stack(parameters) for parameters in zip(*(decoder.parameters() for decoder in decoders), strict=True))
+        doublings = list(zip(own[::2], own[1::2], strict=True))
+        return [classify.flatten(2), *(SubPixels.with_ones(*doubling, last=number == len(doublings)) for number, doubling in enumerate(doublings, 1))]
 
-    def last_product(self, features: Tensor, grid: Grid = ALL_PIXELS) -> LastProduct:
-        return OverChannels(*self._before_last(features, grid), self.classify.out_channels)
+    def separated(self, joined: Sequence[Tensor]) -> list[Tensor]:
+        return [joined[0][..., None, None], *(parameter for doubling in joined[1:] for parameter in SubPixels.without_ones(doubling))]
 
-    def _before_last(self, features: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """What the last convolution takes, (B, E, n), and its (F, E) weights: its outputs F are classes times sub-pixels."""
-        hidden, weight = features.flatten(2), self.classify.weight.flatten(1)
-        for number, doubling in enumerate(self.doublings):
-            hidden = at_each_position(hidden, weight)
-            if number:
-                hidden = hidden.relu_().view(len(hidden), self.classify.out_channels + 1, -1)
-            else:
-                # A last channel of ones takes the biases through the products: adding them, and summing their gradients, would be passes over all pixels.
-                hidden = F.pad(hidden, (0, 0, 0, 1), value=1.0)
-            weight = torch.cat([doubling.get_parameter("weight").flatten(1), doubling.get_parameter("bias")[:, None]], dim=1)  # (4C, C + 1)
-            if number < len(self.doublings) - 1:
-                weight = torch.cat([weight, F.pad(weight.new_zeros(4, weight.shape[1] - 1), (0, 1), value=1.0)])  # and ones to ones
+    def upsampling(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid = ALL_PIXELS) -> Upsampling:
+        rows = []
+        for number in range(len(self.doublings)):
             reach = self.stride >> (number + 1)  # pixels of the image that a sub-pixel of this doubling is wide
-            if reach < grid.step:
-                weight = weight[2 * (grid.row // reach % 2) + grid.column // reach % 2 :: 4]
-        return hidden, weight
+            rows.append(slice(2 * (grid.row // reach % 2) + grid.column // reach % 2, None, 4) if reach < grid.step else slice(None))
+        return SubPixels(coarse.flatten(2), weights, rows)
 
     def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         kept = maps[..., grid.row :: grid.step, grid.column :: grid.step]
@@ -145,39 +148,27 @@ class BilinearDecoder(Decoder):
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
     def forward(self, features: Tensor) -> Tensor:
-        return upsample_bilinear(self._coarse(features), self.stride)
+        height, width = features.shape[2:]
+        return self.pixels(features).view(len(features), -1, self.stride * height, self.stride * width)
 
-    def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
-        return upsample_bilinear(self._coarse(features), self.stride, grid).flatten(2)
+    def joined(self, decoders: Sequence[Decoder]) -> list[Tensor]:
+        weight, bias = (torch.stack(parameters) for parameters in zip(*(decoder.parameters() for decoder in decoders), strict=True))
+        return [weight.flatten(2), bias]
 
-    def last_product(self, features: Tensor, grid: Grid = ALL_PIXELS) -> LastProduct:
-        coarse = self._coarse(features)
-        rows, columns = _interpolations(coarse, self.stride, grid)
-        with torch.autocast(coarse.device.type, enabled=False):
-            return OverRows(coarse @ columns, rows)
+    def separated(self, joined: Sequence[Tensor]) -> list[Tensor]:
+        return [joined[0][..., None, None], joined[1]]
+
+    def upsampling(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid = ALL_PIXELS) -> Upsampling:
+        return Interpolation(coarse, weights[0], *_interpolations(coarse, self.stride, grid))
 
     def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         return maps[..., grid.row :: grid.step, grid.column :: grid.step].flatten(-2)
 
-    def _coarse(self, features: Tensor) -> Tensor:
-        coarse = at_each_position(features.flatten(2), self.classify.weight, self.classify.bias)
-        return coarse.view(*coarse.shape[:2], *features.shape[2:])
-
-
-def upsample_bilinear(maps: Tensor, factor: int, grid: Grid = ALL_PIXELS) -> Tensor:
-    """(B, C, factor*h, factor*w), or those pixels of it that are in the grid: what `F.interpolate` gives in mode `bilinear` without aligned corners, as a
-    matrix product along each axis.
-
-    On a CPU its backward pass, above all, is much faster.
-    """
-    rows, columns = _interpolations(maps, factor, grid)
-    with torch.autocast(maps.device.type, enabled=False):
-        upsampled: Tensor = rows.T @ (maps @ columns)
-    return upsampled
-
 
 def _interpolations(maps: Tensor, factor: int, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(h, factor*h) and (w, factor*w), or as many of their columns as the grid has rows and columns of pixels."""
+    """(h, factor*h) and (w, factor*w), or as many of their columns as the grid has rows and columns of pixels: as two matrix products, what `F.interpolate`
+    gives in mode `bilinear` without aligned corners. On a CPU its backward pass, above all, is much faster.
+    """
     rows, columns = (_interpolation(length, factor, maps) for length in maps.shape[-2:])
     return rows[:, grid.row :: grid.step], columns[:, grid.column :: grid.step]
 

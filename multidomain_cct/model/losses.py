@@ -169,11 +169,10 @@ class Term(ABC):
         return part
 
     def __call__(self, logits: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The loss, and its gradient with respect to (B, C, *) logits, in 32 bits or more. Images that are not `kept`, (B,) bool, count as 0."""
+        """The loss, and its gradient with respect to (B, C, *) logits, in 32 bits or more. Images that are not `kept`, (B,) bool, None for all, count as 0."""
         pixels, gradient = self.weighted(at_least_float32(logits.detach()))
         valid = self.valid
-        # On a CPU looking whether there is anything to do is free; on a GPU it would wait.
-        if kept is not None and not (kept.device.type == "cpu" and kept.all()):
+        if kept is not None:
             valid = valid & kept.view(-1, *[1] * (valid.ndim - 1))
             gradient.masked_fill_(~kept.view(-1, *[1] * (gradient.ndim - 1)), 0)
         # where, not a product: an invalid pixel may be infinite.
@@ -200,7 +199,7 @@ class SquaredDistance(Term):
     def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         own = torch.softmax(logits, dim=1, out=self.room(0, logits))
         difference = torch.addcmul(self.negative, own, self.twice, out=self.room(1, logits))  # 2 weight (own - target)
-        gradient = _through_softmax(own, difference, out=self.room(2, logits))
+        gradient = _through_softmax(own, difference, out=own)
         # The weights of the pixels that count are above 0, and only these are summed.
         return difference.square_().sum(dim=1).div_(self.fourfold), gradient
 
@@ -281,7 +280,7 @@ class _WithGradient(torch.autograd.Function):
 
 
 def _through_softmax(own: Tensor, gradient: Tensor, *, out: Tensor) -> Tensor:
-    """The gradient with respect to logits, given their softmax and the gradient with respect to that."""
+    """The gradient with respect to logits, given their softmax and the gradient with respect to that; `out` may be the softmax."""
     # What autograd calls for a softmax: one pass, where products and sums of tensors are three.
     through: Tensor = torch.ops.aten._softmax_backward_data.out(gradient, own, 1, own.dtype, grad_input=out)
     return through

@@ -1,15 +1,14 @@
 """Perturbations of the encoder's features.
 
 Each is a frozen dataclass: its fields are its section of the recipe; called with the features, a guide (where the main decoder sees objects) and the auxiliary
-decoder that will see the result, it gives perturbed features. Every image of a batch is perturbed on its own. Randomness comes from torch's global generator,
-which the training loop seeds from (seed, step, rank).
+decoder that will see the result, it says how the features are to change. Every image of a batch is perturbed on its own. Randomness comes from torch's global
+generator, which the training loop seeds from (seed, step, rank).
 
 Shapes: B images, D feature channels, h w feature size, N object regions of the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Protocol
 
@@ -17,14 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multidomain_cct.model.decoders import Decoder
 from multidomain_cct.model.guides import Guide
+from multidomain_cct.model.pointwise import Change, at_each_position
 
 SMALLEST_XI = 1e-2
 """Below it, adversarial noise loses its direction to rounding."""
-
-
-Decode = Callable[[Tensor], Tensor]
-"""(B, D, h, w) features -> (B, C, *) logits of the auxiliary decoder that will see the perturbed ones."""
 
 
 class Perturbation(Protocol):
@@ -36,7 +33,7 @@ class Perturbation(Protocol):
     @property
     def count(self) -> int: ...
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor: ...
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change: ...
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,8 @@ class FeatureNoise:
         if not self.amplitude > 0:
             raise ValueError(f"perturbations.feature_noise.amplitude is {self.amplitude}; it is above 0.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
-        return features * torch.empty_like(features).uniform_(1 - self.amplitude, 1 + self.amplitude)
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
+        return Change(torch.empty_like(features).uniform_(1 - self.amplitude, 1 + self.amplitude))
 
 
 @dataclass(frozen=True)
@@ -91,7 +88,7 @@ class FeatureDrop:
             if not 0 <= low <= high <= 1:
                 raise ValueError(f"perturbations.feature_drop has the range {low} to {high}; both lie in 0 to 1, the smaller one first.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
         activity = features.detach().float().mean(dim=1, keepdim=True)  # (B, 1, h, w)
         images = activity.shape[0]
         if self.mode == "max":
@@ -102,7 +99,7 @@ class FeatureDrop:
             ordered = activity.flatten(1).sort(dim=1, descending=True).values  # (B, h*w)
             rank = (area * ordered.shape[1]).long().clamp(max=ordered.shape[1] - 1)
             threshold = ordered.gather(1, rank[:, None])[:, :, None, None]  # (B, 1, 1, 1)
-        return features * (activity <= threshold)
+        return Change(activity <= threshold)
 
 
 @dataclass(frozen=True)
@@ -120,8 +117,8 @@ class Dropout:
         if not 0 < self.probability < 1:
             raise ValueError(f"perturbations.dropout.probability is {self.probability}; it lies between 0 and 1.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
-        return F.dropout2d(features, self.probability, training=True)
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
+        return Change(F.dropout(features.new_ones(*features.shape[:2], 1, 1), self.probability, training=True))
 
 
 @dataclass(frozen=True)
@@ -139,8 +136,8 @@ class ObjectMask:
     def __post_init__(self) -> None:
         _check_count("object_mask", self.count)
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
-        return features * ~guide.objects
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
+        return Change(~guide.objects)
 
 
 @dataclass(frozen=True)
@@ -154,8 +151,8 @@ class ContextMask:
     def __post_init__(self) -> None:
         _check_count("context_mask", self.count)
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
-        return features * guide.objects
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
+        return Change(guide.objects)
 
 
 @dataclass(frozen=True)
@@ -181,14 +178,14 @@ class GuidedCutout:
         if self.min_area < 1:
             raise ValueError(f"perturbations.guided_cutout.min_area is {self.min_area}; it is at least 1 feature position.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
         regions = guide.regions
         large = regions.area >= self.min_area
         rows = self._span(regions.top[large], regions.bottom[large], features.shape[2])  # (N, h)
         columns = self._span(regions.left[large], regions.right[large], features.shape[3])  # (N, w)
         cuts = features.new_zeros(len(features), *features.shape[2:], dtype=torch.float32)  # (B, h, w)
         cuts.index_add_(0, regions.image[large], (rows[:, :, None] & columns[:, None, :]).float())
-        return features * (cuts == 0).unsqueeze(1)
+        return Change((cuts == 0).unsqueeze(1))
 
     def _span(self, start: Tensor, end: Tensor, length: int) -> Tensor:
         """(N, length) bool: for each box a random interval within it along one axis."""
@@ -226,19 +223,21 @@ class AdversarialNoise:
                 f"perturbations.adversarial_noise has eps {self.eps} and eps_relative {self.eps_relative}; both are 0 or more, and one of them is above 0."
             )
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decode) -> Tensor:
-        # In 32 bits or more: the trial step is lost in 16. torch.autograd.grad, because the parameters' gradients are being collected at this moment.
-        with torch.autocast(features.device.type, enabled=False), torch.enable_grad():
-            still = features.detach().to(torch.promote_types(features.dtype, torch.float32))
-            direction = _unit(torch.empty_like(still).uniform_(-0.5, 0.5)).requires_grad_()
-            with torch.no_grad():
-                target = decoder(still).softmax(dim=1)
-            moved = decoder(still + self.xi * direction)
-            # The gradient of the divergence with respect to the logits, but for a factor.
-            (gradient,) = torch.autograd.grad(moved, direction, moved.detach().softmax(dim=1) - target)
+    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
+        # In 32 bits or more: the trial step is lost in 16.
+        with torch.autocast(features.device.type, enabled=False), torch.no_grad():
+            still = features.to(torch.promote_types(features.dtype, torch.float32))
+            (classify, *weights) = (weight[0] for weight in decoder.joined([decoder]))
+            direction = _unit(torch.empty_like(still).uniform_(-0.5, 0.5))
+            first, step = (at_each_position(maps.flatten(2), classify).view(len(maps), -1, *maps.shape[2:]) for maps in (still, direction))
+            before, after = decoder.upsampling(first, weights), decoder.upsampling(first + self.xi * step, weights)
+            total = after.no_gradients()
+            for piece in after.pieces():
+                # The gradient of the divergence with respect to the logits, but for a factor.
+                after.add_gradients(piece, after.logits(piece).softmax(dim=1).sub_(before.logits(piece).softmax(dim=1)), total)
+            gradient = at_each_position(after.gradients(total)[0], classify.T).view_as(still)
             strength = self.eps if self.eps > 0 else self.eps_relative * _norm(still)
-            noise = strength * _unit(gradient)
-        return features + noise.to(features.dtype)
+            return Change(noise=(strength * _unit(gradient)).to(features.dtype))
 
 
 @dataclass(frozen=True)

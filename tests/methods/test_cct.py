@@ -74,7 +74,7 @@ def guide_of(target: Tensor, own: Batch, task: Task) -> Guide:
 def prediction(auxiliary: nn.Module, z: Tensor, guide: Guide) -> Tensor:
     """(U, C, H, W) logits of perturbed features."""
     assert isinstance(auxiliary, AuxiliaryDecoder)
-    logits: Tensor = auxiliary.decoder(auxiliary.perturbation(z, guide, auxiliary.decoder))
+    logits: Tensor = auxiliary.decoder(auxiliary.perturbation(z, guide, auxiliary.decoder).of(z))
     return logits
 
 
@@ -89,7 +89,7 @@ def test_the_terms_are_those_of_the_papers_equations_with_their_weights() -> Non
         pixels = F.cross_entropy(head.main(z), own.masks.long(), ignore_index=255, reduction="none")  # type: ignore[union-attr, operator]
         supervised = (pixels.sum(dim=(1, 2)) / (own.masks != 255).sum(dim=(1, 2))).mean()
         torch.testing.assert_close(found[f"{name}/supervised"], settings.weight * supervised)
-        z = model.encoder(own.unlabelled, [(name, len(own.unlabelled))]).detach()
+        z = model.encoder(own.unlabelled, [(name, len(own.unlabelled))]).detach().contiguous()  # noise is drawn in the order of memory
         target = head.main(z).softmax(dim=1)  # type: ignore[union-attr, operator]
         guide = guide_of(target, own, settings)
         distances = []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from multidomain_cct.model import last_product
+from multidomain_cct.model import upsampling
 from multidomain_cct.model.consistency import AuxiliaryDecoder, auxiliary_losses, decoder_losses
 from multidomain_cct.model.decoders import Grid, build_decoder
 from multidomain_cct.model.guides import Guide
@@ -62,14 +62,21 @@ def example(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Guide, list[Ter
     return features, Guide(objects), [SquaredDistance(target, valid), KullbackLeibler(target, valid)]
 
 
+def perturbed(auxiliary: nn.Module, features: Tensor, guide: Guide) -> tuple[Tensor, Tensor]:
+    """The features that the decoder sees, and (B,) bool: the images of which something is left."""
+    assert isinstance(auxiliary, AuxiliaryDecoder)
+    found = auxiliary.perturbation(features, guide, auxiliary.decoder).of(features)
+    return found, (found != 0).flatten(1).any(dim=1)
+
+
 def plain_mean(features: Tensor, auxiliaries: nn.ModuleList, guide: Guide, terms: Sequence[Term]) -> Tensor:
     """CCT equation 2 for the terms of the example, all decoders at once, with autograd's gradients."""
     with torch.random.fork_rng():  # the perturbations' draws stay as seeded
         _, target, valid = drawn(features.dtype)
     losses = []
     for auxiliary in auxiliaries:
-        perturbed, kept = auxiliary.perturbed(features, guide)
-        logits = auxiliary.decoder.pixels(perturbed)
+        seen, kept = perturbed(auxiliary, features, guide)
+        logits = auxiliary.decoder.pixels(seen)
         pixels = [(logits.softmax(dim=1) - target).square().sum(dim=1), (target * (target.log() - logits.log_softmax(dim=1))).sum(dim=1)]
         losses.append(torch.stack([mean_over_valid(each, valid & kept[:, None]) for each in pixels]))
     return torch.stack(losses).mean(dim=0)
@@ -87,7 +94,7 @@ def gradients(loss: Tensor, features: Tensor, auxiliaries: nn.ModuleList) -> lis
 @pytest.mark.parametrize("most", [10, 10**6])
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
 def test_losses_and_gradients_equal_the_plain_sum(dtype: torch.dtype, tolerance: float, kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_product, "LOGITS_OF_A_THREAD", most)  # pieces of an image, or whole ones
+    monkeypatch.setattr(upsampling, "LOGITS_OF_A_THREAD", most)  # pieces of an image, or whole ones
     auxiliaries = decoders(dtype, kind)
     features, guide, terms = example(dtype)
     results = []
@@ -105,7 +112,7 @@ def test_losses_and_gradients_equal_the_plain_sum(dtype: torch.dtype, tolerance:
 @pytest.mark.parametrize("most", [10, 10**6])
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
 def test_losses_of_one_decoder_on_features_as_they_are_equal_the_plain_ones(kind: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(last_product, "LOGITS_OF_A_THREAD", most)
+    monkeypatch.setattr(upsampling, "LOGITS_OF_A_THREAD", most)
     torch.manual_seed(1)
     decoder = build_decoder(kind, CHANNELS, CLASSES, STRIDE).double()
     features, target, valid = drawn(torch.float64)
@@ -170,28 +177,23 @@ def test_only_the_decoders_learn_from_features_without_a_graph() -> None:
     assert features.grad is None and all(parameter.grad is not None for parameter in auxiliaries.parameters())
 
 
-def test_a_decoders_graph_is_gone_before_the_next_ones_is_built() -> None:
+def test_no_graph_is_built_and_no_logits_are_kept() -> None:
     auxiliaries = decoders(copies=3)
     features, guide, terms = example()
-    kept: weakref.WeakSet[Kept] = weakref.WeakSet()
-    alive: list[int] = []
-
-    def keep(tensor: Tensor) -> Kept:
-        holder = Kept(tensor)
-        kept.add(holder)
-        return holder
+    kept: list[Tensor] = []
+    logits: list[weakref.ref[Tensor]] = []
 
     class Watched(SquaredDistance):
-        def weighted(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-            alive.append(sum(holder.tensor.numel() for holder in kept))
-            return super().weighted(logits)
+        def weighted(self, given: Tensor) -> tuple[Tensor, Tensor]:
+            assert sum(each() is not None for each in logits) <= 1  # at most those of the decoder before
+            logits.append(weakref.ref(given))
+            return super().weighted(given)
 
     target, valid = torch.rand(2, CLASSES, PIXELS, dtype=torch.float64).softmax(dim=1), torch.ones(2, PIXELS, dtype=torch.bool)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
-        auxiliary_losses(features.requires_grad_(), auxiliaries, guide, [Watched(target, valid)])
-    # The same perturbations three times: the same numbers are kept each time.
-    count = len(ALL)
-    assert len(alive) == 3 * count and min(alive) > 0 and alive[:count] == alive[count : 2 * count] == alive[2 * count :]
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):  # type: ignore[func-returns-value]
+        losses = auxiliary_losses(features.requires_grad_(), auxiliaries, guide, [Watched(target, valid)])
+        assert len(logits) == 3 * len(ALL)
+        assert [tensor.shape for tensor in kept] == [tensor.shape for tensor in losses.grad_fn.saved_tensors]  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("copies", [1, 4])
@@ -201,7 +203,8 @@ def test_what_is_kept_for_backward_is_gradients_only(copies: int) -> None:
     losses = auxiliary_losses(features.requires_grad_(), auxiliaries, guide, terms)
     saved = losses.grad_fn.saved_tensors  # type: ignore[union-attr]
     # Each term has its own, because only backward knows their weights.
-    assert [tensor.shape for tensor in saved] == [features.shape] * 2 + [parameter.shape for parameter in auxiliaries.parameters()] * 2
+    weights = auxiliaries[0].decoder.joined([auxiliary.decoder for auxiliary in auxiliaries])
+    assert [tensor.shape for tensor in saved] == [features.shape] * 2 + [weight.shape for weight in weights] * 2
     assert not any(tensor.requires_grad for tensor in saved)
 
 
@@ -305,7 +308,7 @@ def seed_that_erases(auxiliary: nn.Module, features: Tensor, guide: Guide) -> in
     """The first one with which nothing is left of the second image, and something of the first."""
     for seed in range(100):
         torch.manual_seed(seed)
-        if auxiliary.perturbed(features, guide)[1].tolist() == [True, False]:
+        if perturbed(auxiliary, features, guide)[1].tolist() == [True, False]:
             return seed
     raise AssertionError("none of a hundred seeds")
 
@@ -321,7 +324,7 @@ def test_an_image_of_which_nothing_is_left_is_told_apart_and_counts_as_0(case: t
     torch.manual_seed(seed)
     losses = auxiliary_losses(features, auxiliaries, guide, terms)
     torch.manual_seed(seed)
-    logits = auxiliaries[0].decoder.pixels(auxiliaries[0].perturbed(features, guide)[0])
+    logits = auxiliaries[0].decoder.pixels(perturbed(auxiliaries[0], features, guide)[0])
     # The first image's mean over its pixels, shared among two images.
     expected = (logits[0].softmax(dim=0) - target[0]).square().sum(dim=0).mean() / 2
     torch.testing.assert_close(losses[0], expected, rtol=1e-12, atol=0)

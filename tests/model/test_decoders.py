@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from multidomain_cct.model import last_product
+from multidomain_cct.model import upsampling
 from multidomain_cct.model.decoders import Decoder, Grid, PixelShuffleDecoder, build_decoder, icnr_
 
 
@@ -124,27 +124,36 @@ def test_a_grid_leaves_every_so_manyth_pixel_of_every_so_manyth_row(kind: str, g
 @pytest.mark.parametrize("most", [1, 100, 10**6])
 @pytest.mark.parametrize("grid", [Grid(), Grid(2, 0, 1), Grid(8, 5, 6)])
 @pytest.mark.parametrize(("kind", "stride"), [("pixelshuffle", 1), ("pixelshuffle", 8), ("bilinear", 8)])
-def test_the_last_product_gives_the_pixels_and_takes_their_gradients_piece_by_piece(
+def test_the_upsampling_gives_the_pixels_and_takes_their_gradients_piece_by_piece(
     kind: str, stride: int, grid: Grid, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(last_product, "LOGITS_OF_A_THREAD", most)
+    monkeypatch.setattr(upsampling, "LOGITS_OF_A_THREAD", most)
     grid = grid if stride > 1 else Grid()
     decoder = trained_looking(kind, stride).double()
-    features = torch.rand(2, 16, 3, 5, dtype=torch.float64, requires_grad=True)
-    inputs = [features, *decoder.parameters()]
-    pixels = decoder.pixels(features, grid)
+    features = torch.rand(2, 16, 3, 5, dtype=torch.float64)
+    classify, *weights = (weight[0].detach() for weight in decoder.joined([decoder]))
+    coarse = torch.einsum("cd,bdhw->bchw", classify, features).requires_grad_()
+    leaves = [coarse, *(weight.requires_grad_() for weight in weights)]
+    pixels = decoder.upsampling(coarse, weights, grid).logits(slice(None))
+    torch.testing.assert_close(pixels, decoder.pixels(features, grid), rtol=1e-12, atol=1e-12)
     factors = torch.randn_like(pixels)
-    product = decoder.last_product(features, grid)
-    pieces, gradients = product.pieces(), product.no_gradients()
-    for piece in pieces:
-        logits = product.logits(piece)
-        assert not logits.requires_grad
-        assert len(pieces) == 1 or logits.numel() <= max(most * torch.get_num_threads(), product.values)
-        torch.testing.assert_close(logits, product.cut(pixels, piece), rtol=1e-12, atol=1e-12)
-        product.add_gradients(piece, product.cut(factors, piece), gradients)
-    assert sum(product.cut(pixels, piece).numel() for piece in pieces) == pixels.numel()
-    expected, found = torch.autograd.grad(pixels, inputs, factors), torch.autograd.grad(product.inputs, inputs, gradients)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        by_hand = decoder.upsampling(coarse, weights, grid)
+        pieces, total = by_hand.pieces(), by_hand.no_gradients()
+        for piece in pieces:
+            logits = by_hand.logits(piece)
+            assert len(pieces) == 1 or logits.numel() <= max(most * torch.get_num_threads(), by_hand.values)
+            torch.testing.assert_close(logits, by_hand.cut(pixels, piece), rtol=1e-12, atol=1e-12)
+            by_hand.add_gradients(piece, by_hand.cut(factors, piece), total)
+        assert sum(by_hand.cut(pixels, piece).numel() for piece in pieces) == pixels.numel()
+        of_coarse, *found = by_hand.gradients(total)
+    expected = torch.autograd.grad(pixels, leaves, factors, allow_unused=True)
+    torch.testing.assert_close(of_coarse.view_as(coarse), expected[0], rtol=1e-12, atol=1e-12)
+    # As parameters: what keeps a channel of ones is none.
+    parameters, gradients = (decoder.separated([classify[None], *(weight[None] for weight in own)]) for own in (weights, found))
+    assert all(torch.equal(own[0], parameter) for own, parameter in zip(parameters, decoder.parameters(), strict=True))
+    _, *of_parameters = torch.autograd.grad(decoder.pixels(features, grid), list(decoder.parameters()), factors)
+    torch.testing.assert_close([gradient[0] for gradient in gradients[1:]], of_parameters, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from multidomain_cct.model.consistency import AuxiliaryDecoder, auxiliary_losses
-from multidomain_cct.model.decoders import build_decoder
+from multidomain_cct.model.decoders import Decoder, build_decoder
 from multidomain_cct.model.guides import Guide
 from multidomain_cct.model.losses import SquaredDistance
 from multidomain_cct.model.perturbations import (
@@ -53,16 +53,17 @@ def block_guide(features: Tensor) -> Guide:
     return Guide(objects)
 
 
-def linear_decoder(features: Tensor, classes: int = 4) -> nn.Conv2d:
+def linear_decoder(features: Tensor, classes: int = 4) -> Decoder:
     """Of the precision that features of these would meet in training."""
     torch.manual_seed(11)
-    return nn.Conv2d(features.shape[1], classes, 1).to(torch.promote_types(features.dtype, torch.float32))
+    return build_decoder("bilinear", features.shape[1], classes, 1).to(torch.promote_types(features.dtype, torch.float32))
 
 
-def seeded(kind: Perturbation, features: Tensor, seed: int = 0, *, guide: Guide | None = None, decoder: nn.Module | None = None) -> Tensor:
+def seeded(kind: Perturbation, features: Tensor, seed: int = 0, *, guide: Guide | None = None, decoder: Decoder | None = None) -> Tensor:
+    """The features as the perturbation changes them."""
     guide, decoder = guide or block_guide(features), decoder or linear_decoder(features)
     torch.manual_seed(seed)
-    return kind(features, guide, decoder)
+    return kind(features, guide, decoder).of(features)
 
 
 # What all have in common
@@ -95,8 +96,9 @@ def test_the_generators_seed_fixes_the_draw(kind: Perturbation) -> None:
 def test_masks_draw_nothing_at_random(kind: Perturbation) -> None:
     features = random_features(2, 3, 5, 5)
     assert torch.equal(seeded(kind, features, 1), seeded(kind, features, 2))
+    decoder = linear_decoder(features)
     state = torch.random.get_rng_state()
-    kind(features, block_guide(features), nn.Identity())
+    kind(features, block_guide(features), decoder)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -312,7 +314,7 @@ def test_an_image_without_objects_is_left_as_it_is_beside_one_with() -> None:
 # Adversarial noise
 
 
-def trained_decoder(kind: str = "bilinear", classes: int = 4, stride: int = 4) -> tuple[nn.Module, Tensor]:
+def trained_decoder(kind: str = "bilinear", classes: int = 4, stride: int = 4) -> tuple[Decoder, Tensor]:
     """A decoder that has learnt to tell noisy prototypes apart, and features of the kind that it has not seen; 32 bits."""
     torch.manual_seed(3)
     prototypes = torch.rand(classes, 16)
@@ -415,7 +417,7 @@ def test_vat_noise_is_never_stronger_than_set_where_the_decoder_is_certain(certa
     features = random_features(2, 8, 6, 6, dtype=torch.float32)
     decoder = linear_decoder(features)
     with torch.no_grad():
-        decoder.bias[0] = certainty  # type: ignore[index]
+        decoder.classify.bias[0] = certainty  # type: ignore[index]
     found = per_image(seeded(AdversarialNoise(), features, decoder=decoder) - features) / per_image(features)
     assert (found <= 0.101).all()
     if certainty <= 70:
@@ -478,7 +480,7 @@ def test_vat_works_without_gradients() -> None:
 def test_vat_adds_up_over_accumulated_micro_batches_as_in_one_plain_sum() -> None:
     decoder, features = trained_decoder()
     auxiliaries = nn.ModuleList([AuxiliaryDecoder(AdversarialNoise(), decoder)]).double()
-    micro_batches = [features[:4].double(), features[4:].double()]
+    micro_batches = [part.double().contiguous() for part in (features[:4], features[4:])]  # noise is drawn in the order of memory
     collected = []
     for plain in (False, True):
         auxiliaries.zero_grad()
@@ -488,7 +490,7 @@ def test_vat_adds_up_over_accumulated_micro_batches_as_in_one_plain_sum() -> Non
             torch.manual_seed(number)
             if plain:
                 torch.manual_seed(number)
-                loss = decoder.pixels(auxiliaries[0].perturbed(own, guide)[0]).softmax(dim=1).square().sum(dim=1).mean()
+                loss = decoder.pixels(AdversarialNoise()(own, guide, decoder).of(own)).softmax(dim=1).square().sum(dim=1).mean()
             else:
                 nothing = torch.zeros_like(decoder.pixels(own).detach())
                 (loss,) = auxiliary_losses(own, auxiliaries, guide, [SquaredDistance(nothing, nothing[:, 0] == 0)])
