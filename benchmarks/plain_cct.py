@@ -72,7 +72,6 @@ def unsupervised_losses(model: Any, name: str, z: Tensor, batch: Any, progress: 
         target = torch.softmax(decode(head.main, z), dim=1)  # (U, C, H, W)
     counted = batch.valid & (target.max(dim=1).values >= settings.confidence)
     objects = object_mask(target, batch.valid, task.things, model.encoder.stride)  # (U, h, w)
-    z = z.contiguous()  # noise is drawn in the order of memory
     perturbed = [perturb(auxiliary.perturbation, z, objects, auxiliary.decoder) for auxiliary in head.auxiliaries]
     kept = [torch.stack([(image != 0).any() for image in maps]) for maps in perturbed]
     logits = torch.stack([decode(auxiliary.decoder, maps) for auxiliary, maps in zip(head.auxiliaries, perturbed, strict=True)])  # (K, U, C, H, W)
@@ -193,7 +192,7 @@ def perturb(settings: Any, z: Tensor, objects: Tensor, decoder: nn.Module) -> Te
     own = objects[:, None].to(z.dtype)  # (U, 1, h, w)
     kind = type(settings).__name__
     if kind == "FeatureNoise":
-        return z * torch.empty_like(z).uniform_(-settings.amplitude, settings.amplitude) + z
+        return z * settings.amplitude * random_like(z) + z
     if kind == "FeatureDrop":
         return feature_drop(settings, z)
     if kind == "Dropout":
@@ -203,6 +202,12 @@ def perturb(settings: Any, z: Tensor, objects: Tensor, decoder: nn.Module) -> Te
     if kind == "ContextMask":
         return z * own
     return guided_cutout(settings, z, objects) if kind == "GuidedCutout" else adversarial_noise(settings, z, decoder)
+
+
+def random_like(z: Tensor) -> Tensor:
+    """Uniform between -1 and 1, in steps of 2^-15, of which four are drawn at a time."""
+    drawn = torch.empty((z.numel() + 3) // 4, dtype=torch.int64, device=z.device).random_(-(2**63), None)
+    return (drawn.view(torch.int16)[: z.numel()].to(z.dtype) / 32768).reshape(z.shape)
 
 
 def feature_drop(settings: Any, z: Tensor) -> Tensor:
@@ -236,7 +241,7 @@ def guided_cutout(settings: Any, z: Tensor, objects: Tensor) -> Tensor:
 
 def adversarial_noise(settings: Any, z: Tensor, decoder: nn.Module) -> Tensor:
     still = z.detach()
-    d = torch.empty_like(still).uniform_(-0.5, 0.5)
+    d = random_like(still)
     d = torch.stack([own / own.norm() for own in d]).requires_grad_()
     p = torch.softmax(decode(decoder, still).detach(), dim=1)
     divergence = kl_divergence(decode(decoder, still + settings.xi * d), p).mean()

@@ -16,15 +16,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Regions:
-    """Connected object regions of a batch, at feature resolution. Every field is (N,) int64; ends are exclusive."""
+    """Connected object regions of a batch, at feature resolution, all int64."""
 
     image: Tensor
+    """(N,)."""
     area: Tensor
-    """Feature positions."""
-    top: Tensor
-    bottom: Tensor
-    left: Tensor
-    right: Tensor
+    """(N,) feature positions."""
+    start: Tensor
+    """(2, N): the first row and the first column."""
+    end: Tensor
+    """(2, N): the row and the column behind the last."""
 
 
 @dataclass(frozen=True)
@@ -72,18 +73,13 @@ def components(mask: Tensor) -> Tensor:
 def regions_of(mask: Tensor) -> Regions:
     """The connected regions of a (B, h, w) bool mask, through edges or corners, with their bounding boxes."""
     labels = components(mask)
-    image, row, column = mask.nonzero(as_tuple=True)
-    codes = labels[image, row, column] + image * (labels[0].numel() + 1)
+    image, *place = mask.nonzero(as_tuple=True)
+    codes = labels[image, *place] + image * (labels[0].numel() + 1)
     _, member, area = torch.unique(codes, return_inverse=True, return_counts=True)
+    places = torch.stack(place)  # (2, positions)
 
     def over_region(values: Tensor, reduce: str) -> Tensor:
-        return torch.zeros_like(area).scatter_reduce(0, member, values, reduce, include_self=False)
+        room = values.new_zeros(*values.shape[:-1], len(area))
+        return room.scatter_reduce(-1, member.expand(values.shape), values, reduce, include_self=False)
 
-    return Regions(
-        image=over_region(image, "amax"),
-        area=area,
-        top=over_region(row, "amin"),
-        bottom=over_region(row, "amax") + 1,
-        left=over_region(column, "amin"),
-        right=over_region(column, "amax") + 1,
-    )
+    return Regions(over_region(image, "amax"), area, over_region(places, "amin"), over_region(places, "amax") + 1)

@@ -72,7 +72,7 @@ class ChangedProduct:
         if self.change.factor is None and self.change.noise is None:
             return None
         # Values that are not 0 come of features that are not 0: one output's tell it nearly always. On a GPU looking at them would wait.
-        if self.values.device.type == "cpu" and self.values[:, 0].any(dim=1).all():
+        if self.values.device.type == "cpu" and all(self.values[:, 0].any(dim=1).tolist()):
             return None
         return self.change.of(self.features).flatten(1).abs().amax(dim=1) != 0
 

@@ -68,7 +68,8 @@ def scipy_regions(mask: np.ndarray) -> list[tuple[int, ...]]:
 
 def own_regions(mask: np.ndarray) -> list[tuple[int, ...]]:
     found = regions_of(torch.from_numpy(mask.copy()))
-    return sorted(zip(*(getattr(found, part).tolist() for part in ("image", "area", "top", "bottom", "left", "right")), strict=True))
+    (top, left), (bottom, right) = found.start, found.end
+    return sorted(zip(*(part.tolist() for part in (found.image, found.area, top, bottom, left, right)), strict=True))
 
 
 # Components

@@ -282,9 +282,7 @@ def test_of_objects_in_each_others_boxes_no_more_is_cut_than_their_rectangles(se
     gone = seeded(GuidedCutout(min_area=min_area), torch.ones(2, 1, 12, 13), seed, guide=guide)[:, 0] == 0
     allowed, most, least = torch.zeros_like(gone), 0, 0
     regions = guide.regions
-    for image, area, top, bottom, left, right in zip(
-        *(getattr(regions, part).tolist() for part in ("image", "area", "top", "bottom", "left", "right")), strict=True
-    ):
+    for image, area, top, left, bottom, right in zip(*(part.tolist() for part in (regions.image, regions.area, *regions.start, *regions.end)), strict=True):
         if area >= min_area:
             allowed[image, top:bottom, left:right] = True
             cut = max(1, round(0.4 * (bottom - top))) * max(1, round(0.4 * (right - left)))
@@ -355,11 +353,17 @@ def divergence(decoder: nn.Module, features: Tensor, moved: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(dim=1).mean(dim=(1, 2))
 
 
+def random_direction(features: Tensor) -> Tensor:
+    """Not yet of norm 1, in 64 bits: the numbers that a perturbation draws."""
+    drawn = torch.empty(-(-features.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    return drawn.view(torch.int16)[: features.numel()].view(features.shape).double()
+
+
 def float64_direction(decoder: nn.Module, features: Tensor, seed: int, xi: float) -> Tensor:
     """The gradient of the divergence with respect to the trial direction that this seed draws."""
     exact, z = copy.deepcopy(decoder).double(), features.double()
     torch.manual_seed(seed)
-    d = torch.empty_like(features).uniform_(-0.5, 0.5).double()
+    d = random_direction(features)
     d = (d / per_image(d)[:, None, None, None]).requires_grad_()
     p = exact(z).detach().softmax(dim=1)
     return torch.autograd.grad((p * (p.log() - exact(z + xi * d).log_softmax(dim=1))).sum(), d)[0]
@@ -370,7 +374,7 @@ def test_vat_direction_is_that_of_the_float64_formula(xi: float) -> None:
     decoder, features = trained_decoder(stride=1)
     found = seeded(AdversarialNoise(xi=xi), features, 7, decoder=decoder) - features
     torch.manual_seed(7)
-    d = torch.empty_like(features).uniform_(-0.5, 0.5).double().numpy()
+    d = random_direction(features).numpy()
     d /= np.sqrt((d**2).sum(axis=(1, 2, 3), keepdims=True))
     weight, bias = (parameter.detach().double().numpy() for parameter in decoder.parameters())
 
@@ -480,7 +484,7 @@ def test_vat_works_without_gradients() -> None:
 def test_vat_adds_up_over_accumulated_micro_batches_as_in_one_plain_sum() -> None:
     decoder, features = trained_decoder()
     auxiliaries = nn.ModuleList([AuxiliaryDecoder(AdversarialNoise(), decoder)]).double()
-    micro_batches = [part.double().contiguous() for part in (features[:4], features[4:])]  # noise is drawn in the order of memory
+    micro_batches = [features[:4].double(), features[4:].double()]
     collected = []
     for plain in (False, True):
         auxiliaries.zero_grad()
