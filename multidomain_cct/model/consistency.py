@@ -9,7 +9,7 @@ Shapes: B images, T terms of the loss, C classes, D feature channels, h w featur
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from multidomain_cct.model.decoders import ALL_PIXELS, Decoder, Grid
 from multidomain_cct.model.guides import Guide
 from multidomain_cct.model.losses import Term
 from multidomain_cct.model.perturbations import Perturbation
-from multidomain_cct.model.pointwise import Change, ChangedProduct
+from multidomain_cct.model.pointwise import Change, ChangedProducts
 
 FP16_LOSS_SCALE = 2.0**12
 """In 16-bit floats the gradients of a mean over pixels underflow unless the loss is scaled, and a GradScaler's factor is not known inside a forward pass."""
@@ -80,35 +80,39 @@ class _EachInTurn(torch.autograd.Function):
         scale = FP16_LOSS_SCALE if half else 1.0
         # Sums stay scaled, in 32 bits, until backward: taking the scale out of 16-bit numbers would flush most of them to 0.
         feature_gradients = [maps.new_zeros(maps.shape, dtype=torch.promote_types(maps.dtype, torch.float32)) for _ in terms if wanted]
-        weights = decoders[0][0].joined([decoder for decoder, _ in decoders])
-        weight_gradients = [[torch.empty_like(weight) for weight in weights] for _ in terms if wanted]
+        classify, *others = decoders[0][0].joined([decoder for decoder, _ in decoders])
+        weight_gradients = [[torch.empty_like(weight) for weight in (classify, *others)] for _ in terms if wanted]
         totals: list[Tensor] = []
         parts: list[list[Term]] = []
-        for place, (decoder, change) in enumerate(decoders):
-            classify, *others = (weight[place] for weight in weights)
-            first = ChangedProduct(maps, classify, change(maps))
-            kept = first.images_left()
-            upsampling = decoder.upsampling(first.values.view(len(maps), -1, *maps.shape[2:]), others, grid)
-            pieces = upsampling.pieces()
-            # Cut once: the decoders differ in their weights only.
-            parts = parts or [[term.part(partial(upsampling.cut, piece=piece)) for term in terms] for piece in pieces]
-            collected = [upsampling.no_gradients() for _ in terms if wanted]
-            losses = []
-            for piece, own_terms in zip(pieces, parts, strict=True):
-                logits = upsampling.logits(piece)
-                for number, term in enumerate(own_terms):
-                    loss, gradient = term(logits, kept)
-                    losses.append(loss)
-                    if wanted:
-                        upsampling.add_gradients(piece, (gradient.mul_(scale) if half else gradient).to(logits.dtype), collected[number])
-            totals.append(torch.stack(losses).view(len(pieces), len(terms)).sum(dim=0))
-            for number, total in enumerate(collected):
-                of_values, *rest = upsampling.gradients(total)
-                for room, gradient in zip(weight_gradients[number], [first.add_gradients(of_values, feature_gradients[number]), *rest], strict=True):
-                    room[place] = gradient
+        for span, changes in _together(maps, decoders):
+            first = ChangedProducts(maps, classify[span], changes)
+            of_values = [torch.empty_like(first.values) for _ in terms if wanted]
+            for number, kept in enumerate(first.images_left()):
+                place = span.start + number
+                coarse = first.values[:, number].view(len(maps), -1, *maps.shape[2:])
+                upsampling = decoders[place][0].upsampling(coarse, [weight[place] for weight in others], grid)
+                pieces = upsampling.pieces()
+                # Cut once: the decoders differ in their weights only.
+                parts = parts or [[term.part(partial(upsampling.cut, piece=piece)) for term in terms] for piece in pieces]
+                collected = [upsampling.no_gradients() for _ in terms if wanted]
+                losses = []
+                for piece, own_terms in zip(pieces, parts, strict=True):
+                    logits = upsampling.logits(piece)
+                    for which, term in enumerate(own_terms):
+                        loss, gradient = term(logits, kept)
+                        losses.append(loss)
+                        if wanted:
+                            upsampling.add_gradients(piece, (gradient.mul_(scale) if half else gradient).to(logits.dtype), collected[which])
+                totals.append(torch.stack(losses).view(len(pieces), len(terms)).sum(dim=0))
+                for own, rooms, total in zip(of_values, weight_gradients, collected, strict=True):
+                    own[:, number], *found = upsampling.gradients(total)
+                    for room, gradient in zip(rooms[1:], found, strict=True):
+                        room[place] = gradient
+            for own, rooms, total in zip(of_values, weight_gradients, feature_gradients, strict=True):
+                rooms[0][span] = first.add_gradients(own, total)
         ctx.save_for_backward(*feature_gradients, *(gradient for own in weight_gradients for gradient in own))
-        own = {id(parameter): (place, number) for place, (decoder, _) in enumerate(decoders) for number, parameter in enumerate(decoder.parameters())}
-        ctx.places = [own.get(id(parameter)) for parameter in parameters]
+        known = {id(parameter): (place, number) for place, (decoder, _) in enumerate(decoders) for number, parameter in enumerate(decoder.parameters())}
+        ctx.places = [known.get(id(parameter)) for parameter in parameters]
         ctx.shapes, ctx.separated = [parameter.shape for parameter in parameters], decoders[0][0].separated
         ctx.scale, ctx.num_terms = scale * len(decoders), len(terms)
         ctx.dtype, ctx.format = features.dtype, torch.channels_last if features.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -130,3 +134,16 @@ class _EachInTurn(torch.autograd.Function):
         own = ctx.separated([weighted(rest[place::share]) for place in range(share)])
         each = (factors.new_zeros(shape) if place is None else own[place[1]][place[0]] for place, shape in zip(ctx.places, ctx.shapes, strict=True))
         return (None, weighted(feature_gradients).to(ctx.dtype, memory_format=ctx.format), None, None, None, *each)
+
+
+def _together(maps: Tensor, decoders: Sequence[tuple[Decoder, Callable[[Tensor], Change]]]) -> Iterator[tuple[slice, list[Change]]]:
+    """The changes that the decoders see, drawn in their order, in runs whose first products can be taken at once and are no more than the features."""
+    most = max(1, maps.shape[1] // decoders[0][0].classify.out_channels)
+    start, changes = 0, [decoders[0][1](maps)]
+    for _, change in decoders[1:]:
+        following = change(maps)
+        if len(changes) == most or not ChangedProducts.fit([*changes, following]):
+            yield slice(start, start + len(changes)), changes
+            start, changes = start + len(changes), []
+        changes.append(following)
+    yield slice(start, start + len(changes)), changes

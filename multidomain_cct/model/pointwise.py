@@ -1,10 +1,11 @@
 """1x1 convolutions as matrix products, of features as they are or changed.
 
-Shapes: B images, D features of a position, C outputs of the convolution, h w feature size, n positions.
+Shapes: B images, D features of a position, C outputs of a convolution, K convolutions, h w feature size, n positions.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,60 +36,72 @@ class Change:
     noise: Tensor | None = None
     """(B, D, h, w)."""
 
+    @property
+    def kind(self) -> str:
+        """`positions` or `channels` when the features need not be touched, else `values`."""
+        if self.factor is not None and self.factor.shape[1] == 1:
+            return "positions"
+        return "channels" if self.factor is not None and self.factor.shape[2:] == (1, 1) else "values"
+
     def of(self, features: Tensor) -> Tensor:
         """(B, D, h, w): the changed features."""
         changed = features if self.factor is None else features * self.factor
         return changed if self.noise is None else changed + self.noise
 
 
-class ChangedProduct:
-    """The values of (C, D) weights on changed features, and their gradients. No graph is kept.
+class ChangedProducts:
+    """The values of (K, C, D) weights on the features, changed for each of the K convolutions, and their gradients. No graph is kept.
 
-    A factor of positions goes through the product, and one of channels into the weights: features are many more than either.
+    A factor of positions goes through the product, and one of channels into the weights: features are many more than either, and several convolutions read
+    them once.
     """
 
-    def __init__(self, features: Tensor, weight: Tensor, change: Change) -> None:
-        """`features` are (B, D, h, w)."""
-        self.features, self.change = features, change
-        self.positions: Tensor | None = None  # (B, 1, n)
-        self.channels: Tensor | None = None  # (B, 1, D)
-        self.each: Tensor | None = None  # (B, D, n)
-        factor = change.factor
-        if factor is not None and factor.shape[1] == 1:
-            self.positions = factor.flatten(2)
-        elif factor is not None and factor.shape[2:] == (1, 1):
-            self.channels = factor.flatten(2).transpose(1, 2)
-        elif factor is not None:
-            self.each = factor.flatten(2)
-        self.inputs = (features if self.each is None and change.noise is None else change.of(features)).flatten(2)
-        weights = weight.expand(len(features), -1, -1)
-        self.weights = weights if self.channels is None else weights * self.channels  # (B, C, D)
-        self.values = torch.bmm(self.weights, self.inputs)  # (B, C, n)
+    @staticmethod
+    def fit(changes: Sequence[Change]) -> bool:
+        """Whether these can be together: all are factors of positions, or of channels. Any one can be alone."""
+        return len(changes) == 1 or {change.kind for change in changes} in ({"positions"}, {"channels"})
+
+    def __init__(self, features: Tensor, weight: Tensor, changes: Sequence[Change]) -> None:
+        """`features` are (B, D, h, w) without gaps, `changes` K that fit."""
+        self.features, self.changes = features, changes
+        kind = changes[0].kind
+        self.inputs = (changes[0].of(features) if kind == "values" else features).flatten(2)  # (B, D, n)
+        factors = [change.factor.flatten(2) for change in changes if change.factor is not None]
+        self.positions = torch.stack(factors, dim=1) if kind == "positions" else None  # (B, K, 1, n)
+        self.channels = torch.stack(factors, dim=1).transpose(2, 3) if kind == "channels" else None  # (B, K, 1, D)
+        self.each = factors[0] if kind == "values" and factors else None  # (B, D, n)
+        weights = weight if self.channels is None else weight * self.channels
+        self.weights = weights.flatten(-3, -2).expand(len(features), -1, -1)  # (B, K * C, D)
+        self.values = torch.bmm(self.weights, self.inputs).view(len(features), *weight.shape[:2], -1)  # (B, K, C, n)
         if self.positions is not None:
             self.values.mul_(self.positions)
 
-    def images_left(self) -> Tensor | None:
-        """(B,) bool: False where the change leaves nothing of an image's features; None where it leaves something of every image's."""
-        if self.change.factor is None and self.change.noise is None:
-            return None
-        # Values that are not 0 come of features that are not 0: one output's tell it nearly always. On a GPU looking at them would wait.
-        if self.values.device.type == "cpu" and all(self.values[:, 0].any(dim=1).tolist()):
-            return None
-        return self.change.of(self.features).flatten(1).abs().amax(dim=1) != 0
+    def images_left(self) -> list[Tensor | None]:
+        """For each change (B,) bool: False where it leaves nothing of an image's features; None where it leaves something of every image's."""
+        # Values that are not 0 come of features that are not 0: those of one output tell it nearly always. On a GPU looking at them would wait.
+        if self.values.device.type == "cpu":
+            certain = self.values[:, :, 0].any(dim=2).all(dim=0).tolist()
+        else:
+            certain = [False] * len(self.changes)
+        unchanged = [change.factor is None and change.noise is None for change in self.changes]
+        return [
+            None if sure or same else change.of(self.features).flatten(1).abs().amax(dim=1) != 0
+            for change, sure, same in zip(self.changes, certain, unchanged, strict=True)
+        ]
 
     def add_gradients(self, gradient: Tensor, total: Tensor) -> Tensor:
-        """(C, D): that with respect to the weights; that with respect to the features is added to the (B, D, h, w) total, which has no gaps.
+        """(K, C, D): that with respect to the weights; that with respect to the features is added to the (B, D, h, w) total, which has no gaps.
 
-        `gradient` is that with respect to the values.
+        `gradient` is that with respect to the values; it is changed.
         """
         if self.positions is not None:
-            gradient = gradient * self.positions
-        flat, back = total.view(*total.shape[:2], -1), self.weights.transpose(1, 2)
+            gradient.mul_(self.positions)
+        joined, back, flat = gradient.flatten(1, 2), self.weights.transpose(1, 2), total.flatten(2)
         if self.each is not None:
-            flat.addcmul_(torch.bmm(back, gradient), self.each)
-        elif gradient.dtype == back.dtype == flat.dtype:
-            flat.baddbmm_(back, gradient)
+            flat.addcmul_(torch.bmm(back, joined), self.each)
+        elif joined.dtype == back.dtype == flat.dtype:
+            flat.baddbmm_(back, joined)
         else:
-            flat.add_(torch.bmm(back, gradient))
-        own = weight_gradients(self.inputs, gradient)
+            flat.add_(torch.bmm(back, joined))
+        own = weight_gradients(self.inputs, joined).view(*gradient.shape[:3], -1)  # (B, K, C, D)
         return (own if self.channels is None else own * self.channels).sum(dim=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multidomain_cct.model.pointwise import Change, ChangedProduct, at_each_position, weight_gradients
+from multidomain_cct.model.pointwise import Change, ChangedProducts, at_each_position, weight_gradients
 
 IMAGES, CHANNELS, OUTPUTS, HEIGHT, WIDTH = 2, 6, 3, 4, 5
 DOUBLE = torch.float64
@@ -24,58 +24,71 @@ def changes() -> dict[str, Change]:
     }
 
 
-def example() -> tuple[Tensor, Tensor]:
+TOGETHER = {kind: [change] for kind, change in changes().items()} | {
+    "several positions": [Change(torch.rand(IMAGES, 1, HEIGHT, WIDTH) < 0.5) for _ in range(3)],
+    "several channels": [Change(torch.rand(IMAGES, CHANNELS, 1, 1, dtype=DOUBLE)) for _ in range(3)],
+}
+
+
+def example(convolutions: int = 1) -> tuple[Tensor, Tensor]:
     torch.manual_seed(2)
-    return torch.rand(IMAGES, CHANNELS, HEIGHT, WIDTH, dtype=DOUBLE), torch.randn(OUTPUTS, CHANNELS, dtype=DOUBLE)
+    return torch.rand(IMAGES, CHANNELS, HEIGHT, WIDTH, dtype=DOUBLE), torch.randn(convolutions, OUTPUTS, CHANNELS, dtype=DOUBLE)
 
 
-@pytest.mark.parametrize("change", changes().values(), ids=changes())
-def test_values_and_gradients_are_those_of_a_convolution_of_the_changed_features(change: Change) -> None:
-    features, weight = (tensor.requires_grad_() for tensor in example())
-    expected = torch.nn.functional.conv2d(change.of(features), weight[..., None, None])
+@pytest.mark.parametrize("together", TOGETHER.values(), ids=TOGETHER)
+def test_values_and_gradients_are_those_of_convolutions_of_the_changed_features(together: list[Change]) -> None:
+    features, weights = (tensor.requires_grad_() for tensor in example(len(together)))
+    assert ChangedProducts.fit(together)
+    each = zip(weights, together, strict=True)
+    expected = torch.stack([torch.nn.functional.conv2d(change.of(features), weight[..., None, None]) for weight, change in each], dim=1)  # (B, K, C, h, w)
     direction = torch.randn_like(expected)
-    of_features, of_weight = torch.autograd.grad(expected, [features, weight], direction)
+    of_features, of_weights = torch.autograd.grad(expected, [features, weights], direction)
     with torch.no_grad():
-        product = ChangedProduct(features, weight, change)
-        torch.testing.assert_close(product.values, expected.flatten(2), rtol=1e-12, atol=1e-12)
+        products = ChangedProducts(features, weights, together)
+        torch.testing.assert_close(products.values, expected.flatten(3), rtol=1e-12, atol=1e-12)
         total = torch.ones_like(features)
-        given = direction.flatten(2).clone()
-        torch.testing.assert_close(product.add_gradients(given, total), of_weight, rtol=1e-12, atol=1e-12)
-        assert torch.equal(given, direction.flatten(2))  # several terms of a loss may have it
+        torch.testing.assert_close(products.add_gradients(direction.flatten(3), total), of_weights, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(total - 1, of_features, rtol=1e-12, atol=1e-12)
+
+
+def test_only_factors_of_positions_or_of_channels_fit_together() -> None:
+    known = changes()
+    for kind, change in known.items():
+        assert ChangedProducts.fit([change])
+        for other, following in known.items():
+            assert ChangedProducts.fit([change, following]) == (kind == other and kind in ("positions", "channels"))
 
 
 @pytest.mark.parametrize("change", changes().values(), ids=changes())
 def test_totals_of_more_bits_than_the_products_take_their_gradients(change: Change) -> None:
-    features, weight = (tensor.float() for tensor in example())
+    features, weights = (tensor.float() for tensor in example())
     change = Change(*(part if part is None or part.dtype == torch.bool else part.bfloat16() for part in (change.factor, change.noise)))
     totals = []
     for enabled in (False, True):
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            product = ChangedProduct(features.bfloat16() if enabled else features, weight, change)
-            assert product.values.dtype == (torch.bfloat16 if enabled else torch.float32)
+            products = ChangedProducts(features.bfloat16() if enabled else features, weights, [change])
+            assert products.values.dtype == (torch.bfloat16 if enabled else torch.float32)
             totals.append(torch.zeros_like(features))
-            product.add_gradients(torch.ones_like(product.values), totals[-1])
+            products.add_gradients(torch.ones_like(products.values), totals[-1])
     torch.testing.assert_close(*totals, rtol=0.05, atol=0.05)
 
 
 def test_images_of_which_nothing_is_left_are_found_also_behind_weights_of_zero() -> None:
-    features, weight = example()
-    weight[0] = 0  # of the output that is looked at first
+    features, weights = example(2)
+    weights[:, 0] = 0  # of the output that is looked at first
     features[1] = 0
-    assert ChangedProduct(features, weight, Change()).images_left() is None  # nothing was changed
-    left = ChangedProduct(features, weight, Change(torch.ones(IMAGES, 1, HEIGHT, WIDTH, dtype=DOUBLE))).images_left()
-    assert left is not None and left.tolist() == [True, False]
+    assert ChangedProducts(features, weights[:1], [Change()]).images_left() == [None]  # nothing was changed
+    all_kept = Change(torch.ones(IMAGES, 1, HEIGHT, WIDTH, dtype=torch.bool))
+    assert [left.tolist() for left in ChangedProducts(features, weights, [all_kept] * 2).images_left() if left is not None] == [[True, False]] * 2
 
 
 def test_where_something_is_left_of_every_image_none_is_named() -> None:
-    features, weight = example()
-    mask = torch.zeros(IMAGES, 1, HEIGHT, WIDTH, dtype=torch.bool)
-    mask[:, :, 2, 3] = True
-    assert ChangedProduct(features, weight, Change(mask)).images_left() is None
-    mask[0] = False
-    left = ChangedProduct(features, weight, Change(mask)).images_left()
-    assert left is not None and left.tolist() == [False, True]
+    features, weights = example(2)
+    masks = torch.zeros(2, IMAGES, 1, HEIGHT, WIDTH, dtype=torch.bool)
+    masks[..., 2, 3] = True
+    masks[1, 0] = False
+    whole, part = ChangedProducts(features, weights, [Change(mask) for mask in masks]).images_left()
+    assert whole is None and part is not None and part.tolist() == [False, True]
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(3, 7), (7, 3)])
