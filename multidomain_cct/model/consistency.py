@@ -84,7 +84,8 @@ class _EachInTurn(torch.autograd.Function):
         weight_gradients = [[torch.empty_like(weight) for weight in (classify, *others)] for _ in terms if wanted]
         totals: list[Tensor] = []
         parts: list[list[Term]] = []
-        for span, changes in _together(maps, decoders):
+        # As many at once as their products are no more than the features.
+        for span, changes in _together(maps, decoders, most=max(1, maps.shape[1] // classify.shape[1])):
             first = ChangedProducts(maps, classify[span], changes)
             of_values = [torch.empty_like(first.values) for _ in terms if wanted]
             for number, kept in enumerate(first.images_left()):
@@ -136,9 +137,8 @@ class _EachInTurn(torch.autograd.Function):
         return (None, weighted(feature_gradients).to(ctx.dtype, memory_format=ctx.format), None, None, None, *each)
 
 
-def _together(maps: Tensor, decoders: Sequence[tuple[Decoder, Callable[[Tensor], Change]]]) -> Iterator[tuple[slice, list[Change]]]:
-    """The changes that the decoders see, drawn in their order, in runs whose first products can be taken at once and are no more than the features."""
-    most = max(1, maps.shape[1] // decoders[0][0].classify.out_channels)
+def _together(maps: Tensor, decoders: Sequence[tuple[Decoder, Callable[[Tensor], Change]]], *, most: int) -> Iterator[tuple[slice, list[Change]]]:
+    """The changes that the decoders see, drawn in their order, in runs of at most so many whose first products can be taken at once."""
     start, changes = 0, [decoders[0][1](maps)]
     for _, change in decoders[1:]:
         following = change(maps)

@@ -57,7 +57,9 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def joined(self, decoders: Sequence[Decoder]) -> list[Tensor]:
-        """Weights of K decoders like this one, (K, ...): those of `classify`, (K, C, D), then what `upsampling` takes."""
+        """Weights of K decoders like this one: (K, C', D), those of `classify` and perhaps rows of 0, that give the coarse logits; (K, ...), as `upsampling`
+        takes them.
+        """
 
     @abstractmethod
     def separated(self, joined: Sequence[Tensor]) -> list[Tensor]:
@@ -65,7 +67,7 @@ class Decoder(nn.Module, ABC):
 
     @abstractmethod
     def upsampling(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid = ALL_PIXELS) -> Upsampling:
-        """From (B, C, h, w), the products of the features and the weights of `classify`, to the logits that `pixels` gives, a piece at a time."""
+        """From (B, C', h, w) coarse logits, which it may change, to the logits that `pixels` gives, a piece at a time."""
 
     @abstractmethod
     def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
@@ -115,10 +117,14 @@ class PixelShuffleDecoder(Decoder):
     def joined(self, decoders: Sequence[Decoder]) -> list[Tensor]:
         classify, *own = (torch.stack(parameters) for parameters in zip(*(decoder.parameters() for decoder in decoders), strict=True))
         doublings = list(zip(own[::2], own[1::2], strict=True))
-        return [classify.flatten(2), *(SubPixels.with_ones(*doubling, last=number == len(doublings)) for number, doubling in enumerate(doublings, 1))]
+        # A further coarse logit, for what `SubPixels` puts there.
+        return [
+            F.pad(classify.flatten(2), (0, 0, 0, 1)),
+            *(SubPixels.with_ones(*doubling, last=number == len(doublings)) for number, doubling in enumerate(doublings, 1)),
+        ]
 
     def separated(self, joined: Sequence[Tensor]) -> list[Tensor]:
-        return [joined[0][..., None, None], *(parameter for doubling in joined[1:] for parameter in SubPixels.without_ones(doubling))]
+        return [joined[0][:, :-1, :, None, None], *(parameter for doubling in joined[1:] for parameter in SubPixels.without_ones(doubling))]
 
     def upsampling(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid = ALL_PIXELS) -> Upsampling:
         rows = []

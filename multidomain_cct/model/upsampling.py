@@ -58,7 +58,7 @@ class Upsampling(ABC):
 
     @abstractmethod
     def gradients(self, total: Sequence[Tensor]) -> list[Tensor]:
-        """Of all pieces: that with respect to the coarse logits, (B, C, n), then those with respect to the weights."""
+        """Of all pieces: that with respect to the coarse logits, their positions flat, then those with respect to the weights."""
 
 
 class SubPixels(Upsampling):
@@ -67,11 +67,14 @@ class SubPixels(Upsampling):
     """
 
     def __init__(self, coarse: Tensor, weights: Sequence[Tensor], rows: Sequence[slice]) -> None:
-        """(B, C, n) coarse logits; for each doubling its (4C, C + 1) weights, as `with_ones` makes them, and which of its outputs are wanted."""
-        self.device, self.classes, self.whole, self.rows = coarse.device, coarse.shape[1], weights, rows
+        """(B, C + 1, n) coarse logits, the last ones of which become 1; for each doubling its weights, as `with_ones` makes them, and which of its outputs are
+        wanted.
+        """
+        self.device, self.classes, self.whole, self.rows = coarse.device, coarse.shape[1] - 1, weights, rows
         # Without a doubling the last step takes the coarse logits as they are.
         self.weights = [weight[own] for weight, own in zip(weights, rows, strict=True)] or [torch.eye(self.classes, self.classes + 1).to(coarse)]
-        self.inputs = [F.pad(coarse, (0, 0, 0, 1), value=1.0)]  # of each doubling, (B, C + 1, n')
+        coarse[:, -1] = 1
+        self.inputs = [coarse]  # of each doubling, (B, C + 1, n')
         for weight in self.weights[:-1]:
             self.inputs.append(at_each_position(self.inputs[-1], weight).relu_().view(len(coarse), self.classes + 1, -1))
         self.length, self.values = self.inputs[-1].shape[2], len(coarse) * len(self.weights[-1])
@@ -114,7 +117,7 @@ class SubPixels(Upsampling):
             found.insert(0, weight_gradients(below, outputs).sum(dim=0))
             of_inputs = at_each_position(outputs, weight.T)
         # There may be no doubling.
-        return [of_inputs[:, :-1], *map(_in_rows, found, self.rows, self.whole)]
+        return [of_inputs, *map(_in_rows, found, self.rows, self.whole)]
 
 
 def _in_rows(gradient: Tensor, rows: slice, whole: Tensor) -> Tensor:
