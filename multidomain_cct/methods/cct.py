@@ -45,6 +45,7 @@ class CCT(Segmenter):
         terms = [DISTANCES[settings.distance](target, counted)]
         if batch.pseudo_labels is not None:
             terms.append(CrossEntropy(head.main.in_order(batch.pseudo_labels, grid), target.dtype))
+        del target  # it is large, and the terms have what they need of it
         guide = Guide(objects_of(middles, batch.valid, task.things, self.encoder.stride))
         losses = auxiliary_losses(features, head.auxiliaries, guide, terms, sample=settings.sample, grid=grid)
         factor = task.weight * settings.ramp_at(progress)

@@ -21,6 +21,7 @@ from multidomain_cct.model.guides import Guide
 from multidomain_cct.model.losses import Term
 from multidomain_cct.model.perturbations import Perturbation
 from multidomain_cct.model.pointwise import Change, ChangedProducts
+from multidomain_cct.model.upsampling import Upsampling
 
 FP16_LOSS_SCALE = 2.0**12
 """In 16-bit floats the gradients of a mean over pixels underflow unless the loss is scaled, and a GradScaler's factor is not known inside a forward pass."""
@@ -76,14 +77,13 @@ class _EachInTurn(torch.autograd.Function):
         """`wanted` says whether gradients are. `parameters` are those of all decoders, drawn or not: a wrapper for several processes waits for each."""
         # Matrix products and sums of other formats are slower.
         maps = features.detach().contiguous()
-        half = in_fp16(features)
-        scale = FP16_LOSS_SCALE if half else 1.0
+        scale = FP16_LOSS_SCALE if in_fp16(features) else 1.0
         # Sums stay scaled, in 32 bits, until backward: taking the scale out of 16-bit numbers would flush most of them to 0.
         feature_gradients = [maps.new_zeros(maps.shape, dtype=torch.promote_types(maps.dtype, torch.float32)) for _ in terms if wanted]
         classify, *others = decoders[0][0].joined([decoder for decoder, _ in decoders])
         weight_gradients = [[torch.empty_like(weight) for weight in (classify, *others)] for _ in terms if wanted]
-        totals: list[Tensor] = []
-        parts: list[list[Term]] = []
+        found: list[Tensor] = []
+        parts: list[tuple[slice, list[Term]]] = []
         # As many at once as their products are no more than the features.
         for span, changes in _together(maps, decoders, most=max(1, maps.shape[1] // classify.shape[1])):
             first = ChangedProducts(maps, classify[span], changes)
@@ -92,22 +92,13 @@ class _EachInTurn(torch.autograd.Function):
                 place = span.start + number
                 coarse = first.values[:, number].view(len(maps), -1, *maps.shape[2:])
                 upsampling = decoders[place][0].upsampling(coarse, [weight[place] for weight in others], grid)
-                pieces = upsampling.pieces()
                 # Cut once: the decoders differ in their weights only.
-                parts = parts or [[term.part(partial(upsampling.cut, piece=piece)) for term in terms] for piece in pieces]
+                parts = parts or [(piece, [term.part(partial(upsampling.cut, piece=piece)) for term in terms]) for piece in upsampling.pieces()]
                 collected = [upsampling.no_gradients() for _ in terms if wanted]
-                losses = []
-                for piece, own_terms in zip(pieces, parts, strict=True):
-                    logits = upsampling.logits(piece)
-                    for which, term in enumerate(own_terms):
-                        loss, gradient = term(logits, kept)
-                        losses.append(loss)
-                        if wanted:
-                            upsampling.add_gradients(piece, (gradient.mul_(scale) if half else gradient).to(logits.dtype), collected[which])
-                totals.append(torch.stack(losses).view(len(pieces), len(terms)).sum(dim=0))
+                found.append(_over_pieces(upsampling, parts, kept, collected, scale))
                 for own, rooms, total in zip(of_values, weight_gradients, collected, strict=True):
-                    own[:, number], *found = upsampling.gradients(total)
-                    for room, gradient in zip(rooms[1:], found, strict=True):
+                    own[:, number], *gradients = upsampling.gradients(total)
+                    for room, gradient in zip(rooms[1:], gradients, strict=True):
                         room[place] = gradient
             for own, rooms, total in zip(of_values, weight_gradients, feature_gradients, strict=True):
                 rooms[0][span] = first.add_gradients(own, total)
@@ -117,7 +108,7 @@ class _EachInTurn(torch.autograd.Function):
         ctx.shapes, ctx.separated = [parameter.shape for parameter in parameters], decoders[0][0].separated
         ctx.scale, ctx.num_terms = scale * len(decoders), len(terms)
         ctx.dtype, ctx.format = features.dtype, torch.channels_last if features.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-        return torch.stack(totals).mean(dim=0)
+        return torch.stack(found).mean(dim=0)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -135,6 +126,21 @@ class _EachInTurn(torch.autograd.Function):
         own = ctx.separated([weighted(rest[place::share]) for place in range(share)])
         each = (factors.new_zeros(shape) if place is None else own[place[1]][place[0]] for place, shape in zip(ctx.places, ctx.shapes, strict=True))
         return (None, weighted(feature_gradients).to(ctx.dtype, memory_format=ctx.format), None, None, None, *each)
+
+
+def _over_pieces(
+    upsampling: Upsampling, parts: Sequence[tuple[slice, Sequence[Term]]], kept: Tensor | None, collected: Sequence[list[Tensor]], scale: float
+) -> Tensor:
+    """(T,): the losses of one decoder. Their gradients, times the scale, are collected, if room for them is given."""
+    losses = []
+    for piece, terms in parts:
+        logits = upsampling.logits(piece)
+        for number, term in enumerate(terms):
+            loss, gradient = term(logits, kept)
+            losses.append(loss)
+            if collected:
+                upsampling.add_gradients(piece, (gradient if scale == 1 else gradient.mul_(scale)).to(logits.dtype), collected[number])
+    return torch.stack(losses).view(len(parts), -1).sum(dim=0)
 
 
 def _together(maps: Tensor, decoders: Sequence[tuple[Decoder, Callable[[Tensor], Change]]], *, most: int) -> Iterator[tuple[slice, list[Change]]]:

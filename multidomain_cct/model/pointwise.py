@@ -63,13 +63,13 @@ class ChangedProducts:
 
     def __init__(self, features: Tensor, weight: Tensor, changes: Sequence[Change]) -> None:
         """`features` are (B, D, h, w) without gaps, `changes` K that fit."""
-        self.features, self.changes = features, changes
         kind = changes[0].kind
         self.inputs = (changes[0].of(features) if kind == "values" else features).flatten(2)  # (B, D, n)
         factors = [change.factor.flatten(2) for change in changes if change.factor is not None]
         self.positions = torch.stack(factors, dim=1) if kind == "positions" else None  # (B, K, 1, n)
         self.channels = torch.stack(factors, dim=1).transpose(2, 3) if kind == "channels" else None  # (B, K, 1, D)
         self.each = factors[0] if kind == "values" and factors else None  # (B, D, n)
+        self.unchanged = changes[0].factor is None and changes[0].noise is None
         weights = weight if self.channels is None else weight * self.channels
         self.weights = weights.flatten(-3, -2).expand(len(features), -1, -1)  # (B, K * C, D)
         self.values = torch.bmm(self.weights, self.inputs).view(len(features), *weight.shape[:2], -1)  # (B, K, C, n)
@@ -79,15 +79,18 @@ class ChangedProducts:
     def images_left(self) -> list[Tensor | None]:
         """For each change (B,) bool: False where it leaves nothing of an image's features; None where it leaves something of every image's."""
         # Values that are not 0 come of features that are not 0: those of one output tell it nearly always. On a GPU looking at them would wait.
-        if self.values.device.type == "cpu":
-            certain = self.values[:, :, 0].any(dim=2).all(dim=0).tolist()
+        on_cpu, convolutions = self.values.device.type == "cpu", self.values.shape[1]
+        certain = [self.unchanged] * convolutions if self.unchanged or not on_cpu else self.values[:, :, 0].any(dim=2).all(dim=0).tolist()
+        if all(certain):
+            return [None] * convolutions
+        something = self.inputs != 0
+        if self.positions is not None:
+            left = (something.any(dim=1)[:, None, None] & (self.positions != 0)).any(dim=3)[..., 0]  # (B, K)
+        elif self.channels is not None:
+            left = (something.any(dim=2)[:, None, None] & (self.channels != 0)).any(dim=3)[..., 0]
         else:
-            certain = [False] * len(self.changes)
-        unchanged = [change.factor is None and change.noise is None for change in self.changes]
-        return [
-            None if sure or same else change.of(self.features).flatten(1).abs().amax(dim=1) != 0
-            for change, sure, same in zip(self.changes, certain, unchanged, strict=True)
-        ]
+            left = something.flatten(1).any(dim=1, keepdim=True)
+        return [None if sure else own for sure, own in zip(certain, left.unbind(1), strict=True)]
 
     def add_gradients(self, gradient: Tensor, total: Tensor) -> Tensor:
         """(K, C, D): that with respect to the weights; that with respect to the features is added to the (B, D, h, w) total, which has no gaps.
@@ -104,4 +107,4 @@ class ChangedProducts:
         else:
             flat.add_(torch.bmm(back, joined))
         own = weight_gradients(self.inputs, joined).view(*gradient.shape[:3], -1)  # (B, K, C, D)
-        return (own if self.channels is None else own * self.channels).sum(dim=0)
+        return (own if self.channels is None else own * self.channels).sum(dim=0, dtype=total.dtype)

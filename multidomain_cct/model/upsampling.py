@@ -107,14 +107,14 @@ class SubPixels(Upsampling):
     def add_gradients(self, piece: slice, gradient: Tensor, total: Sequence[Tensor]) -> None:
         outputs = gradient.view(len(gradient), len(self.weights[-1]), -1)
         total[0][..., piece] = at_each_position(outputs, self.weights[-1].T)
-        total[1].add_(weight_gradients(self.inputs[-1][..., piece], outputs).sum(dim=0))
+        total[1].add_(weight_gradients(self.inputs[-1][..., piece], outputs).sum(dim=0, dtype=total[1].dtype))
 
     def gradients(self, total: Sequence[Tensor]) -> list[Tensor]:
         of_inputs, found = total[0], [total[1]]
         for number in range(len(self.weights) - 1, 0, -1):
             below, weight = self.inputs[number - 1], self.weights[number - 1]
             outputs = torch.ops.aten.threshold_backward(of_inputs, self.inputs[number], 0).view(len(below), len(weight), -1)
-            found.insert(0, weight_gradients(below, outputs).sum(dim=0))
+            found.insert(0, weight_gradients(below, outputs).sum(dim=0, dtype=weight.dtype))
             of_inputs = at_each_position(outputs, weight.T)
         # There may be no doubling.
         return [of_inputs, *map(_in_rows, found, self.rows, self.whole)]
