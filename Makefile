@@ -1,7 +1,7 @@
 # make demo   two toy domains, trained with and without unlabelled images, and a report (about 5 minutes on 2 cores after installation)
 # make test   what CI runs: lint, types, every test
 # make reliability  the promises of docs/reliability.md at their full figures, and a table of what each reached
-# make bench  the benchmarks (12 to 16 minutes on 2 quiet cores); docs/speed.md says what each shows
+# make bench  the benchmarks (14 minutes on 2 quiet cores); docs/speed.md says what each shows
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -42,7 +42,7 @@ LAPTOP := --encoder tf_efficientnet_lite0 --context fpn --width 128 --decoders 1
 
 bench: .venv/dev
 	$(BIN)/python benchmarks/step.py $(PAPER) --crop 160 --steps 5
-	$(BIN)/python benchmarks/step.py $(PAPER) --crop 320 --steps 3
+	$(BIN)/python benchmarks/step.py $(PAPER) --crop 320 --steps 7
 	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder pixelshuffle --steps 7
 	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder bilinear --steps 5
 	$(BIN)/python benchmarks/memory.py --threads $(THREADS)

@@ -156,4 +156,4 @@ class Interpolation(Upsampling):
     def gradients(self, total: Sequence[Tensor]) -> list[Tensor]:
         with torch.autocast(self.device.type, enabled=False):
             coarse = (total[0] @ self.columns.T).flatten(2)
-        return [coarse, coarse.sum(dim=(0, 2))]
+        return [coarse, coarse.sum(dim=(0, 2), dtype=torch.promote_types(coarse.dtype, torch.float32))]
