@@ -2,7 +2,7 @@
 
 What ours is held against: its numbers in tests/test_reference.py, its time and memory in benchmarks/step.py. It calls a network's trunk and norms, reads the
 weights of its context module and decoders and its settings, and shares no other computation of the step with the package. Random numbers are drawn in the
-package's order, so that a seed gives both the same perturbations.
+package's order, so that on a CPU a seed gives both the same perturbations.
 
 Shapes: B labelled images, U unlabelled images, C classes of the domain, K auxiliary decoders, D feature channels, h w feature size, H W image size.
 """

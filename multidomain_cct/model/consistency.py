@@ -1,7 +1,8 @@
 """Losses of decoders: those of the K auxiliary decoders of a domain, one at a time, and of a main decoder.
 
 The logits that losses compare never exist all at once: for each decoder in turn the losses and, in the same forward pass, their gradients with respect to the
-features and to that decoder are computed, a piece of the pixels after the other, and only these are kept. Backward scales them. The result is exact, and memory
+features and to that decoder are computed, a piece of the pixels after the other, and only these are kept. Backward scales them. Only first products, at the
+features' resolution, are taken of several decoders together, as many as make no more numbers than the features. The result is exact, and beyond that memory
 does not grow with K.
 
 Shapes: B images, T terms of the loss, C classes, D feature channels, h w feature size, P pixels, in the decoders' order.
@@ -84,8 +85,9 @@ class _EachInTurn(torch.autograd.Function):
         weight_gradients = [[torch.empty_like(weight) for weight in (classify, *others)] for _ in terms if wanted]
         found: list[Tensor] = []
         parts: list[tuple[slice, list[Term]]] = []
-        # As many at once as their products are no more than the features.
-        for span, changes in _together(maps, decoders, most=max(1, maps.shape[1] // classify.shape[1])):
+        # As many at once as their products are no more than the features; in 16 bits of small range a sum over several decoders may overflow.
+        most = max(1, maps.shape[1] // classify.shape[1]) if scale == 1 else 1
+        for span, changes in _together(maps, decoders, most=most):
             first = ChangedProducts(maps, classify[span], changes)
             of_values = [torch.empty_like(first.values) for _ in terms if wanted]
             for number, kept in enumerate(first.images_left()):
@@ -102,6 +104,7 @@ class _EachInTurn(torch.autograd.Function):
                         room[place] = gradient
             for own, rooms, total in zip(of_values, weight_gradients, feature_gradients, strict=True):
                 rooms[0][span] = first.add_gradients(own, total)
+            del first, of_values  # before the next changes are drawn
         ctx.save_for_backward(*feature_gradients, *(gradient for own in weight_gradients for gradient in own))
         known = {id(parameter): (place, number) for place, (decoder, _) in enumerate(decoders) for number, parameter in enumerate(decoder.parameters())}
         ctx.places = [known.get(id(parameter)) for parameter in parameters]
@@ -145,11 +148,17 @@ def _over_pieces(
 
 def _together(maps: Tensor, decoders: Sequence[tuple[Decoder, Callable[[Tensor], Change]]], *, most: int) -> Iterator[tuple[slice, list[Change]]]:
     """The changes that the decoders see, drawn in their order, in runs of at most so many whose first products can be taken at once."""
-    start, changes = 0, [decoders[0][1](maps)]
-    for _, change in decoders[1:]:
+    start = 0
+    changes: list[Change] = []
+    for _, change in decoders:
         following = change(maps)
-        if len(changes) == most or not ChangedProducts.fit([*changes, following]):
+        if changes and (len(changes) == most or not ChangedProducts.fit([*changes, following])):
             yield slice(start, start + len(changes)), changes
             start, changes = start + len(changes), []
         changes.append(following)
-    yield slice(start, start + len(changes)), changes
+        if following.kind == "values":
+            # Nothing can join it, and it is large.
+            yield slice(start, start + 1), changes
+            start, changes = start + 1, []
+    if changes:
+        yield slice(start, start + len(changes)), changes

@@ -22,6 +22,7 @@ from multidomain_cct.model.pointwise import Change, at_each_position
 
 SMALLEST_XI = 1e-2
 """Below it, adversarial noise loses its direction to rounding."""
+_DRAWN_STEP = 2.0**-15
 
 
 class Perturbation(Protocol):
@@ -46,7 +47,7 @@ class FeatureNoise:
     count: int = 6
     """Auxiliary decoders that use it."""
     amplitude: float = 0.3
-    """N is uniform between minus and plus this; on a CPU it has 65536 values."""
+    """N is uniform between minus and plus this; on a CPU it has at most 65536 values."""
     needs_objects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -224,7 +225,8 @@ class AdversarialNoise:
             still = features.to(torch.promote_types(features.dtype, torch.float32))
             (classify, *weights) = (weight[0] for weight in decoder.joined([decoder]))
             direction = _uniform_like(still)
-            moved = torch.addcmul(still, direction, self.xi / _norm(direction))
+            # Where anything was drawn, the norm is no less than the smallest draw.
+            moved = torch.addcmul(still, direction, self.xi / _norm(direction).clamp(min=_DRAWN_STEP))
             first, second = (at_each_position(maps.flatten(2), classify).view(len(maps), -1, *maps.shape[2:]) for maps in (still, moved))
             before, after = decoder.upsampling(first, weights), decoder.upsampling(second, weights)
             total = after.no_gradients()
@@ -236,7 +238,7 @@ class AdversarialNoise:
             tiny = torch.finfo(gradient.dtype).tiny
             gradient /= gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=tiny)
             strength = self.eps if self.eps > 0 else self.eps_relative * _norm(still)
-            return Change(noise=gradient.mul_(strength / _norm(gradient).clamp(min=tiny)).to(features.dtype))
+            return Change(noise=gradient.div_(_norm(gradient).clamp(min=tiny)).mul_(strength).to(features.dtype))
 
 
 @dataclass(frozen=True)
@@ -270,11 +272,11 @@ def _check_count(name: str, count: int) -> None:
 
 
 def _uniform_like(maps: Tensor) -> Tensor:
-    """Random values between -1 and 1. On a CPU they are multiples of 2^-15: 64 random bits, cut in four, take a third of the time of `uniform_`."""
+    """Random values between -1 and 1. On a CPU they are multiples of 2^-15, rounded: 64 random bits, cut in four, take a third of the time of `uniform_`."""
     if maps.device.type != "cpu":
         return torch.empty_like(maps).uniform_(-1, 1)
     bits = torch.empty(-(-maps.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    return bits.view(torch.int16)[: maps.numel()].view(maps.shape).to(maps.dtype).mul_(2**-15)
+    return bits.view(torch.int16)[: maps.numel()].view(maps.shape).to(maps.dtype).mul_(_DRAWN_STEP)
 
 
 def _norm(maps: Tensor) -> Tensor:

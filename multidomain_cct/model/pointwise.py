@@ -32,16 +32,18 @@ class Change:
     """What becomes of (B, D, h, w) features, not yet done: they are multiplied by the factor, or the noise is added."""
 
     factor: Tensor | None = None
-    """(B, 1, h, w), (B, D, 1, 1) or (B, D, h, w): of positions, channels or single values."""
+    """(B, 1, h, w) bool, (B, D, 1, 1) or (B, D, h, w): of positions, channels or single values."""
     noise: Tensor | None = None
     """(B, D, h, w)."""
 
     @property
     def kind(self) -> str:
-        """`positions` or `channels` when the features need not be touched, else `values`."""
-        if self.factor is not None and self.factor.shape[1] == 1:
+        """`positions` (those that are left) or `channels` when a product can take it without a pass over the features, else `values`."""
+        if self.factor is None or self.noise is not None:
+            return "values"
+        if self.factor.shape[1] == 1 and self.factor.dtype == torch.bool:
             return "positions"
-        return "channels" if self.factor is not None and self.factor.shape[2:] == (1, 1) else "values"
+        return "channels" if self.factor.shape[2:] == (1, 1) else "values"
 
     def of(self, features: Tensor) -> Tensor:
         """(B, D, h, w): the changed features."""
@@ -74,10 +76,11 @@ class ChangedProducts:
         self.weights = weights.flatten(-3, -2).expand(len(features), -1, -1)  # (B, K * C, D)
         self.values = torch.bmm(self.weights, self.inputs).view(len(features), *weight.shape[:2], -1)  # (B, K, C, n)
         if self.positions is not None:
-            self.values.mul_(self.positions)
+            # Not a product: what is hidden may be infinite in 16 bits.
+            self.values.masked_fill_(~self.positions, 0)
 
     def images_left(self) -> list[Tensor | None]:
-        """For each change (B,) bool: False where it leaves nothing of an image's features; None where it leaves something of every image's."""
+        """For each change (B,) bool: False where it leaves nothing of an image's features. On a CPU, and for no change, None where something is left of all."""
         # Values that are not 0 come of features that are not 0: those of one output tell it nearly always. On a GPU looking at them would wait.
         on_cpu, convolutions = self.values.device.type == "cpu", self.values.shape[1]
         certain = [self.unchanged] * convolutions if self.unchanged or not on_cpu else self.values[:, :, 0].any(dim=2).all(dim=0).tolist()
@@ -85,7 +88,7 @@ class ChangedProducts:
             return [None] * convolutions
         something = self.inputs != 0
         if self.positions is not None:
-            left = (something.any(dim=1)[:, None, None] & (self.positions != 0)).any(dim=3)[..., 0]  # (B, K)
+            left = (something.any(dim=1)[:, None, None] & self.positions).any(dim=3)[..., 0]  # (B, K)
         elif self.channels is not None:
             left = (something.any(dim=2)[:, None, None] & (self.channels != 0)).any(dim=3)[..., 0]
         else:
@@ -98,7 +101,7 @@ class ChangedProducts:
         `gradient` is that with respect to the values; it is changed.
         """
         if self.positions is not None:
-            gradient.mul_(self.positions)
+            gradient.masked_fill_(~self.positions, 0)
         joined, back, flat = gradient.flatten(1, 2), self.weights.transpose(1, 2), total.flatten(2)
         if self.each is not None:
             flat.addcmul_(torch.bmm(back, joined), self.each)

@@ -132,6 +132,45 @@ def test_losses_of_one_decoder_on_features_as_they_are_equal_the_plain_ones(kind
     assert not silent.requires_grad and silent[0] == found[0]
 
 
+RUNS = [*[FeatureNoise()] * 2, *[FeatureDrop()] * 6, *[Dropout()] * 6, ObjectMask(), GuidedCutout(min_area=1), AdversarialNoise()]
+"""More of a kind than are taken together."""
+
+
+@pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
+@pytest.mark.parametrize(
+    ("channels", "classes", "stride", "size"),
+    [(16, 3, 4, (4, 5)), (3, 5, 2, (3, 4)), (8, 3, 4, (1, 1)), (1, 2, 4, (2, 3)), (6, 3, 1, (3, 2))],
+    ids=["several runs", "more classes than channels", "one position", "one channel", "stride 1"],
+)
+def test_decoders_of_all_sizes_equal_the_plain_mean(channels: int, classes: int, stride: int, size: tuple[int, int], kind: str) -> None:
+    torch.manual_seed(4)
+    auxiliaries = nn.ModuleList(AuxiliaryDecoder(each, build_decoder(kind, channels, classes, stride)) for each in RUNS).double()
+    features = torch.rand(2, channels, *size, dtype=torch.float64, requires_grad=True)
+    pixels = size[0] * size[1] * stride**2
+    target, valid = torch.randn(2, classes, pixels, dtype=torch.float64).softmax(dim=1), torch.rand(2, pixels) < 0.8
+    guide = Guide(torch.rand(2, 1, *size) < 0.5)
+    torch.manual_seed(3)
+    (found,) = auxiliary_losses(features, auxiliaries, guide, [SquaredDistance(target, valid)])
+    torch.manual_seed(3)
+    losses = []
+    for auxiliary in auxiliaries:
+        seen, kept = perturbed(auxiliary, features, guide)
+        losses.append(mean_over_valid((auxiliary.decoder.pixels(seen).softmax(dim=1) - target).square().sum(dim=1), valid & kept[:, None]))
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(gradients(found, features, auxiliaries), gradients(expected, features, auxiliaries), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_perturbation_gives_finite_gradients_inside_autocast(dtype: torch.dtype) -> None:
+    auxiliaries = decoders(torch.float32)
+    features, guide, terms = example(torch.float32)
+    for leaf in (features.clone().requires_grad_(), features.to(dtype).requires_grad_()):
+        with torch.autocast("cpu", dtype=dtype):
+            losses = auxiliary_losses(leaf, auxiliaries, guide, terms)
+        assert all(gradient.isfinite().all() and gradient.any() for gradient in gradients(weighted(losses), leaf, auxiliaries))
+
+
 def test_each_term_has_its_own_gradient() -> None:
     auxiliaries = decoders()
     features, guide, terms = example()

@@ -428,6 +428,16 @@ def test_vat_noise_is_never_stronger_than_set_where_the_decoder_is_certain(certa
         assert (found >= 0.099).all()
 
 
+@pytest.mark.parametrize("classes", [1, 5])
+def test_vat_noise_is_0_where_nothing_changes_the_prediction(classes: int) -> None:
+    """A decoder that is certain, or has one class, on features as large as those of a crop: the noise that is allowed is strong."""
+    features = 10 * random_features(2, 64, 10, 10, dtype=torch.float32)
+    decoder = linear_decoder(features, classes)
+    with torch.no_grad():
+        decoder.classify.bias[0] = 1e4  # type: ignore[index]
+    assert torch.equal(seeded(AdversarialNoise(), features, decoder=decoder), features)
+
+
 @pytest.mark.parametrize("kind", ["bilinear", "pixelshuffle"])
 def test_vat_noise_changes_a_trained_decoders_prediction_more_than_random_noise_of_its_norm(kind: str) -> None:
     decoder, features = trained_decoder(kind)

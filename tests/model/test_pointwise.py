@@ -21,6 +21,7 @@ def changes() -> dict[str, Change]:
         "channels": Change(torch.rand(IMAGES, CHANNELS, 1, 1, dtype=DOUBLE)),
         "values": Change(torch.rand(shape, dtype=DOUBLE)),
         "noise": Change(noise=torch.rand(shape, dtype=DOUBLE)),
+        "factor and noise": Change(torch.rand(IMAGES, 1, HEIGHT, WIDTH) < 0.5, torch.rand(shape, dtype=DOUBLE)),
     }
 
 
@@ -71,6 +72,16 @@ def test_totals_of_more_bits_than_the_products_take_their_gradients(change: Chan
             totals.append(torch.zeros_like(features))
             products.add_gradients(torch.ones_like(products.values), totals[-1])
     torch.testing.assert_close(*totals, rtol=0.05, atol=0.05)
+
+
+def test_what_a_mask_hides_may_overflow() -> None:
+    features, weights = torch.ones(IMAGES, CHANNELS, HEIGHT, WIDTH, dtype=torch.float16), torch.ones(1, OUTPUTS, CHANNELS, dtype=torch.float16)
+    features[..., 0, 0] = 60_000
+    mask = torch.ones(IMAGES, 1, HEIGHT, WIDTH, dtype=torch.bool)
+    mask[..., 0, 0] = False
+    products = ChangedProducts(features, weights, [Change(mask)])
+    assert products.values.isfinite().all() and not products.values[..., 0].any()
+    assert products.add_gradients(torch.ones_like(products.values), torch.zeros_like(features, dtype=torch.float32)).isfinite().all()
 
 
 def test_images_of_which_nothing_is_left_are_found_also_behind_weights_of_zero() -> None:
