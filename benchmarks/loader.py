@@ -6,12 +6,16 @@ Draws photographs of 2048x1024 with masks (PNG; as JPEG of quality 95 about 0.8 
 their original size, and makes the same views of both: a crop of what 1024x512 is at a random scale of 0.5 to 2.
 
 - loader: everything to the finished batch, in one worker process that has started: of images without masks, of which half have masks, and with masks.
-- bare: Pillow decodes the JPEGs of those very views, and resizes regions as large as the views' to the crop. No masks, checks, flips, tensors, batches.
+- bare: Pillow decodes the JPEGs of those very views, and torchvision resizes regions as large as the views' to the crop, as in the loader. No masks, checks,
+  flips, padding, batches.
+- Pillow: the same, but Pillow resizes too, and no tensor is made.
 - plain: a usual torch Dataset over the folder of PNGs, in one worker process too: open, convert, resize all of it, crop, flip, to tensors; every image with its
   mask.
 
-They take turns; medians are compared. Waiting is read from the metrics of a short training on drawn images of 320x240 with one worker, two domains as in
-recipes/real_small.yaml.
+They take turns; medians are compared. Where a view's time goes is measured in one process, on images without masks: reading and checking their bytes, with that
+the views, with that the batches; beside them what a worker process takes for all of it.
+
+Waiting is read from the metrics of a short training on drawn images of 320x240 with one worker, two domains as in recipes/real_small.yaml.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -42,12 +46,12 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.v2 import functional as F
 
-from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.augment import Augment, image_tensor, training_view
 from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.loader import TrainingSet, steps
 from multidomain_cct.data.order import seed_from
 from multidomain_cct.data.pack import pack
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.shards import Record, Shards
 from multidomain_cct.data.streams import DataSettings, DomainSettings, DomainStreams, open_streams
 from multidomain_cct.training.runlog import read_metrics
 
@@ -65,6 +69,8 @@ STARTED = 3
 """Batches after which a worker process is taken to have started."""
 BUDGETS = {"without_masks": ("none", "all"), "half_with_masks": ("1/2", "rest"), "with_masks": ("all", "none")}
 """By name of the figure, which images are labelled and which are not."""
+MASKS = {"without_masks": "none", "half_with_masks": "half", "with_masks": "all"}
+"""By name of the figure, which images have masks."""
 LOOK: dict[str, Any] = {"colors": COLORS, "regions": (16, 32), "grain": 6, "ending": "png", "compress_level": 1}
 
 
@@ -108,14 +114,34 @@ def rate(batches: Iterator[Any], count: int, images: float) -> float:
     return count * images / (time.perf_counter() - started)
 
 
-def bare_rate(views: list[tuple[bytes, float]], crop: int) -> float:
-    """Images per second of JPEGs that are shown at these factors of their size."""
+Views = list[tuple[bytes, float]]
+"""JPEGs, and the factors of their sizes at which they are shown."""
+
+
+def bare_rate(views: Views, crop: int) -> float:
+    """Images per second."""
     started = time.perf_counter()
     for content, factor in views:
         image = Image.open(io.BytesIO(content))
-        width, height = min(image.width, crop / factor), min(image.height, crop / factor)
-        image.resize((min(crop, round(width * factor)), min(crop, round(height * factor))), Image.Resampling.BILINEAR, box=(0, 0, width, height))
+        region, shown = sizes(image, factor, crop)
+        F.resize(image_tensor(image.crop((0, 0, *region))), list(shown[::-1]), antialias=True)
     return len(views) / (time.perf_counter() - started)
+
+
+def pillow_rate(views: Views, crop: int) -> float:
+    """Images per second."""
+    started = time.perf_counter()
+    for content, factor in views:
+        image = Image.open(io.BytesIO(content))
+        region, shown = sizes(image, factor, crop)
+        image.resize(shown, Image.Resampling.BILINEAR, box=(0, 0, *region))
+    return len(views) / (time.perf_counter() - started)
+
+
+def sizes(image: Image.Image, factor: float, crop: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of what is shown at this factor: in the image, and in the view."""
+    region = min(image.width, round(crop / factor)), min(image.height, round(crop / factor))
+    return region, (min(crop, round(region[0] * factor)), min(crop, round(region[1] * factor)))
 
 
 class Ours:
@@ -130,18 +156,42 @@ class Ours:
         settings = DataSettings(shards=str(self.shards), crop=[self.crop, self.crop], **batch)
         return open_streams(self.domain, DomainSettings(labelled=labelled, unlabelled=unlabelled), settings)
 
-    def rates(self, labelled: str, unlabelled: str) -> tuple[float, float]:
+    def data(self, streams: DomainStreams) -> TrainingSet:
+        return TrainingSet([streams], seed=0, augment=Augment(scale=list(self.scale)))
+
+    def rates(self, labelled: str, unlabelled: str) -> dict[str, float]:
         """Images per second of one worker process once it has started, with nothing prepared, and of bare work on the same images at the same scales."""
         streams = self.streams(labelled, unlabelled)
         per_step = BATCH * (bool(streams.labelled) + bool(streams.unlabelled))
         count = max(2, self.views // per_step)
-        batches = steps(TrainingSet([streams], seed=0, augment=Augment(scale=list(self.scale))), 0, STARTED + count, workers=1)
+        batches = steps(self.data(streams), 0, STARTED + count, workers=1)
         for _ in range(STARTED):
             next(batches)
-        return rate(batches, count, per_step), bare_rate(self.shown(streams, range(STARTED, STARTED + count)), self.crop)
+        views = [(record.image, factor) for record, _, factor in self.shown(streams, range(STARTED, STARTED + count))]
+        return {"loader": rate(batches, count, per_step), "bare": bare_rate(views, self.crop), "pillow": pillow_rate(views, self.crop)}
 
-    def shown(self, streams: DomainStreams, numbers: range) -> list[tuple[bytes, float]]:
-        """The JPEG and the scale of each view in these steps."""
+    def stages(self) -> dict[str, float]:
+        """Milliseconds a view, of images without masks, up to the end of each stage; and of bare work, and from a worker process."""
+        streams = self.streams("none", "all")
+        data, numbers = self.data(streams), range(max(2, self.views // BATCH))
+        shown, found = self.shown(streams, numbers), {}
+        views = [(record.image, factor) for record, _, factor in shown]
+
+        def view(record: Record, seed: int) -> None:
+            training_view(record, self.domain, data.augment, (self.crop, self.crop), np.random.default_rng(seed))
+
+        def per_view(act: Callable[[], object]) -> float:
+            started = time.perf_counter()
+            act()
+            return 1000 * (time.perf_counter() - started) / len(shown)
+
+        found["read"] = per_view(lambda: self.shown(streams, numbers))
+        found["views"] = found["read"] + per_view(lambda: [view(record, seed) for record, seed, _ in shown])
+        found["batches"] = per_view(lambda: [data[number] for number in numbers])
+        return found | {"bare": 1000 / bare_rate(views, self.crop), "worker": 1000 / self.rates("none", "all")["loader"]}
+
+    def shown(self, streams: DomainStreams, numbers: range) -> list[tuple[Record, int, float]]:
+        """The record, the seed and the scale of each view in these steps."""
         found = []
         for kind in ("labelled", "unlabelled"):
             samples = getattr(streams, kind)
@@ -149,8 +199,8 @@ class Ours:
                 epoch, chosen = streams.order(kind, 0).at(position)
                 source, number = samples[chosen]
                 record = streams.sources[source].read(number, with_mask=False)
-                rng = np.random.default_rng(seed_from(0, self.domain.name, epoch, record.key, kind))
-                found.append((record.image, float(rng.uniform(*self.scale))))
+                seed = seed_from(0, self.domain.name, epoch, record.key, kind)
+                found.append((record, seed, float(np.random.default_rng(seed).uniform(*self.scale))))
         return found
 
 
@@ -161,15 +211,20 @@ def measure_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows = {}
     for size, domain in stored.items():
         pack(domain, raw, "train", folder / "shards", workers=2)
-        ours, found = Ours(folder / "shards", domain, options.crop, options.views), []
+        ours = Ours(folder / "shards", domain, options.crop, options.views)
+        found: list[dict[str, float]] = []
+        stages: list[dict[str, float]] = []
         for _ in range(options.repeats):
             figures = {"plain": plain_rate(raw, (width, height), options.crop, min(options.views, 4 * BATCH))}
             for name, budget in BUDGETS.items():
-                figures[name], figures[f"bare_{name}"] = ours.rates(*budget)
+                figures |= {name if who == "loader" else f"{who}_{name}": of for who, of in ours.rates(*budget).items()}
             found.append(figures)
+            stages.append(ours.stages())
         row = {f"{name}_images_per_s": statistics.median(repeat[name] for repeat in found) for name in found[0]}
         for name in BUDGETS:
-            row |= {f"{name}_over_{peer}": statistics.median(r[name] / r[own] for r in found) for peer, own in (("bare", f"bare_{name}"), ("plain", "plain"))}
+            peers = {"bare": f"bare_{name}", "pillow": f"pillow_{name}", "plain": "plain"}
+            row |= {f"{name}_over_{peer}": statistics.median(repeat[name] / repeat[own] for repeat in found) for peer, own in peers.items()}
+        row["stages_ms"] = {name: statistics.median(repeat[name] for repeat in stages) for name in stages[0]}
         opened = Shards.open(folder / "shards" / domain.name, "train")
         records = [opened.read(number) for number in range(options.images)]
         row["jpeg_kb"] = statistics.mean(len(record.image) for record in records) / 1024
@@ -250,16 +305,21 @@ def main() -> None:
         print(json.dumps(result, indent=1))
         return
     table = Table(title=f"views of {options.crop}x{options.crop}, images/s, {result['date']}, {result['machine']}")
-    for column in ("stored at", "", "images/s", "bare, images/s", "/ bare", "/ plain Dataset of PNGs"):
+    for column in ("stored at", "masks", "loader", "bare", "Pillow", "plain", "loader / bare", "/ Pillow", "/ plain"):
         table.add_column(column, justify="right")
     for size, row in rows.items():
         for name in BUDGETS:
-            rates = (f"{row[f'{key}_images_per_s']:.1f}" for key in (name, f"bare_{name}"))
-            table.add_row(size, name.replace("_", " "), *rates, *(f"{row[f'{name}_over_{peer}']:.2f}" for peer in ("bare", "plain")))
-        table.add_row(size, "plain Dataset", f"{row['plain_images_per_s']:.1f}")
+            rates = (f"{row[f'{key}_images_per_s']:.1f}" for key in (name, f"bare_{name}", f"pillow_{name}"))
+            plain = f"{row['plain_images_per_s']:.1f}"
+            table.add_row(size, MASKS[name], *rates, plain, *(f"{row[f'{name}_over_{peer}']:.2f}" for peer in ("bare", "pillow", "plain")))
         table.add_section()
     Console().print(table)
     for size, row in rows.items():
+        ms = row["stages_ms"]
+        print(
+            f"A view of {size}: {ms['read']:.2f} ms to read, {ms['views']:.2f} with the view (bare {ms['bare']:.2f}), {ms['batches']:.2f} in a batch;"
+            f" {ms['worker']:.2f} from a worker process."
+        )
         stored, pillow = row["masks"]["stored"], row["masks"]["pillow"]
         print(f"Masks of {size}: {stored['ms']:.2f} ms to read ({stored['kb']:.1f} KB); as Pillow writes them {pillow['ms']:.2f} ms ({pillow['kb']:.1f} KB).")
     print(f"Training with one worker waits {waiting['share']:.2%} of its time for data, at {waiting['images_per_s']:.1f} images/s.")

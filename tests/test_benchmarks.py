@@ -44,8 +44,10 @@ def test_loader_prints_rates_over_bare_decoding_and_over_a_plain_dataset_and_the
     for size, row in found["stored"].items():
         assert row["plain_images_per_s"] > 0
         for ours in ("without_masks", "half_with_masks", "with_masks"):
-            assert row[f"{ours}_over_bare"] == pytest.approx(row[f"{ours}_images_per_s"] / row[f"bare_{ours}_images_per_s"])
+            for peer in ("bare", "pillow"):
+                assert row[f"{ours}_over_{peer}"] == pytest.approx(row[f"{ours}_images_per_s"] / row[f"{peer}_{ours}_images_per_s"])
             assert row[f"{ours}_over_plain"] == pytest.approx(row[f"{ours}_images_per_s"] / row["plain_images_per_s"])
+        assert 0 < row["stages_ms"]["read"] < row["stages_ms"]["views"] and {"batches", "worker", "bare"} < set(row["stages_ms"])
         # Bits per pixel of photographs: an empty picture would decode far too quickly.
         width, height = map(int, size.split("x"))
         assert 2 < 8 * 1024 * row["jpeg_kb"] / (width * height) < 8

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.encode import decode_smaller, decoded, load_image, open_image, upright_size
@@ -71,7 +72,7 @@ class View:
     """A training view of one image."""
 
     image: Tensor
-    """(3, H, W) uint8."""
+    """(3, H, W) uint8, channels last in memory."""
     ids: Tensor
     """(H, W) uint8 train ids; 255 on padding, and everywhere without a mask."""
     inside: Tensor
@@ -100,13 +101,17 @@ class _Cut:
         left, top = int(rng.integers(0, width - shown[0] + 1)), int(rng.integers(0, height - shown[1] + 1))
         return cls((width, height), shown, (left, top), bool(rng.random() < augment.flip))
 
-    def of(self, picture: Image.Image, extent: tuple[float, float], resample: Image.Resampling) -> Image.Image:
-        """The part of a picture, at its size in the view; `extent` is what the whole image measures in the picture's pixels."""
-        across, down = extent[0] / self.whole[0], extent[1] / self.whole[1]
-        # Only the region that the view shows is resized.
-        box = (self.corner[0] * across, self.corner[1] * down, (self.corner[0] + self.shown[0]) * across, (self.corner[1] + self.shown[1]) * down)
-        part = picture.resize(self.shown, resample, box=box)
-        return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if self.flip else part
+    def box(self, extent: tuple[float, float]) -> tuple[int, int, int, int]:
+        """Left, top, right and bottom, in pixels of a picture, of the part that is shown; `extent` is what the whole image measures in these pixels."""
+        starts, ends = zip(*map(_whole_pixels, self.corner, self.shown, self.whole, extent), strict=True)
+        return (*starts, *ends)
+
+
+def _whole_pixels(corner: int, shown: int, whole: int, extent: float) -> tuple[int, int]:
+    """Along one axis, start and end of what is shown: whole pixels of which none lies beyond the extent."""
+    count = min(max(1, round(shown * extent / whole)), int(extent))
+    start = min(round(corner * extent / whole), int(extent) - count)
+    return start, start + count
 
 
 def training_view(record: Record, domain: Domain, augment: Augment, crop: tuple[int, int], rng: np.random.Generator) -> View:
@@ -120,35 +125,43 @@ def training_view(record: Record, domain: Domain, augment: Augment, crop: tuple[
         image = open_image(record.image, where)
         size = upright_size(image, where)
     cut = _Cut.draw(size, augment, crop, rng)
-    columns = slice(crop[0] - cut.shown[0], crop[0]) if cut.flip else slice(0, cut.shown[0])
-    place = (slice(0, cut.shown[1]), columns)
-
     with _errors_of_the_image():
         extent = decode_smaller(image, where, cut.whole)
         whole = decoded(image, where)
-    part = cut.of(whole, extent, Image.Resampling.BILINEAR)
-    pixels = np.empty((3, crop[1], crop[0]), dtype=np.uint8)
-    if cut.shown != crop:
-        pixels[:] = np.array(PAD, dtype=np.uint8)[:, None, None]
-    # Channel by channel: Pillow separates them several times faster than an array of (H, W, 3) is turned to (3, H, W).
-    for channel, band in zip(pixels, "RGB", strict=True):
-        channel[place] = np.frombuffer(part.tobytes("raw", band), dtype=np.uint8).reshape(part.height, part.width)
-
-    ids = np.full((crop[1], crop[0]), IGNORE, dtype=np.uint8)
+    box = cut.box(extent)
+    width, height = cut.shown
+    # torchvision resizes several times faster than Pillow when channels are last.
+    part = F.resize(image_tensor(whole.crop(box)), [height, width], antialias=True)
+    ids = torch.full((crop[1], crop[0]), IGNORE, dtype=torch.uint8)
     if record.mask is not None:
         mask = stored_mask(record.mask, domain, where)
         if mask.size != size:
             message = f"{where}: the mask is {mask.width}x{mask.height} but the image is {size[0]}x{size[1]}. Pack the split again."
             raise BadSample(message, "mask: another size than the image")
-        ids[place] = np.asarray(cut.of(mask, size, Image.Resampling.NEAREST))
-    inside = np.zeros((crop[1], crop[0]), dtype=bool)
-    inside[place] = True
-    return View(torch.from_numpy(pixels), torch.from_numpy(ids), torch.from_numpy(inside))
+        # An image that is decoded smaller is so by a whole factor.
+        left, top, right, bottom = (edge * round(size[0] / extent[0]) for edge in box)
+        ids[:height, :width] = mask_tensor(mask.resize(cut.shown, Image.Resampling.NEAREST, box=(left, top, right, bottom)))
+    inside = torch.zeros(crop[1], crop[0], dtype=torch.bool)
+    inside[:height, :width] = True
+    view = View(_padded(part, crop), ids, inside)
+    return View(view.image.flip(-1), view.ids.flip(-1), view.inside.flip(-1)) if cut.flip else view
 
 
-def whole_view(image: Image.Image) -> Tensor:
-    """The image as it is: (3, H, W) uint8."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def _padded(part: Tensor, crop: tuple[int, int]) -> Tensor:
+    """The image with padding on the right and below up to the crop's size."""
+    height, width = part.shape[1:]
+    if (width, height) == crop:
+        return part
+    # A row of pixels at a time: torchvision pads one channel after the other.
+    row = torch.tensor(PAD, dtype=torch.uint8).repeat(crop[0], 1)
+    image = row.repeat(crop[1], 1, 1).permute(2, 0, 1)
+    image[:, :height, :width] = part
+    return image
+
+
+def image_tensor(image: Image.Image) -> Tensor:
+    """(3, H, W) uint8, channels last in memory, of an RGB image."""
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 def mask_tensor(mask: Image.Image) -> Tensor:

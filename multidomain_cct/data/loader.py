@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from multidomain_cct.data.augment import Augment, View, decode, mask_tensor, training_view, whole_view
+from multidomain_cct.data.augment import Augment, View, decode, image_tensor, mask_tensor, training_view
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.download import SourceError
+from multidomain_cct.data.handover import Handover, received
 from multidomain_cct.data.order import batch_positions, seed_from
 from multidomain_cct.data.shards import BadSample, Shards
 from multidomain_cct.data.streams import DomainStreams
@@ -64,12 +65,10 @@ class Batch:
     """The images that could not be used, in whose places others stand."""
 
     def to(self, device: torch.device) -> Batch:
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self) -> Batch:
-        return self._map(Tensor.pin_memory)
-
-    def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
+    def map_tensors(self, change: Callable[[Tensor], Any]) -> Batch:
+        """The same with each tensor replaced."""
         pseudo_labels = None if self.pseudo_labels is None else change(self.pseudo_labels)
         return Batch(change(self.images), change(self.masks), change(self.unlabelled), change(self.valid), self.keys, pseudo_labels, self.skipped)
 
@@ -127,9 +126,9 @@ class TrainingSet(Dataset[Any]):
         width, height = streams.crop
         no_images, no_ids = torch.empty(0, 3, height, width, dtype=torch.uint8), torch.empty(0, height, width, dtype=torch.uint8)
         return Batch(
-            images=_stacked([view.image for view in labelled], no_images),
+            images=_stacked_images([view.image for view in labelled], no_images),
             masks=_stacked([view.ids for view in labelled], no_ids),
-            unlabelled=_stacked([view.image for view in unlabelled], no_images),
+            unlabelled=_stacked_images([view.image for view in unlabelled], no_images),
             valid=_stacked([view.inside for view in unlabelled], no_ids.bool()),
             keys=labelled_keys + unlabelled_keys,
             pseudo_labels=None if streams.weak_source is None else _stacked([view.ids for view in unlabelled], no_ids),
@@ -169,16 +168,18 @@ def _stacked(parts: Sequence[Tensor], none: Tensor) -> Tensor:
     return torch.stack(list(parts)) if parts else none
 
 
+def _stacked_images(parts: Sequence[Tensor], none: Tensor) -> Tensor:
+    """The same for images whose channels are last in memory, as those of the result are: torch.stack would put them first, pixel by pixel."""
+    return torch.stack([part.permute(1, 2, 0) for part in parts]).permute(0, 3, 1, 2) if parts else none
+
+
 def steps(data: TrainingSet, start: int, stop: int, *, workers: int, prefetch: int = 2, pin_memory: bool = False) -> Iterator[dict[str, Batch]]:
     """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of them.
 
     Raises ValueError with one line when a sample cannot be used and none stands in for it, and SourceError when its shard cannot be fetched.
     """
     numbers = range(start * data.accumulation, stop * data.accumulation)
-    for item in _loader(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory):
-        if isinstance(item, _Refused):
-            raise item.kind(item.message)
-        yield item
+    return _loaded(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
 
 
 @dataclass(frozen=True)
@@ -191,6 +192,10 @@ class ScoredImage:
     mask: Tensor
     """(H', W') uint8 train ids at the labels' own resolution, which may differ from the image's."""
 
+    def map_tensors(self, change: Callable[[Tensor], Any]) -> ScoredImage:
+        """The same with each tensor replaced."""
+        return ScoredImage(self.key, change(self.image), change(self.mask))
+
 
 class _ScoredSet(Dataset[Any]):
     def __init__(self, shards: Shards, domain: Domain) -> None:
@@ -202,36 +207,36 @@ class _ScoredSet(Dataset[Any]):
             image, mask = decode(record, self.domain)
             if mask is None:
                 raise ValueError(f"{record.shard}: key {record.key!r} has no mask. Only labelled splits can be scored.")
-            return ScoredImage(record.key, whole_view(image), mask_tensor(mask))
+            return ScoredImage(record.key, image_tensor(image), mask_tensor(mask))
         except (ValueError, OSError) as error:
             return _Refused(str(error), ValueError)
 
 
 def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, workers: int) -> Iterator[ScoredImage]:
     """The samples with these numbers, whole, with their masks."""
-    for item in _loader(_ScoredSet(shards, domain), numbers, workers=workers, prefetch=4, pin_memory=False):
-        if isinstance(item, _Refused):
-            raise item.kind(item.message)
-        yield item
+    return _loaded(_ScoredSet(shards, domain), numbers, workers=workers, prefetch=4, pin_memory=False)
 
 
-def _loader(data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetch: int, pin_memory: bool) -> DataLoader[Any]:
+def _loaded(data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetch: int, pin_memory: bool) -> Iterator[Any]:
     if workers and sys.version_info < (3, 12) and torch.distributed.is_available() and torch.distributed.is_initialized():
         # After a reduction a thread of gloo lets go of its tensors, and for that makes itself known to Python. What is forked while it holds the lock for that
         # finds it locked for ever, and the run waits for it (https://github.com/python/cpython/issues/112275).
         time.sleep(_QUIET_SECONDS)
     # A range is a sampler of item numbers; batch_size=None because an item is a whole batch already.
-    return DataLoader(
-        data,
+    loader = DataLoader(
+        Handover(data, prefetch=prefetch),
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
-        pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_to_the_parent,
         # A loader draws a seed for its workers when it starts; from its own generator, or a resumed run would differ from an uninterrupted one.
         generator=torch.Generator().manual_seed(0),
     )
+    for item in received(loader, pin_memory=pin_memory):
+        if isinstance(item, _Refused):
+            raise item.kind(item.message)
+        yield item
 
 
 def _leave_interrupts_to_the_parent(worker: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from multidomain_cct.data.augment import whole_view
+from multidomain_cct.data.augment import image_tensor
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.encode import load_image
 from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
@@ -81,7 +81,7 @@ def predict(
 @torch.inference_mode()
 def predicted_ids(model: Segmenter, image: Image.Image, domain: str, settings: InferenceSettings, device: torch.device) -> np.ndarray:
     """(H, W) uint8 train ids of an RGB image, at its size."""
-    probabilities = predict_probabilities(model, whole_view(image).to(device), domain, (image.height, image.width), settings)
+    probabilities = predict_probabilities(model, image_tensor(image).to(device), domain, (image.height, image.width), settings)
     ids: np.ndarray = probabilities.argmax(dim=0).to(torch.uint8).cpu().numpy()
     return ids
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from multidomain_cct.data.augment import PAD, decode, mask_tensor, whole_view
+from multidomain_cct.data.augment import PAD, decode, image_tensor, mask_tensor
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards import Shards
 from multidomain_cct.model.encoder import Stages, encoder_stages, model_stages
@@ -246,7 +246,7 @@ def diagnose(
     for number in progress(numbers, len(numbers)):
         record = shards.read(number, with_mask=borders == "labels")
         picture, mask = decode(record, domain)
-        image = whole_view(picture).to(subject.device)
+        image = image_tensor(picture).to(subject.device)
         ids = _predicted(subject, image) if mask is None else mask_tensor(mask).to(subject.device)
         measured = measure(subject, image, ids=ids, num_classes=domain.num_classes)
         _require_finite(measured, f"{record.shard}: key {record.key!r}")

@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from multidomain_cct.data.augment import decode, whole_view
+from multidomain_cct.data.augment import decode, image_tensor
 from multidomain_cct.data.bad_images import BadImages, skipped_in
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.image_labels import TaggedImages, background_class, classified, open_tagged
@@ -241,7 +241,7 @@ def _pseudo_labelled(recipe: Recipe, images: TaggedImages, key: str, model: Clas
     source, number = images.samples[key]
     record = images.sources[source].read(number)
     picture, mask = decode(record, domain)
-    pixels = whole_view(picture).to(device)
+    pixels = image_tensor(picture).to(device)
     present = sorted(images.classes[key] - left_out)
     places = [classified(domain).index(train_id) for train_id in present]
     activations, logits = activation_maps(model, pixels, domain.name, present=places, scales=settings.scales)

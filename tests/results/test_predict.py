@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from multidomain_cct.data.augment import whole_view
+from multidomain_cct.data.augment import image_tensor
 from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
 from multidomain_cct.results.predict import PredictSummary, predict
 from multidomain_cct.training.checkpoint import LoadedRun, load_run
@@ -52,7 +52,7 @@ def test_indices_are_the_train_ids_of_the_most_probable_classes(run: LoadedRun, 
     path = draw(tmp_path / "a.png", size=(61, 43))
     segment(run, [path], tmp_path / "out")
     with Image.open(path) as image, torch.inference_mode():
-        expected = predict_probabilities(run.model, whole_view(image), "fields", (43, 61), InferenceSettings()).argmax(dim=0).numpy()
+        expected = predict_probabilities(run.model, image_tensor(image), "fields", (43, 61), InferenceSettings()).argmax(dim=0).numpy()
     with Image.open(tmp_path / "out/index/a.png") as index, Image.open(tmp_path / "out/color/a.png") as color:
         assert index.mode == "P" and index.size == color.size == (61, 43)
         assert np.array_equal(np.asarray(index), expected)
