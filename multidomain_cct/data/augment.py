@@ -5,6 +5,7 @@ Shapes: H W size of the view.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -128,6 +129,12 @@ def training_view(record: Record, domain: Domain, augment: Augment, crop: tuple[
     with _errors_of_the_image():
         extent = decode_smaller(image, where, cut.whole)
         whole = decoded(image, where)
+    if whole.size != tuple(map(math.ceil, extent)):
+        # Pillow would fill what lies beyond the picture with black.
+        message = (
+            f"{where}: the image was to be {size[0]}x{size[1]} by its header, but its pixels are others ({whole.width}x{whole.height}). Store it as a JPEG."
+        )
+        raise BadSample(message, "image: another size than its header says")
     box = cut.box(extent)
     width, height = cut.shown
     # torchvision resizes several times faster than Pillow when channels are last.

@@ -107,7 +107,8 @@ def open_image(source: bytes | Path, name: str) -> Image.Image:
 
 def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
     """(width, height) that an opened image has once it is turned upright."""
-    return image.size if _orientation(image, name) < 5 else (image.height, image.width)
+    # Pillow gives a TIFF the size that it has once it is turned.
+    return image.size if image.format == "TIFF" or _orientation(image, name) < 5 else (image.height, image.width)
 
 
 def decode_smaller(image: Image.Image, name: str, wanted: tuple[int, int]) -> tuple[float, float]:

@@ -89,7 +89,7 @@ class DataSettings:
     workers: int = 2
     """Loader processes per training process; 0 loads in the training process."""
     prefetch: int = 2
-    """Batches that each worker prepares ahead."""
+    """Batches that each worker prepares ahead. It keeps room in shared memory (`/dev/shm`) for one more."""
     remote: list[str] = field(default_factory=list)
     """Protocols that a domain's `remote` may have: http, https, s3. Empty: nothing is read from a network."""
     cache: str = "data/cache"

@@ -204,6 +204,26 @@ def test_a_jpeg_on_its_side_is_turned_upright_before_the_view_is_taken(orientati
         assert (found.image.int() - reference.image.int()).abs().max() <= (24 if orientation == 1 else 0)
 
 
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_images_of_other_formats_are_turned_upright_too(kind: str, orientation: int) -> None:
+    lossless = {"lossless": True} if kind == "WEBP" else {}
+    content = encoded(waves((160, 96)), kind, exif=exif(orientation), **lossless)
+    upright, _ = decode(Record("key", Path("s.tar"), content, None), DOMAIN)
+    assert upright.size == ((160, 96) if orientation < 5 else (96, 160))
+    for seed in range(5):
+        choices = (None, Augment(scale=[0.5, 1.5]), (120, 120), seed)
+        found, reference = view_of(content, *choices), exact_view(upright, *choices)
+        assert torch.equal(found.inside, reference.inside) and torch.equal(found.image, reference.image)
+
+
+def test_an_image_whose_pixels_are_not_of_the_size_in_its_header_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multidomain_cct.data.augment.upright_size", lambda image, name: (99, 48))
+    monkeypatch.setattr("multidomain_cct.data.augment.decode_smaller", lambda image, name, wanted: (99, 48))
+    with pytest.raises(ValueError, match=r"s.tar: key 'key': the image was to be 99x48 by its header, but its pixels are others \(64x48\)."):
+        exact_view(picture()[0], None, Augment(), (16, 16))
+
+
 def exif(orientation: int) -> Image.Exif:
     tags = Image.Exif()
     tags[0x0112] = orientation
