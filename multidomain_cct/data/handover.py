@@ -1,7 +1,6 @@
 """Items of loader processes, handed to the training process in memory that both keep.
 
-torch shares each tensor in memory of its own, whose pages the system has to clear. For a batch of a few megabytes that takes longer than decoding one of its
-images (benchmarks/loader.py).
+torch shares each tensor in memory of its own, whose pages the system has to clear: some milliseconds for a batch of a few megabytes.
 """
 
 from __future__ import annotations
