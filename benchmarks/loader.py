@@ -164,10 +164,10 @@ class Ours:
         streams = self.streams(labelled, unlabelled)
         per_step = BATCH * (bool(streams.labelled) + bool(streams.unlabelled))
         count = max(2, self.views // per_step)
+        views = [(record.image, factor) for record, _, factor in self.shown(streams, range(STARTED, STARTED + count))]
         batches = steps(self.data(streams), 0, STARTED + count, workers=1)
         for _ in range(STARTED):
             next(batches)
-        views = [(record.image, factor) for record, _, factor in self.shown(streams, range(STARTED, STARTED + count))]
         return {"loader": rate(batches, count, per_step), "bare": bare_rate(views, self.crop), "pillow": pillow_rate(views, self.crop)}
 
     def stages(self) -> dict[str, float]:

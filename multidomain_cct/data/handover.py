@@ -74,6 +74,8 @@ class Handover(Dataset[Any]):
 
     def __getitem__(self, number: int) -> Any:
         item, process = self.data[number], get_worker_info()
+        if process is None:
+            return item
         tensors: list[tuple[Tensor, _Place]] = []
         end = _ALIGNMENT
 
@@ -86,7 +88,7 @@ class Handover(Dataset[Any]):
             return found
 
         content = _mapped(item, place)
-        if process is None or not tensors:
+        if not tensors:
             return item
         turn, self._sent = self._sent % self._num_slots, self._sent + 1
         slot, memory = self._slots.get(turn), None

@@ -54,6 +54,17 @@ def test_items_arrive_as_they_were_and_stay_so(workers: int, prefetch: int) -> N
                 assert torch.equal(got, sent) and got.dtype == sent.dtype and got.stride() == sent.stride()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_for_a_gpu_every_tensor_is_page_locked(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    locked = []
+    # Only a machine with a GPU can lock pages.
+    monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: (locked.append(tensor.shape), tensor.clone())[1])
+    (found,) = received(loaded(1, workers=workers, prefetch=2), pin_memory=True)
+    expected = Items()[0]
+    assert locked == [tensor.shape for part in expected.values() for tensor in (part.image, part.ids)]
+    assert torch.equal(found["a"].image, expected["a"].image) and torch.equal(found["b"].ids, expected["b"].ids)
+
+
 def test_memory_is_sent_once_for_each_slot() -> None:
     class Alike(Dataset[Any]):
         def __getitem__(self, number: int) -> Any:
