@@ -26,6 +26,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -287,6 +288,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="of the training")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if not re.fullmatch(r"[1-9]\d+x[1-9]\d+", options.size):
+        parser.error(f"--size is {options.size!r}; it is WIDTHxHEIGHT in pixels, each 10 or more, for example 2048x1024.")
+    for name in ("images", "views", "crop", "repeats", "steps"):
+        if vars(options)[name] < 1:
+            parser.error(f"--{name} is {vars(options)[name]}; it is at least 1.")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure_rates(options, Path(folder))

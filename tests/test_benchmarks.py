@@ -55,6 +55,18 @@ def test_loader_prints_rates_over_bare_decoding_and_over_a_plain_dataset_and_the
     assert 0 <= found["waiting"]["share"] <= 1 and found["waiting"]["images_per_s"] > 0
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--size", "12", "--size is '12'; it is WIDTHxHEIGHT in pixels, each 10 or more, for example 2048x1024."),
+        ("--crop", 0, "--crop is 0; it is at least 1."),
+    ],
+)
+def test_loader_refuses_what_cannot_be_drawn_in_one_line(option: str, value: object, message: str) -> None:
+    finished = run("loader.py", option, value)
+    assert finished.returncode == 2 and finished.stderr.splitlines()[-1] == f"loader.py: error: {message}"
+
+
 def test_evaluate_prints_times_and_the_same_mean_iou_for_all_that_is_installed() -> None:
     found = printed("evaluate.py", "--images", 3, "--size", "96x64", "--repeats", 1)
     assert {"ours", "ours, from files"} <= set(found["rows"])
