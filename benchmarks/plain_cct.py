@@ -196,7 +196,8 @@ def perturb(settings: Any, z: Tensor, objects: Tensor, decoder: nn.Module) -> Te
     if kind == "FeatureDrop":
         return feature_drop(settings, z)
     if kind == "Dropout":
-        return z * z.new_empty(*z.shape[:2], 1, 1).bernoulli_(1 - settings.probability) / (1 - settings.probability)
+        kept = torch.rand(*z.shape[:2], 1, 1, device=z.device) >= settings.probability
+        return z * kept.to(z.dtype) / (1 - settings.probability)
     if kind == "ObjectMask":
         return z * (1 - own)
     if kind == "ContextMask":
@@ -228,10 +229,13 @@ def feature_drop(settings: Any, z: Tensor) -> Tensor:
 
 
 def guided_cutout(settings: Any, z: Tensor, objects: Tensor) -> Tensor:
-    boxes = [(image, box(region)) for image, mask in enumerate(objects) for region in regions(mask) if len(region) >= settings.min_area]
-    rows, columns = torch.rand(len(boxes), device=z.device), torch.rand(len(boxes), device=z.device)
+    found = [(image, region) for image, mask in enumerate(objects) for region in regions(mask)]
+    places = torch.rand(len(found), 2, device=z.device)
     keep = torch.ones_like(z)
-    for (image, (top, bottom, left, right)), down, across in zip(boxes, rows, columns, strict=True):
+    for (image, region), (down, across) in zip(found, places, strict=True):
+        if len(region) < settings.min_area:
+            continue
+        top, bottom, left, right = box(region)
         height, width = (max(1, round((end - start) * settings.side)) for start, end in ((top, bottom), (left, right)))
         first_row = top + int(down * (bottom - top - height + 1))
         first_column = left + int(across * (right - left - width + 1))

@@ -1,33 +1,39 @@
-"""Cross-consistency training: auxiliary decoders that see perturbed features are to agree with the main decoder (Ouali, Hudelot, Tami, CVPR 2020).
+"""Cross-consistency training: auxiliary decoders on perturbed features agree with the main decoder.
 
-Shapes: U unlabelled images, C classes of the domain, D feature channels, H W image size, h w feature size, P pixels, in the
-decoders' order.
+Ouali, Hudelot, Tami, CVPR 2020. Shapes: U unlabelled images, C classes of the domain, D feature channels, H W image
+size, h w feature size, V W the axes of the pixels in the decoders' order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.data.loader import Batch
-from multidomain_cct.model.consistency import auxiliary_losses
-from multidomain_cct.model.decoders import Grid
-from multidomain_cct.model.guides import Guide, objects_of
-from multidomain_cct.model.losses import DISTANCES, CrossEntropy, at_least_float32, confident
+from multidomain_cct.model.auxiliary import auxiliary_losses
+from multidomain_cct.model.decoders import DecoderGroup, Grid
+from multidomain_cct.model.distances import DISTANCES
+from multidomain_cct.model.losses import PixelLoss, at_least_float32, confident, pixel_cross_entropy
 from multidomain_cct.model.network import Segmenter, labelled_images
+from multidomain_cct.model.object_masks import ObjectMasks, objects_of
 
 
 class CCT(Segmenter):
     """L = L_s + w_u L_u + w_w L_w, in every domain (CCT sections 3.1 to 3.4)."""
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses, `<domain>/<term>` -> scalar: their sum is optimised and they are what is logged. `progress` (0 to 1) decides the ramps.
+        """The step's losses, `<domain>/<term>` -> scalar: their sum is optimised and they are what is logged.
 
-        Gradients: main decoders learn from the supervised term only, auxiliary decoders from the other terms only, the encoder from all.
+        `progress` (0 to 1) sets the ramps. Main decoders learn from the supervised loss only, auxiliary decoders from
+        the other losses only, the encoder from all.
         """
-        features = self.encode(labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()})
+        features = self.encode(
+            labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()}
+        )
         losses = self.supervised_losses(features, batches, progress)
         for name, batch in batches.items():
             if (name, "unlabelled") in features and len(self.head(name).auxiliaries):
@@ -39,15 +45,18 @@ class CCT(Segmenter):
         task, settings = self.tasks[name], self.tasks[name].consistency
         head, grid = self.head(name), Grid.drawn(settings.stride)
         with torch.no_grad():
-            middles = head.main.pixels(features, Grid.middle(self.encoder.stride)).view(len(features), -1, *features.shape[2:])
-            target = at_least_float32(head.main.pixels(features, grid)).softmax(dim=1)  # (U, C, P)
-        counted = confident(target, head.main.in_order(batch.valid, grid), settings.confidence)
-        terms = [DISTANCES[settings.distance](target, counted)]
+            main = DecoderGroup.of([head.main], grid)
+            coarse = main.coarse(features[None])
+            target = at_least_float32(main.logits(coarse)[0]).softmax(dim=1)  # (U, C, V W)
+            middle = replace(main, grid=Grid.middle(self.encoder.stride)).logits(coarse)[0]
+            middles = middle.view(*middle.shape[:2], *features.shape[2:])
+        counted = confident(target, head.main.pixels(batch.valid, grid), settings.confidence)
+        terms = [PixelLoss(DISTANCES[settings.distance], target, counted)]
         if batch.pseudo_labels is not None:
-            terms.append(CrossEntropy(head.main.in_order(batch.pseudo_labels, grid), target.dtype))
-        del target  # it is large, and the terms have what they need of it
-        guide = Guide(objects_of(middles, batch.valid, task.things, self.encoder.stride))
-        losses = auxiliary_losses(features, head.auxiliaries, guide, terms, sample=settings.sample, grid=grid)
+            ids = head.main.pixels(batch.pseudo_labels, grid)
+            terms.append(PixelLoss(pixel_cross_entropy, ids, ids != IGNORE))
+        objects = ObjectMasks(objects_of(middles, batch.valid, task.things, self.encoder.stride))
+        losses = auxiliary_losses(features, head.auxiliaries, objects, terms, sample=settings.sample, grid=grid)
         factor = task.weight * settings.ramp_at(progress)
         found = {f"{name}/consistency": factor * settings.weight_per_pixel(task.num_classes) * losses[0]}
         if batch.pseudo_labels is not None:

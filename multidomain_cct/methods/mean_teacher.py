@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.methods.views import draw_cutmix, strong_view
-from multidomain_cct.model.losses import DISTANCES, at_least_float32, confident, differentiable
+from multidomain_cct.model.distances import DISTANCES
+from multidomain_cct.model.losses import at_least_float32, confident, mean_over_valid
 from multidomain_cct.model.network import Segmenter, labelled_images, whole_image_logits
 
 
@@ -44,7 +45,9 @@ class MeanTeacher(Segmenter):
         super().__init__(*arguments, **options)
         self.settings = settings
         # One deep copy of both, so that what they share stays shared.
-        self.teacher = copy.deepcopy(nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})).requires_grad_(False)
+        self.teacher = copy.deepcopy(nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})).requires_grad_(
+            False
+        )
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def train(self, mode: bool = True) -> MeanTeacher:
@@ -57,7 +60,9 @@ class MeanTeacher(Segmenter):
         if not self.updates:
             # The model may have been given weights since the teacher was copied from it.
             self._follow(decay=0.0)
-        mixes = {name: draw_cutmix(batch.unlabelled, probability=self.settings.cutmix) for name, batch in batches.items()}
+        mixes = {
+            name: draw_cutmix(batch.unlabelled, probability=self.settings.cutmix) for name, batch in batches.items()
+        }
         strong = {(name, "strong"): mixes[name](strong_view(batch.unlabelled)) for name, batch in batches.items()}
         features = self.encode(labelled_images(batches) | strong)
         losses = self.supervised_losses(features, batches, progress)
@@ -67,7 +72,8 @@ class MeanTeacher(Segmenter):
                 with torch.no_grad():
                     target = mix(at_least_float32(self.logits(batch.unlabelled, name)).softmax(dim=1))
                 counted = confident(target, mix(batch.valid), settings.confidence)
-                distance = differentiable(DISTANCES[settings.distance](target, counted), self.head(name).main(features[name, "strong"]))
+                logits = self.head(name).main(features[name, "strong"])
+                distance = mean_over_valid(DISTANCES[settings.distance](logits, target), counted)
                 weight = settings.weight_per_pixel(task.num_classes) * settings.ramp_at(progress)
                 losses[f"{name}/consistency"] = task.weight * weight * distance
         return losses

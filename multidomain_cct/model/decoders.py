@@ -1,30 +1,41 @@
 """Decoders: encoder features -> logits at the image's resolution.
 
-A loss over pixels does not ask in which order they come, so a decoder also gives its logits in an order of its own (`pixels`), without the copies that make
-a picture of them, and puts maps that go with them into that order (`in_order`). With a `Grid` it leaves out pixels.
+Many decoders of one kind are applied together: their weights are stacked, and each convolution is one batched matrix
+product. Per-pixel losses do not depend on the order of the pixels, so a group gives logits in the order in which its
+last step computes them, `pixels` arranges maps that go with them in the same order, and no picture is put together.
+A `Grid` leaves out pixels.
 
-Shapes: B images, C classes, D feature channels, h w feature size, s the encoder's stride, P pixels of the image that are in the grid.
+Shapes: G decoders of a group, B images, C classes, D feature channels, h w feature size, s the encoder's stride,
+U V the two axes of the pixels in the decoder's order.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multidomain_cct.model.pointwise import at_each_position
-from multidomain_cct.model.upsampling import Interpolation, SubPixels, Upsampling
+from multidomain_cct.errors import UserError
 
 DECODERS = ("pixelshuffle", "bilinear")
+LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**25}
+"""What a group of decoders may hold, by device. More would leave a CPU's caches; on a GPU (not measured) it bounds the
+memory."""
+
+
+def budget_of(device: torch.device) -> int:
+    """Logits that may exist at once on the device."""
+    return LOGITS_AT_ONCE.get(device.type, LOGITS_AT_ONCE["cuda"])
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Every `step`-th pixel of every `step`-th row, from (row, column) on."""
+    """Every `step`-th pixel and row, starting at (row, column)."""
 
     step: int = 1
     row: int = 0
@@ -37,67 +48,160 @@ class Grid:
 
     @classmethod
     def drawn(cls, step: int) -> Grid:
-        """One of the step x step grids, at random; of step 1 there is only one, and nothing is drawn."""
+        """One of the step x step grids, at random. With step 1 there is only one, and nothing is drawn."""
         return cls(step, *torch.randint(step, (2,)).tolist()) if step > 1 else cls()
+
+    def of(self, maps: Tensor) -> Tensor:
+        """The grid's pixels of (..., H, W) maps."""
+        return maps[..., self.row :: self.step, self.column :: self.step]
 
 
 ALL_PIXELS = Grid()
 
 
 class Decoder(nn.Module, ABC):
-    """A decoder from (B, D, h, w) features to (B, C, s*h, s*w) logits: a 1x1 convolution to C channels, then upsampling."""
+    """(B, D, h, w) features -> (B, C, s*h, s*w) logits: a 1x1 convolution to C channels, then upsampling.
 
+    The methods below take stacked weights in place of the module's own: (G, ...) for each parameter, in order.
+    """
+
+    stride: int
     classify: nn.Conv2d
 
-    def pixels(self, features: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
-        """(B, C, P): the logits of the grid's pixels, in the decoder's order."""
-        (classify, *weights) = (weight[0] for weight in self.joined([self]))
-        coarse = at_each_position(features.flatten(2), classify)
-        return self.upsampling(coarse.view(*coarse.shape[:2], *features.shape[2:]), weights, grid).logits(slice(None))
+    def forward(self, features: Tensor) -> Tensor:
+        group = DecoderGroup.of([self])
+        return self.picture(group.logits(group.coarse(features[None]))[0], features.shape[2:])
 
     @abstractmethod
-    def joined(self, decoders: Sequence[Decoder]) -> list[Tensor]:
-        """Weights of K decoders like this one: (K, C', D), those of `classify` and perhaps rows of 0, that give the coarse logits; (K, ...), as `upsampling`
-        takes them.
+    def coarse(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        """(G, B, C, h, w) logits of each position, for (1 or G, B, D, h, w) features."""
+
+    @abstractmethod
+    def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
+        """(G, B, C, U, V): the logits of a piece of the grid's pixels, for the part of the coarse logits it needs."""
+
+    @abstractmethod
+    def needed(self, coarse: Tensor, piece: slice) -> Tensor:
+        """The part of (G, B, C, h, w) maps that a piece of the pixels needs, a view."""
+
+    @abstractmethod
+    def pixels(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
+        """(B, ..., U, V): the grid's pixels of (B, ..., s*h, s*w) maps, in the decoder's order."""
+
+    @abstractmethod
+    def picture(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        """(B, C, s*h, s*w) of the logits of all pixels, given (h, w). The inverse of `pixels`."""
+
+    @abstractmethod
+    def piece(self, pixels: Tensor, part: slice) -> Tensor:
+        """A piece of what `pixels` returns."""
+
+    @abstractmethod
+    def length(self, size: Sequence[int], grid: Grid) -> int:
+        """Of the axis along which the pixels of (h, w) features are cut into pieces."""
+
+
+@dataclass(frozen=True)
+class DecoderGroup:
+    """Decoders of one kind, applied together."""
+
+    kind: Decoder
+    """Any of them; its own weights are not used."""
+    weights: tuple[Tensor, ...]
+    """(G, ...) for each parameter."""
+    grid: Grid = ALL_PIXELS
+
+    @classmethod
+    def of(cls, decoders: Sequence[Decoder], grid: Grid = ALL_PIXELS) -> DecoderGroup:
+        """Autograd follows the stacked weights back to each decoder's parameters."""
+        if len(decoders) == 1:
+            return cls(decoders[0], tuple(parameter[None] for parameter in decoders[0].parameters()), grid)
+        each = zip(*(decoder.parameters() for decoder in decoders), strict=True)
+        return cls(decoders[0], tuple(torch.stack(parameters) for parameters in each), grid)
+
+    def __len__(self) -> int:
+        return len(self.weights[0])
+
+    def __getitem__(self, span: slice) -> DecoderGroup:
+        return replace(self, weights=tuple(weight[span] for weight in self.weights))
+
+    def coarse(self, features: Tensor) -> Tensor:
+        """(G, B, C, h, w) logits of each position, for (G, B, D, h, w) features, or (1, B, D, h, w) that all share."""
+        return self.kind.coarse(features, self.weights)
+
+    @property
+    def num_classes(self) -> int:
+        return self.kind.classify.out_channels
+
+    def num_pixels(self, size: Sequence[int]) -> int:
+        """Pixels of the grid in an image with (h, w) features."""
+        return size[0] * size[1] * (self.kind.stride // self.grid.step) ** 2
+
+    def pieces(self, coarse: Tensor) -> Iterator[Piece]:
+        """Together all pixels of all images, in pieces of as many logits as the budget allows.
+
+        Whole images where one fits, otherwise parts of one.
         """
+        size, maps = coarse.shape[3:], coarse.shape[0] * coarse.shape[2]
+        budget, logits = budget_of(coarse.device), maps * self.num_pixels(size)
+        length = self.kind.length(size, self.grid)
+        images, pixels = max(1, budget // logits), -(-length // -(-logits // budget))
+        for image in range(0, coarse.shape[1], images):
+            for start in range(0, length, pixels):
+                yield Piece(self, slice(image, image + images), slice(start, start + pixels))
 
-    @abstractmethod
-    def separated(self, joined: Sequence[Tensor]) -> list[Tensor]:
-        """(K, ...) parameters, in their order, whose weights are joined; or their gradients."""
+    def logits(self, coarse: Tensor) -> Tensor:
+        """(G, B, C, U, V) logits of all of the grid's pixels."""
+        everything = slice(None)
+        return self.kind.upsample(self.kind.needed(coarse, everything), self.weights, self.grid, everything)
 
-    @abstractmethod
-    def upsampling(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid = ALL_PIXELS) -> Upsampling:
-        """From (B, C', h, w) coarse logits, which it may change, to the logits that `pixels` gives, a piece at a time."""
 
-    @abstractmethod
-    def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
-        """(B, ..., P): the grid's pixels of (B, ..., s*h, s*w) maps, in the decoder's order."""
+@dataclass(frozen=True)
+class Piece:
+    """Some of the images, and some of the pixels of each."""
+
+    group: DecoderGroup
+    images: slice
+    pixels: slice
+
+    def needed(self, coarse: Tensor) -> Tensor:
+        """The part of (G, B, C, h, w) coarse logits that the piece's logits depend on, a view."""
+        return self.group.kind.needed(coarse[:, self.images], self.pixels)
+
+    def logits(self, needed: Tensor) -> Tensor:
+        """(G, b, C, u, v) logits."""
+        return self.group.kind.upsample(needed, self.group.weights, self.group.grid, self.pixels)
+
+    def of(self, pixels: Tensor) -> Tensor:
+        """(b, ..., u, v) of (B, ..., U, V) maps in the decoder's order, a view."""
+        return self.group.kind.piece(pixels[self.images], self.pixels)
 
 
 def build_decoder(kind: str, channels: int, num_classes: int, stride: int) -> Decoder:
     """A decoder from (B, D, h, w) features to (B, C, s*h, s*w) logits.
 
-    Raises ValueError, with the remedy, for a stride that the decoder cannot undo.
+    Raises UserError for a stride that the decoder cannot undo.
     """
     if kind == "bilinear":
         return BilinearDecoder(channels, num_classes, stride)
     if kind != "pixelshuffle":
-        raise ValueError(f"decoder is {kind!r}; it is one of {', '.join(DECODERS)}.")
+        raise UserError(f"decoder is {kind!r}; it is one of {', '.join(DECODERS)}.")
     if stride & (stride - 1):
-        raise ValueError(
-            f"decoder `pixelshuffle` doubles the resolution step by step, but the encoder's stride is {stride}, not a power of two. Use decoder=bilinear."
+        raise UserError(
+            f"decoder `pixelshuffle` doubles the resolution step by step, but the encoder's stride is {stride}, not a"
+            " power of two. Use decoder=bilinear."
         )
     return PixelShuffleDecoder(channels, num_classes, stride)
 
 
 class PixelShuffleDecoder(Decoder):
-    """A 1x1 convolution to C channels, then one doubling by sub-pixel convolution per factor 2 of the stride (CCT section 4.1).
+    """A 1x1 convolution to C channels, then one sub-pixel convolution per factor 2 of the stride (CCT section 4.1).
 
-    The authors also put a ReLU behind the last doubling, which keeps logits from being negative and leaves classes stuck at IoU 0; here the last doubling
-    ends with its convolution.
+    The authors also put a ReLU after the last doubling, which keeps logits from being negative and leaves classes
+    stuck at IoU 0; here the last doubling ends with its convolution.
 
-    All convolutions are 1x1, so a pixel's logits depend on the features of its own position alone, and pixels are shuffled only when a picture is wanted:
-    the decoder's order is that of sub-pixels, those of the last doubling outermost, and of positions within them.
+    All convolutions are 1x1: a pixel's logits depend on the features of its own position only. So pieces are cut
+    along the positions, and the decoder's order is U sub-pixels (those of the last doubling outermost) by V positions.
     """
 
     def __init__(self, channels: int, num_classes: int, stride: int) -> None:
@@ -106,35 +210,25 @@ class PixelShuffleDecoder(Decoder):
         self.classify = nn.Conv2d(channels, num_classes, 1, bias=False)
         self.doublings = nn.ModuleList(_doubling(num_classes) for _ in range(stride.bit_length() - 1))
 
-    def forward(self, features: Tensor) -> Tensor:
-        (images, _, height, width), doublings = features.shape, len(self.doublings)
-        shuffled = self.pixels(features).view(images, -1, *[2, 2] * doublings, height, width)
-        # The digits of a pixel's row are the position's row, then the halves that the doublings choose, first doubling first.
-        rows, columns = (range(2 * doublings + first, 1, -2) for first in (0, 1))
-        picture = shuffled.permute(0, 1, 2 + 2 * doublings, *rows, 3 + 2 * doublings, *columns)
-        return picture.reshape(images, -1, self.stride * height, self.stride * width)
+    def coarse(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        return _at_each_position(weights[0], features)
 
-    def joined(self, decoders: Sequence[Decoder]) -> list[Tensor]:
-        classify, *own = (torch.stack(parameters) for parameters in zip(*(decoder.parameters() for decoder in decoders), strict=True))
-        doublings = list(zip(own[::2], own[1::2], strict=True))
-        # A further coarse logit, for what `SubPixels` puts there.
-        return [
-            F.pad(classify.flatten(2), (0, 0, 0, 1)),
-            *(SubPixels.with_ones(*doubling, last=number == len(doublings)) for number, doubling in enumerate(doublings, 1)),
-        ]
+    def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
+        maps, positions = coarse, coarse.shape[-1]  # (G, B, C, V)
+        for number, (weight, bias) in enumerate(zip(weights[1::2], weights[2::2], strict=True)):
+            reach = self.stride >> (number + 1)  # width of this doubling's sub-pixels in pixels of the image
+            if reach < grid.step:
+                # Only one of the four sub-pixels is in the grid.
+                wanted = slice(2 * (grid.row // reach % 2) + grid.column // reach % 2, None, 4)
+                weight, bias = weight[:, wanted], bias[:, wanted]
+            maps = _at_each_position(weight, maps.relu_() if number else maps, bias).view(*coarse.shape[:3], -1)
+        return maps.unflatten(3, (-1, positions))
 
-    def separated(self, joined: Sequence[Tensor]) -> list[Tensor]:
-        return [joined[0][:, :-1, :, None, None], *(parameter for doubling in joined[1:] for parameter in SubPixels.without_ones(doubling))]
+    def needed(self, coarse: Tensor, piece: slice) -> Tensor:
+        return coarse.flatten(3)[..., piece]
 
-    def upsampling(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid = ALL_PIXELS) -> Upsampling:
-        rows = []
-        for number in range(len(self.doublings)):
-            reach = self.stride >> (number + 1)  # pixels of the image that a sub-pixel of this doubling is wide
-            rows.append(slice(2 * (grid.row // reach % 2) + grid.column // reach % 2, None, 4) if reach < grid.step else slice(None))
-        return SubPixels(coarse.flatten(2), weights, rows)
-
-    def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
-        kept = maps[..., grid.row :: grid.step, grid.column :: grid.step]
+    def pixels(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
+        kept = grid.of(maps)
         side = self.stride // grid.step
         doublings = side.bit_length() - 1
         before, (height, width) = kept.shape[:-2], kept.shape[-2:]
@@ -142,47 +236,84 @@ class PixelShuffleDecoder(Decoder):
         first = len(before)
         row, column = first, first + 1 + doublings
         halves = [axis + doubling for doubling in range(doublings, 0, -1) for axis in (row, column)]
-        return cells.permute(*range(first), *halves, row, column).reshape(*before, -1)
+        return cells.permute(*range(first), *halves, row, column).reshape(*before, side * side, -1)
+
+    def picture(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        (images, num_classes, *_), (height, width), doublings = logits.shape, size, len(self.doublings)
+        shuffled = logits.reshape(images, num_classes, *[2, 2] * doublings, height, width)
+        # A pixel's row is its position's row, then the halves that the doublings choose, the first doubling first.
+        rows, columns = (range(2 * doublings + first, 1, -2) for first in (0, 1))
+        picture = shuffled.permute(0, 1, 2 + 2 * doublings, *rows, 3 + 2 * doublings, *columns)
+        return picture.reshape(images, num_classes, self.stride * height, self.stride * width)
+
+    def piece(self, pixels: Tensor, part: slice) -> Tensor:
+        return pixels[..., part]
+
+    def length(self, size: Sequence[int], grid: Grid) -> int:
+        return size[0] * size[1]
 
 
 class BilinearDecoder(Decoder):
-    """A 1x1 convolution to C channels, then bilinear upsampling to the image's resolution. Its order of pixels is that of the image."""
+    """A 1x1 convolution to C channels, then bilinear upsampling. Its order of pixels is that of the image."""
 
     def __init__(self, channels: int, num_classes: int, stride: int) -> None:
         super().__init__()
         self.stride = stride
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
-    def forward(self, features: Tensor) -> Tensor:
-        height, width = features.shape[2:]
-        return self.pixels(features).view(len(features), -1, self.stride * height, self.stride * width)
+    def coarse(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
+        return _at_each_position(weights[0], features, weights[1])
 
-    def joined(self, decoders: Sequence[Decoder]) -> list[Tensor]:
-        weight, bias = (torch.stack(parameters) for parameters in zip(*(decoder.parameters() for decoder in decoders), strict=True))
-        return [weight.flatten(2), bias]
+    def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
+        with torch.autocast(coarse.device.type, enabled=False):
+            rows, columns = (
+                _interpolation(length, self.stride, coarse.dtype, coarse.device) for length in coarse.shape[-2:]
+            )
+            rows, columns = rows[:, grid.row :: grid.step][:, piece], columns[:, grid.column :: grid.step]
+            return rows.T @ (coarse @ columns)
 
-    def separated(self, joined: Sequence[Tensor]) -> list[Tensor]:
-        return [joined[0][..., None, None], joined[1]]
+    def needed(self, coarse: Tensor, piece: slice) -> Tensor:
+        return coarse
 
-    def upsampling(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid = ALL_PIXELS) -> Upsampling:
-        return Interpolation(coarse, weights[0], *_interpolations(coarse, self.stride, grid))
+    def pixels(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
+        return grid.of(maps)
 
-    def in_order(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
-        return maps[..., grid.row :: grid.step, grid.column :: grid.step].flatten(-2)
+    def picture(self, logits: Tensor, size: Sequence[int]) -> Tensor:
+        return logits
+
+    def piece(self, pixels: Tensor, part: slice) -> Tensor:
+        return pixels[..., part, :]
+
+    def length(self, size: Sequence[int], grid: Grid) -> int:
+        return size[0] * self.stride // grid.step
 
 
-def _interpolations(maps: Tensor, factor: int, grid: Grid) -> tuple[Tensor, Tensor]:
-    """(h, factor*h) and (w, factor*w), or as many of their columns as the grid has rows and columns of pixels: as two matrix products, what `F.interpolate`
-    gives in mode `bilinear` without aligned corners. On a CPU its backward pass, above all, is much faster.
+def _at_each_position(weight: Tensor, maps: Tensor, bias: Tensor | None = None) -> Tensor:
+    """1x1 convolutions with (G, C', C, 1, 1) weights and (G, C') biases of (1 or G, B, C, ...) maps.
+
+    One matrix product per decoder and image is several times faster on a CPU than torch's convolution where a matrix
+    has few rows or columns, and on a GPU a whole group is one launch.
     """
-    rows, columns = (_interpolation(length, factor, maps) for length in maps.shape[-2:])
-    return rows[:, grid.row :: grid.step], columns[:, grid.column :: grid.step]
+    group, images = len(weight), maps.shape[1]
+    flat = maps.expand(group, *maps.shape[1:]).flatten(0, 1).flatten(2)  # (G B, C, n)
+    weights = weight.flatten(2)[:, None].expand(-1, images, -1, -1).flatten(0, 1)  # (G B, C', C)
+    if bias is None:
+        products = torch.bmm(weights, flat)
+    else:
+        biases = bias[:, None, :, None].expand(-1, images, -1, -1).flatten(0, 1)  # (G B, C', 1)
+        products = torch.baddbmm(biases, weights, flat)
+    return products.view(group, images, -1, *maps.shape[3:])
 
 
-def _interpolation(length: int, factor: int, like: Tensor) -> Tensor:
-    """(length, factor*length): the weights of each position in each interpolated one."""
-    identity = torch.eye(length, device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
-    return F.interpolate(identity[None], scale_factor=float(factor), mode="linear")[0].to(like.dtype)
+@lru_cache(maxsize=64)
+def _interpolation(length: int, factor: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(length, factor*length): the weight of each position in each interpolated one.
+
+    Two products with such matrices give what `F.interpolate` does in mode `bilinear` without aligned corners; its
+    backward pass is much slower on a CPU.
+    """
+    identity = torch.eye(length, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    return F.interpolate(identity[None], scale_factor=float(factor), mode="linear")[0].to(dtype)
 
 
 def _doubling(num_classes: int) -> nn.Conv2d:
@@ -195,7 +326,10 @@ def _doubling(num_classes: int) -> nn.Conv2d:
 
 
 def icnr_(weight: Tensor) -> None:
-    """Fill a (4C, D, 1, 1) weight in place so that the four sub-pixels of a position start equal (Aitken et al. 2017): no checkerboard at initialisation."""
+    """Fill a (4C, D, 1, 1) weight in place so that the four sub-pixels of a position start equal (Aitken et al. 2017).
+
+    No checkerboard at initialisation.
+    """
     with torch.no_grad():
         kernel = nn.init.kaiming_normal_(torch.empty_like(weight[::4]))
         weight.copy_(kernel.repeat_interleave(4, dim=0))

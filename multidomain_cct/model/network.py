@@ -15,17 +15,17 @@ from multidomain_cct.data.augment import PAD
 from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.data.loader import Batch
 from multidomain_cct.data.order import seed_from
-from multidomain_cct.model.consistency import AuxiliaryDecoder, decoder_losses, in_fp16
+from multidomain_cct.errors import UserError
+from multidomain_cct.model.auxiliary import AuxiliaryDecoder, decoder_losses
 from multidomain_cct.model.decoders import Decoder, build_decoder
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
 from multidomain_cct.model.losses import (
     ConsistencySettings,
-    CrossEntropy,
+    PixelLoss,
     SupervisedSettings,
     ab_threshold,
     at_least_float32,
     bootstrapped_cross_entropy,
-    mean_over_valid,
     pixel_cross_entropy,
 )
 from multidomain_cct.model.perturbations import Perturbation
@@ -66,25 +66,33 @@ class Head(nn.Module):
             return build_decoder(decoder, encoder.channels, task.num_classes, encoder.stride)
 
         self.main = build("main")
-        self.auxiliaries = nn.ModuleList(AuxiliaryDecoder(kind, build(f"auxiliary {number}")) for number, kind in enumerate(task.perturbations))
+        self.auxiliaries = nn.ModuleList(
+            AuxiliaryDecoder(kind, build(f"auxiliary {number}")) for number, kind in enumerate(task.perturbations)
+        )
 
 
 class Segmenter(nn.Module):
     """A shared encoder and heads by name, trained with whatever losses a method makes of them."""
 
-    def __init__(self, encoder: EncoderSettings, tasks: Mapping[str, Task], *, decoder: str = "pixelshuffle", seed: int = 0) -> None:
-        """Raises ValueError when encoder, stride and decoder do not fit each other."""
+    def __init__(
+        self, encoder: EncoderSettings, tasks: Mapping[str, Task], *, decoder: str = "pixelshuffle", seed: int = 0
+    ) -> None:
+        """Raises UserError when encoder, stride and decoder do not fit each other."""
         super().__init__()
         for name in tasks:
             if hasattr(nn.ModuleDict(), name):
-                raise ValueError(f'a domain is named "{name}", which torch reserves for modules. Rename the domain and its YAML file.')
+                raise UserError(
+                    f'a domain is named "{name}", which torch reserves for modules. Rename the domain and its YAML file.'
+                )
         self.tasks = dict(tasks)
         # Building draws random numbers; the caller's generator is left as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(seed, "encoder"))
             self.encoder = Encoder(encoder, tasks)
             own = {name: task for name, task in tasks.items() if task.head in ("", name)}
-            self.heads = nn.ModuleDict({name: Head(task, decoder, self.encoder, seed_from(seed, name)) for name, task in own.items()})
+            self.heads = nn.ModuleDict(
+                {name: Head(task, decoder, self.encoder, seed_from(seed, name)) for name, task in own.items()}
+            )
 
     def head(self, domain: str) -> Head:
         """The head that the domain uses, its own or a borrowed one."""
@@ -108,7 +116,9 @@ class Segmenter(nn.Module):
         for name, batch in batches.items():
             if (name, "labelled") in features:
                 task = self.tasks[name]
-                loss = supervised_loss(self.head(name).main, features[name, "labelled"], batch.masks, task.supervised, progress)
+                loss = supervised_loss(
+                    self.head(name).main, features[name, "labelled"], batch.masks, task.supervised, progress
+                )
                 losses[f"{name}/supervised"] = task.weight * loss
         return losses
 
@@ -126,7 +136,9 @@ class Segmenter(nn.Module):
         found: dict[tuple[str, str], Tensor] = {}
         for size in dict.fromkeys(batch.shape[-2:] for batch in present.values()):
             group = {key: batch for key, batch in present.items() if batch.shape[-2:] == size}
-            joined = self.encoder(torch.cat(list(group.values())), [(domain, len(batch)) for (domain, _), batch in group.items()])
+            joined = self.encoder(
+                torch.cat(list(group.values())), [(domain, len(batch)) for (domain, _), batch in group.items()]
+            )
             found |= zip(group, torch.split(joined, [len(batch) for batch in group.values()]), strict=True)
         return found
 
@@ -135,17 +147,16 @@ class Segmenter(nn.Module):
         return whole_image_logits(self.encoder, self.head(domain).main, images, domain)
 
 
-def supervised_loss(decoder: Decoder, features: Tensor, masks: Tensor, settings: SupervisedSettings, progress: float) -> Tensor:
+def supervised_loss(
+    decoder: Decoder, features: Tensor, masks: Tensor, settings: SupervisedSettings, progress: float
+) -> Tensor:
     """Scalar: the chosen loss of (B, D, h, w) features on (B, H, W) train ids when `progress` (0 to 1) of the run is done."""
-    ids = decoder.in_order(masks)
     if settings.loss == "ab_ce":
-        logits = decoder.pixels(features)
-        return bootstrapped_cross_entropy(logits, ids, ab_threshold(settings, logits.shape[1], progress))
-    if in_fp16(features):
-        # Sums over pixels overflow unless the loss is scaled as a GradScaler finds out, which acts on autograd's backward pass alone.
-        return mean_over_valid(pixel_cross_entropy(decoder.pixels(features), ids), ids != IGNORE)
-    term = CrossEntropy(ids, torch.promote_types(features.dtype, torch.float32))
-    return decoder_losses(features, decoder, [term])[0]
+        # Which pixels count is only known when all are: no pieces.
+        logits = decoder(features)
+        return bootstrapped_cross_entropy(logits, masks, ab_threshold(settings, logits.shape[1], progress))
+    ids = decoder.pixels(masks)
+    return decoder_losses(features, decoder, [PixelLoss(pixel_cross_entropy, ids, ids != IGNORE)])[0]
 
 
 def labelled_images(batches: Mapping[str, Batch]) -> dict[tuple[str, str], Tensor]:
@@ -159,7 +170,11 @@ def whole_image_logits(encoder: nn.Module, decoder: nn.Module, images: Tensor, d
     height, width = images.shape[-2:]
     missing = (-height % encoder.stride, -width % encoder.stride)
     if any(missing):
-        padded = torch.tensor(PAD, dtype=images.dtype, device=images.device).view(1, 3, 1, 1).repeat(len(images), 1, height + missing[0], width + missing[1])
+        padded = (
+            torch.tensor(PAD, dtype=images.dtype, device=images.device)
+            .view(1, 3, 1, 1)
+            .repeat(len(images), 1, height + missing[0], width + missing[1])
+        )
         padded[..., :height, :width] = images
         images = padded
     logits: Tensor = decoder(encoder(images, [(domain, len(images))]))

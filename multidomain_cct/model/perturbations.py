@@ -1,24 +1,27 @@
 """Perturbations of the encoder's features.
 
-Each is a frozen dataclass: its fields are its section of the recipe; called with the features, a guide (where the main decoder sees objects) and the auxiliary
-decoder that will see the result, it says how the features are to change. Every image of a batch is perturbed on its own. Randomness comes from torch's global
-generator, which the training loop seeds from (seed, step, rank).
+Each is a frozen dataclass whose fields are its section of the recipe. Called with the features, the object masks of
+the main decoder and a group of auxiliary decoders, it returns perturbed features for each decoder of the group. Every
+image is perturbed on its own, differently for each decoder. Randomness comes from torch's global generator, which the
+training loop seeds from (seed, step, rank).
 
-Shapes: B images, D feature channels, h w feature size, N object regions of the whole batch.
+Shapes: G decoders of the group, B images, C classes, D feature channels, h w feature size, N object regions of the
+whole batch.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from multidomain_cct.model.decoders import Decoder
-from multidomain_cct.model.guides import Guide
-from multidomain_cct.model.pointwise import Change, at_each_position
+from multidomain_cct.errors import UserError
+from multidomain_cct.model.decoders import DecoderGroup
+from multidomain_cct.model.object_masks import ObjectMasks
 
 SMALLEST_XI = 1e-2
 """Below it, adversarial noise loses its direction to rounding."""
@@ -29,12 +32,14 @@ class Perturbation(Protocol):
     """What all perturbations have in common."""
 
     needs_objects: ClassVar[bool]
-    """Whether it needs to know where objects are; a domain whose class table tells no things from stuff cannot use it."""
+    """Whether it reads the object masks; a domain whose class table has only things, or only stuff, cannot use it."""
 
     @property
     def count(self) -> int: ...
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change: ...
+    def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
+        """(G, B, D, h, w) perturbed features, for (B, D, h, w) features."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,10 +58,10 @@ class FeatureNoise:
     def __post_init__(self) -> None:
         _check_count("feature_noise", self.count)
         if not self.amplitude > 0:
-            raise ValueError(f"perturbations.feature_noise.amplitude is {self.amplitude}; it is above 0.")
+            raise UserError(f"perturbations.feature_noise.amplitude is {self.amplitude}; it is above 0.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
-        return Change(_uniform_like(features).mul_(self.amplitude).add_(1))
+    def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
+        return features * _uniform((len(group), *features.shape), features).mul_(self.amplitude).add_(1)
 
 
 @dataclass(frozen=True)
@@ -84,23 +89,24 @@ class FeatureDrop:
     def __post_init__(self) -> None:
         _check_count("feature_drop", self.count)
         if self.mode not in ("max", "quantile"):
-            raise ValueError(f"perturbations.feature_drop.mode is {self.mode!r}; it is `max` or `quantile`.")
+            raise UserError(f"perturbations.feature_drop.mode is {self.mode!r}; it is `max` or `quantile`.")
         for low, high in ((self.low, self.high), (self.area_low, self.area_high)):
             if not 0 <= low <= high <= 1:
-                raise ValueError(f"perturbations.feature_drop has the range {low} to {high}; both lie in 0 to 1, the smaller one first.")
+                raise UserError(
+                    f"perturbations.feature_drop has the range {low} to {high}; both lie in 0 to 1, the smaller one first."
+                )
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
+    def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
         activity = features.detach().float().mean(dim=1, keepdim=True)  # (B, 1, h, w)
-        images = activity.shape[0]
+        drawn = torch.empty(len(group), len(features), device=features.device)
         if self.mode == "max":
-            fraction = torch.empty(images, 1, 1, 1, device=features.device).uniform_(self.low, self.high)
-            threshold = fraction * activity.amax(dim=(2, 3), keepdim=True)  # (B, 1, 1, 1)
+            peak = activity.amax(dim=(1, 2, 3))  # (B,)
+            threshold = drawn.uniform_(self.low, self.high) * peak  # (G, B)
         else:
-            area = torch.empty(images, device=features.device).uniform_(self.area_low, self.area_high)
             ordered = activity.flatten(1).sort(dim=1, descending=True).values  # (B, h*w)
-            rank = (area * ordered.shape[1]).long().clamp(max=ordered.shape[1] - 1)
-            threshold = ordered.gather(1, rank[:, None])[:, :, None, None]  # (B, 1, 1, 1)
-        return Change(activity <= threshold)
+            rank = (drawn.uniform_(self.area_low, self.area_high) * ordered.shape[1]).long()
+            threshold = ordered.gather(1, rank.clamp_(max=ordered.shape[1] - 1).T).T  # (G, B)
+        return _where(activity <= threshold[..., None, None, None], features)
 
 
 @dataclass(frozen=True)
@@ -116,10 +122,11 @@ class Dropout:
     def __post_init__(self) -> None:
         _check_count("dropout", self.count)
         if not 0 < self.probability < 1:
-            raise ValueError(f"perturbations.dropout.probability is {self.probability}; it lies between 0 and 1.")
+            raise UserError(f"perturbations.dropout.probability is {self.probability}; it lies between 0 and 1.")
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
-        return Change(F.dropout(features.new_ones(*features.shape[:2], 1, 1), self.probability, training=True))
+    def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
+        kept = torch.rand(len(group), *features.shape[:2], 1, 1, device=features.device) >= self.probability
+        return features * kept.to(features.dtype).div_(1 - self.probability)
 
 
 @dataclass(frozen=True)
@@ -137,8 +144,8 @@ class ObjectMask:
     def __post_init__(self) -> None:
         _check_count("object_mask", self.count)
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
-        return Change(~guide.objects)
+    def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
+        return _where(~objects.masks, features).expand(len(group), -1, -1, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -152,8 +159,8 @@ class ContextMask:
     def __post_init__(self) -> None:
         _check_count("context_mask", self.count)
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
-        return Change(guide.objects)
+    def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
+        return _where(objects.masks, features).expand(len(group), -1, -1, -1, -1)
 
 
 @dataclass(frozen=True)
@@ -175,21 +182,24 @@ class GuidedCutout:
     def __post_init__(self) -> None:
         _check_count("guided_cutout", self.count)
         if not 0 < self.side <= 1:
-            raise ValueError(f"perturbations.guided_cutout.side is {self.side}; it lies above 0 and is at most 1.")
+            raise UserError(f"perturbations.guided_cutout.side is {self.side}; it lies above 0 and is at most 1.")
         if self.min_area < 1:
-            raise ValueError(f"perturbations.guided_cutout.min_area is {self.min_area}; it is at least 1 feature position.")
+            raise UserError(
+                f"perturbations.guided_cutout.min_area is {self.min_area}; it is at least 1 feature position."
+            )
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
-        regions = guide.regions
-        large = (regions.area >= self.min_area).nonzero()[:, 0]
-        start, extent = regions.start[:, large], (regions.end - regions.start)[:, large]  # (2, N), rows and columns
-        size = (extent * self.side).round().long().clamp(min=1)
-        first = (start + (torch.rand(start.shape, device=start.device) * (extent - size + 1)).long())[..., None]
-        position = torch.arange(max(features.shape[2:]), device=start.device)
-        within = (position >= first) & (position < first + size[..., None])  # (2, N, the longer one of h and w)
-        rows, columns = within[0, :, : features.shape[2], None], within[1, :, None, : features.shape[3]]
-        cuts = torch.zeros(len(features), *features.shape[2:], device=features.device).index_add_(0, regions.image[large], (rows & columns).float())
-        return Change((cuts == 0).unsqueeze(1))
+    def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
+        regions = objects.regions
+        extent = regions.end - regions.start  # (2, N), rows and columns
+        size = (extent * self.side).round().long().clamp(min=1) * (regions.area >= self.min_area)
+        places = torch.rand(len(group), extent.shape[1], 2, device=features.device).transpose(1, 2)  # (G, 2, N)
+        first = regions.start + (places * (extent - size + 1)).long()
+        position = torch.arange(max(features.shape[2:]), device=features.device)
+        within = (position >= first[..., None]) & (position < (first + size)[..., None])  # (G, 2, N, max(h, w))
+        rows, columns = within[:, 0, :, : features.shape[2], None], within[:, 1, :, None, : features.shape[3]]
+        cuts = torch.zeros(len(group), len(features), *features.shape[2:], device=features.device)
+        cuts.index_add_(1, regions.image, (rows & columns).float())
+        return _where((cuts == 0).unsqueeze(2), features)
 
 
 @dataclass(frozen=True)
@@ -213,32 +223,44 @@ class AdversarialNoise:
     def __post_init__(self) -> None:
         _check_count("adversarial_noise", self.count)
         if not self.xi >= SMALLEST_XI:
-            raise ValueError(f"perturbations.adversarial_noise.xi is {self.xi}, which 32-bit numbers lose; it is at least {SMALLEST_XI}.")
+            raise UserError(
+                f"perturbations.adversarial_noise.xi is {self.xi}, which 32-bit numbers lose; it is at least {SMALLEST_XI}."
+            )
         if not (self.eps >= 0 and self.eps_relative >= 0) or self.eps == self.eps_relative == 0:
-            raise ValueError(
+            raise UserError(
                 f"perturbations.adversarial_noise has eps {self.eps} and eps_relative {self.eps_relative}; both are 0 or more, and one of them is above 0."
             )
 
-    def __call__(self, features: Tensor, guide: Guide, decoder: Decoder) -> Change:
+    def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
         # In 32 bits or more: the trial step is lost in 16.
         with torch.autocast(features.device.type, enabled=False), torch.no_grad():
             still = features.to(torch.promote_types(features.dtype, torch.float32))
-            (classify, *weights) = (weight[0] for weight in decoder.joined([decoder]))
-            direction = _uniform_like(still)
+            direction = _uniform((len(group), *still.shape), still)
             # Where anything was drawn, the norm is no less than the smallest draw.
-            moved = torch.addcmul(still, direction, self.xi / _norm(direction).clamp(min=_DRAWN_STEP))
-            first, second = (at_each_position(maps.flatten(2), classify).view(len(maps), -1, *maps.shape[2:]) for maps in (still, moved))
-            before, after = decoder.upsampling(first, weights), decoder.upsampling(second, weights)
-            total = after.no_gradients()
-            for piece in after.pieces():
-                # The gradient of the divergence with respect to the logits, but for a factor.
-                after.add_gradients(piece, after.logits(piece).softmax(dim=1).sub_(before.logits(piece).softmax(dim=1)), total)
-            gradient = at_each_position(after.gradients(total)[0], classify.T).view_as(still)
-            # By the largest entry first: where a decoder is certain, gradients are so small that their squares are 0 in 32 bits, and the norm would be too.
+            moved = still + direction.mul_(self.xi / _norm(direction).clamp(min=_DRAWN_STEP))
+            gradient = _divergence_gradient(group, still[None], moved)
+            # First by the largest entry: where a decoder is certain, gradients are so small that their squares
+            # underflow, and the norm would be 0.
             tiny = torch.finfo(gradient.dtype).tiny
-            gradient /= gradient.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=tiny)
+            gradient /= gradient.abs().amax(dim=(2, 3, 4), keepdim=True).clamp(min=tiny)
             strength = self.eps if self.eps > 0 else self.eps_relative * _norm(still)
-            return Change(noise=gradient.div_(_norm(gradient).clamp(min=tiny)).mul_(strength).to(features.dtype))
+            noise = gradient.div_(_norm(gradient).clamp(min=tiny)).mul_(strength).to(features.dtype)
+        return features + noise
+
+
+def _divergence_gradient(group: DecoderGroup, still: Tensor, moved: Tensor) -> Tensor:
+    """(G, B, D, h, w): gradient of KL(p(still) || p(moved)) with respect to the moved features, but for a factor."""
+    before, after = group.coarse(still), group.coarse(moved)
+    total = torch.zeros_like(after)
+    for piece in group.pieces(after):
+        with torch.enable_grad():
+            leaf = piece.needed(after.detach()).contiguous().requires_grad_()
+            logits = piece.logits(leaf)
+        # The divergence's gradient with respect to the logits is the difference of the two predictions.
+        change = logits.detach().softmax(dim=2).sub_(piece.logits(piece.needed(before)).softmax(dim=2))
+        piece.needed(total).add_(torch.autograd.grad(logits, leaf, change)[0])
+    classify = group.weights[0].flatten(2)  # (G, C, D)
+    return (classify.mT[:, None] @ total.flatten(3)).view_as(moved)
 
 
 @dataclass(frozen=True)
@@ -268,18 +290,27 @@ class Perturbations:
 
 def _check_count(name: str, count: int) -> None:
     if count < 0:
-        raise ValueError(f"perturbations.{name}.count is {count}; it is 0 or more.")
+        raise UserError(f"perturbations.{name}.count is {count}; it is 0 or more.")
 
 
-def _uniform_like(maps: Tensor) -> Tensor:
-    """Random values between -1 and 1. On a CPU they are multiples of 2^-15, rounded: 64 random bits, cut in four, take a third of the time of `uniform_`."""
-    if maps.device.type != "cpu":
-        return torch.empty_like(maps).uniform_(-1, 1)
-    bits = torch.empty(-(-maps.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    return bits.view(torch.int16)[: maps.numel()].view(maps.shape).to(maps.dtype).mul_(_DRAWN_STEP)
+def _where(kept: Tensor, features: Tensor) -> Tensor:
+    """Features at the positions that are kept, else 0. No product: what is dropped may be infinite in 16 bits."""
+    return torch.where(kept, features, features.new_zeros(()))
+
+
+def _uniform(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Random values between -1 and 1.
+
+    On a CPU they are multiples of 2^-15: 64 random bits cut in four take a third of the time of `uniform_`.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape).uniform_(-1, 1)
+    count = math.prod(shape)
+    bits = torch.empty(-(-count // 4), dtype=torch.int64).random_(-(2**63), None)
+    return bits.view(torch.int16)[:count].view(shape).to(like.dtype).mul_(_DRAWN_STEP)
 
 
 def _norm(maps: Tensor) -> Tensor:
-    """(B, 1, 1, 1): Euclidean norm of each image's whole map."""
-    norms: Tensor = torch.linalg.vector_norm(maps, dim=(1, 2, 3), keepdim=True)
+    """(..., 1, 1, 1): Euclidean norm of each image's whole map."""
+    norms: Tensor = torch.linalg.vector_norm(maps, dim=(-3, -2, -1), keepdim=True)
     return norms

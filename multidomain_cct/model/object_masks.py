@@ -1,4 +1,4 @@
-"""What the main decoder's prediction says about the images of a step: where objects are. Computed once per step, shared by all perturbations.
+"""Where the main decoder sees objects: computed once per step, shared by all perturbations.
 
 Shapes: B images, C classes, h w feature size, N object regions of the whole batch.
 """
@@ -25,26 +25,27 @@ class Regions:
     start: Tensor
     """(2, N): the first row and the first column."""
     end: Tensor
-    """(2, N): the row and the column behind the last."""
+    """(2, N): the last row and the last column, plus 1."""
 
 
 @dataclass(frozen=True)
-class Guide:
-    """What a perturbation may know of the images besides their features."""
+class ObjectMasks:
+    """Where a batch shows objects, at feature resolution."""
 
-    objects: Tensor
+    masks: Tensor
     """(B, 1, h, w) bool: the main decoder predicts a `thing` there."""
 
     @cached_property
     def regions(self) -> Regions:
-        """The connected regions of `objects`; found when first asked for."""
-        return regions_of(self.objects[:, 0])
+        """The connected regions of the masks, computed on first use."""
+        return regions_of(self.masks[:, 0])
 
 
 def objects_of(middles: Tensor, valid: Tensor, things: Sequence[bool], stride: int) -> Tensor:
-    """(B, 1, h, w) bool: where the class of the largest of (B, C, h, w) logits, those of the pixel in the middle of each position, is a thing.
+    """(B, 1, h, w) bool: where the predicted class is a thing.
 
-    Positions whose middle is not valid, in (B, H, W), hold no object.
+    `middles` are (B, C, h, w) logits of the pixel in the middle of each position; a position whose middle is not valid
+    in (B, H, W) `valid` holds no object.
     """
     table = torch.tensor(list(things), device=middles.device)
     found: Tensor = (table[middles.argmax(dim=1)] & valid[:, stride // 2 :: stride, stride // 2 :: stride]).unsqueeze(1)
@@ -52,13 +53,14 @@ def objects_of(middles: Tensor, valid: Tensor, things: Sequence[bool], stride: i
 
 
 def components(mask: Tensor) -> Tensor:
-    """(B, h, w) int64: for each True position of a (B, h, w) mask a number, the same within a region connected through edges or corners; 0 elsewhere.
+    """(B, h, w) int64 region numbers of a (B, h, w) bool mask, 0 where it is False.
 
-    The largest position number spreads over its region; following the numbers as pointers makes the steps few.
+    Positions are connected through edges and corners. The largest position number spreads over its region; following
+    the numbers as pointers makes the steps few.
     """
     count = mask.shape[1] * mask.shape[2]
     # In floats, which max pooling wants; 32 bits hold positions up to 2^24 exactly.
-    assert count < 2**24, "the feature map has more positions than a 32-bit float can tell apart"
+    assert count < 2**24, "the feature map has more positions than 32-bit floats can number"
     inside = mask.float()
     labels = inside * torch.arange(1, count + 1, device=mask.device, dtype=torch.float32).view(1, *mask.shape[1:])
     while True:
