@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from multidomain_cct.model.crf import CrfSettings, DenseCrf, dense_crf
+from multidomain_cct.weak.crf import CrfSettings, DenseCrf, dense_crf
 
 COMPARED = (64, 48)
 

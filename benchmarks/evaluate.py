@@ -34,7 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from multidomain_cct.training.scoring import confusion_of, mean_iou
+from multidomain_cct.evaluation.scoring import confusion_of, mean_iou
 
 DRAWN = 10
 PEERS = {"torchmetrics": "torchmetrics.classification", "cityscapesscripts": "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"}

@@ -47,13 +47,13 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.v2 import functional as F
 
-from multidomain_cct.data.augment import Augment, image_tensor, training_view
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, DomainStreams, open_streams
+from multidomain_cct.data.batches.views import Augment, image_tensor, training_view
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.order import seed_from
-from multidomain_cct.data.pack import pack
-from multidomain_cct.data.shards import Record, Shards
-from multidomain_cct.data.streams import DataSettings, DomainSettings, DomainStreams, open_streams
+from multidomain_cct.data.packing.pack import pack
+from multidomain_cct.data.shards.reader import Record, Shards
+from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.training.runlog import read_metrics
 
 SCALE = (0.5, 2.0)

@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     # Not at the top: pack's workers import this file anew, as they do the command's, and need none of what writing shards needs.
-    from multidomain_cct.data.pack import pack
+    from multidomain_cct.data.packing.pack import pack
 
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "raw", Path(folder) / "out"

@@ -34,11 +34,11 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.shards import ShardWriter
-from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.shards.writer import ShardWriter
 
 SIZE, CROP, DRAWN, BATCH, CLASSES = (160, 120), 96, 64, 8, 8
 DOMAIN = Domain("drawn", "folder", {"train": Split("*.jpg", "*.png")}, tuple(LabelClass(f"class {n}", (n, n, n)) for n in range(CLASSES)))

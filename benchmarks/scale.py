@@ -23,14 +23,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from multidomain_cct.data.augment import Augment
-from multidomain_cct.data.catalogue import Catalogue, catalogue_path
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.selection import AllBut, Selection
+from multidomain_cct.data.batches.streams import DomainStreams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.selection import AllBut, Selection
-from multidomain_cct.data.shard_index import ShardIndex
-from multidomain_cct.data.shards import Shards
-from multidomain_cct.data.streams import DomainStreams
+from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
+from multidomain_cct.data.shards.index import ShardIndex
+from multidomain_cct.data.shards.reader import Shards
 
 NUM_SHARDS, PER_SHARD, BATCH, WINDOW = 100_000, 10_000, 8, 64
 

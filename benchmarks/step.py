@@ -71,7 +71,7 @@ def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     # torch is imported by the processes that need it only: their memory is what is measured.
     import torch
 
-    from multidomain_cct.data.loader import Batch
+    from multidomain_cct.data.batches.loader import Batch
     from multidomain_cct.methods.cct import CCT
     from multidomain_cct.model.encoder import EncoderSettings
     from multidomain_cct.model.losses import ConsistencySettings

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from multidomain_cct.data.augment import decode
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.batches.views import decode
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.results.pictures import colored, overlay
 from multidomain_cct.results.predict import predicted_ids
-from multidomain_cct.training.checkpoint import load_run
+from multidomain_cct.training.checkpoints.checkpoint import load_run
 
 RUNS = ("runs/demo_supervised", "runs/demo")
 TITLES = ("image", "12 labels", "12 labels + unlabelled images (CCT)", "truth")

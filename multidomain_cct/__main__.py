@@ -13,7 +13,7 @@ from multidomain_cct import __version__
 from multidomain_cct.commands import compare, domains, evaluate, index, pack, predict, report, smoothness, train, weaklabels
 from multidomain_cct.commands.kept_memory import keep_freed_memory
 from multidomain_cct.commands.terminal import FAILED, MISTAKE, complain, speaks
-from multidomain_cct.data.download import SourceError
+from multidomain_cct.data.shards.download import SourceError
 
 COMMANDS = (train, pack, index, evaluate, predict, report, compare, smoothness, weaklabels, domains)
 

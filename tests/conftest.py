@@ -13,7 +13,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.shards import ShardWriter
+from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe, recipe_from
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 from multidomain_cct.__main__ import main
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
-from multidomain_cct.training.checkpoint import checkpoints
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.runlog import read_metrics

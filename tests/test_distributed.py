@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from multidomain_cct.data.order import Stream
+from multidomain_cct.data.batches.order import Stream
+from multidomain_cct.data.batches.streams import open_streams
 from multidomain_cct.data.specification import read_domain
-from multidomain_cct.data.streams import open_streams
-from multidomain_cct.training.checkpoint import checkpoints
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.recipe import Recipe, recipe_from
 from multidomain_cct.training.runlog import read_metrics
 

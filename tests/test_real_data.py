@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from multidomain_cct.data.augment import decode
-from multidomain_cct.data.loader import TrainingSet
-from multidomain_cct.data.pack import pack
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.batches.loader import TrainingSet
+from multidomain_cct.data.batches.streams import open_streams
+from multidomain_cct.data.batches.views import decode
+from multidomain_cct.data.packing.pack import pack
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import domain_folders, find_domain
-from multidomain_cct.data.streams import open_streams
 from multidomain_cct.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]

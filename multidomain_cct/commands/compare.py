@@ -23,8 +23,8 @@ from rich.table import Table
 from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, domain_options, say
 
 if TYPE_CHECKING:
-    from multidomain_cct.results.compare import Comparison
-    from multidomain_cct.results.experiment import Experiment, Run, RunScores
+    from multidomain_cct.results.comparison.experiment import Experiment, Run, RunScores
+    from multidomain_cct.results.comparison.tables import Comparison
 
 _LOOK_EVERY = 0.2
 """Seconds between looks at the running processes."""
@@ -42,7 +42,7 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.results.experiment import planned_runs, read_experiment
+    from multidomain_cct.results.comparison.experiment import planned_runs, read_experiment
 
     if options.jobs < 1:
         raise ValueError(f"--jobs is {options.jobs}; it is at least 1.")
@@ -110,20 +110,20 @@ class _Training:
 
     @property
     def comparison(self) -> Comparison:
-        from multidomain_cct.results.compare import Comparison
+        from multidomain_cct.results.comparison.tables import Comparison
 
         return Comparison(self.experiment, self.runs, self.scores, self.failures)
 
     def print_plan(self) -> None:
         """One line per run, in the order of training: its state and its command."""
-        from multidomain_cct.results.experiment import state_of
+        from multidomain_cct.results.comparison.experiment import state_of
 
         for each in self.runs:
             say(f"{each.recipe.name} ({state_of(each)}): {shlex.join(_words(each, self.domains))}")
 
     def train(self) -> None:
         """Train what is not finished, `jobs` at once, and write the table after each run."""
-        from multidomain_cct.results.experiment import finished_scores
+        from multidomain_cct.results.comparison.experiment import finished_scores
 
         waiting, running = [], list[_Child]()
         for each in self.runs:
@@ -166,7 +166,7 @@ class _Training:
         running.append(_Child(each, process, begin, time.monotonic()))
 
     def _ended(self, child: _Child) -> None:
-        from multidomain_cct.results.experiment import finished_scores
+        from multidomain_cct.results.comparison.experiment import finished_scores
 
         code = child.process.returncode
         found = finished_scores(child.run) if code == 0 else None
@@ -183,7 +183,7 @@ class _Training:
 
     def write(self) -> None:
         """Write the table as it now is."""
-        from multidomain_cct.results.compare import write_comparison
+        from multidomain_cct.results.comparison.tables import write_comparison
 
         write_comparison(self.comparison, self.out, command=self.command, date=datetime.now(UTC).strftime("%Y-%m-%d"))
 

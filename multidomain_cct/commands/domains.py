@@ -20,7 +20,7 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.data.shards import shard_paths
+    from multidomain_cct.data.shards.index import shard_paths
 
     table = Table("domain", "classes", "title", "shards", "file")
     broken = []

@@ -23,7 +23,7 @@ def register(words: Words) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from multidomain_cct.results.evaluate import evaluate, override, print_scores, scores_as_json, write_scores
-    from multidomain_cct.training.checkpoint import load_run
+    from multidomain_cct.training.checkpoints.checkpoint import load_run
 
     trained = load_run(options.folder, options.checkpoint)
     settings = override(trained.recipe.evaluation, window=options.window, scales=options.scales, flip=options.flip)

@@ -19,10 +19,9 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.data.catalogue import Catalogue, catalogue_path
-    from multidomain_cct.data.shard_index import index_path
-    from multidomain_cct.data.shards import shard_paths
-    from multidomain_cct.data.tar_index import Extensions, index_shard, verify_shard
+    from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
+    from multidomain_cct.data.shards.index import index_path, shard_paths
+    from multidomain_cct.data.shards.scan import Extensions, index_shard, verify_shard
 
     if options.verify:
         for path in options.shards:

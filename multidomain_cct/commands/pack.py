@@ -16,7 +16,7 @@ from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.specification import domain_folders, find_domain
 
 if TYPE_CHECKING:
-    from multidomain_cct.data.pack import Summary
+    from multidomain_cct.data.packing.pack import Summary
 
 
 def register(words: Words) -> None:
@@ -30,8 +30,8 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.data.pack import pack
-    from multidomain_cct.data.toy import render_toy
+    from multidomain_cct.data.packing.pack import pack
+    from multidomain_cct.data.toy.scenes import render_toy
 
     domain = find_domain(options.domain, domain_folders(options.domains))
     if options.workers is not None and options.workers < 1:
@@ -51,7 +51,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _present_splits(domain: Domain, raw: Path) -> list[str]:
     """The splits that the raw folder holds; those of a data set that was fetched in part are said to be missing."""
-    from multidomain_cct.data.layouts import raw_samples
+    from multidomain_cct.data.packing.layouts import raw_samples
 
     if not raw.is_dir():
         raise FileNotFoundError(f"--raw: {raw}: there is no such folder.")
@@ -70,7 +70,7 @@ def _present_splits(domain: Domain, raw: Path) -> list[str]:
 
 
 def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -> None:
-    from multidomain_cct.data.pack import ignored_share
+    from multidomain_cct.data.packing.pack import ignored_share
 
     console = Console(highlight=False)
     sizes = ", ".join(f"{count} of {size}" for size, count in summary.sizes.most_common(3)) + (", ..." if len(summary.sizes) > 3 else "")

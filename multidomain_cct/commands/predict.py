@@ -22,7 +22,7 @@ def run(options: argparse.Namespace) -> int:
 
     from multidomain_cct.results.evaluate import override
     from multidomain_cct.results.predict import predict
-    from multidomain_cct.training.checkpoint import load_run
+    from multidomain_cct.training.checkpoints.checkpoint import load_run
 
     trained = load_run(options.folder, options.checkpoint)
     settings = override(trained.recipe.evaluation, window=options.window, scales=options.scales, flip=options.flip)

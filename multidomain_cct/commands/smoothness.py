@@ -17,7 +17,7 @@ from multidomain_cct.data.specification import domain_folders, find_domain
 
 if TYPE_CHECKING:
     from multidomain_cct.data.domain import Domain
-    from multidomain_cct.results.smoothness import Diagnosis, Subject
+    from multidomain_cct.results.smoothness.diagnosis import Diagnosis, Subject
 
 MOST_IMAGES = 12
 """Images that fit into a picture one can look at."""
@@ -40,9 +40,9 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.data.shards import Shards
-    from multidomain_cct.results.smoothness import DiagnosisSettings, diagnose
-    from multidomain_cct.results.smoothness_panel import write_panel
+    from multidomain_cct.data.shards.reader import Shards
+    from multidomain_cct.results.smoothness.diagnosis import DiagnosisSettings, diagnose
+    from multidomain_cct.results.smoothness.panel import write_panel
 
     _require_sensible(options)
     settings = DiagnosisSettings(options.split, options.borders, options.limit, options.images)
@@ -92,8 +92,8 @@ def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
     import timm
     import torch
 
-    from multidomain_cct.results.smoothness import published_encoder, trained_encoder
-    from multidomain_cct.training.checkpoint import load_run
+    from multidomain_cct.results.smoothness.diagnosis import published_encoder, trained_encoder
+    from multidomain_cct.training.checkpoints.checkpoint import load_run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named, folder = options.encoder, Path(options.encoder)

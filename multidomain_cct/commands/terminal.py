@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from multidomain_cct.data.printable import printable
+from multidomain_cct.files.printable import printable
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 SHARDS = "data/shards"

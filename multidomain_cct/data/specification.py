@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from multidomain_cct.data.domain import IGNORE, LAYOUTS, Domain, LabelClass, Split
-from multidomain_cct.data.strict_yaml import did_you_mean, read_yaml
+from multidomain_cct.files.strict_yaml import did_you_mean, read_yaml
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 

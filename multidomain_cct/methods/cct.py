@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.model.consistency import auxiliary_losses
 from multidomain_cct.model.decoders import Grid
 from multidomain_cct.model.guides import Guide, objects_of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.views import draw_cutmix, strong_view
 from multidomain_cct.model.losses import DISTANCES, at_least_float32, confident, differentiable
 from multidomain_cct.model.network import Segmenter, labelled_images, whole_image_logits

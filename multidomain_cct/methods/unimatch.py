@@ -12,7 +12,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.views import CutMix, draw_cutmix, pseudo_labels, strong_view
 from multidomain_cct.model.losses import mean_over_valid, pixel_cross_entropy
 from multidomain_cct.model.network import Segmenter, labelled_images

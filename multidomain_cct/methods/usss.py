@@ -17,9 +17,9 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.data.loader import Batch
-from multidomain_cct.data.order import seed_from
+from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.model.losses import at_least_float32, mean_over_valid
 from multidomain_cct.model.network import Segmenter, labelled_images
 

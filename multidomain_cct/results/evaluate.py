@@ -14,11 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from multidomain_cct.data.shards import Shards
-from multidomain_cct.data.strict_yaml import did_you_mean
-from multidomain_cct.model.inference import InferenceSettings
-from multidomain_cct.training.checkpoint import LoadedRun
-from multidomain_cct.training.scoring import Score, arithmetic_and_harmonic, score
+from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.evaluation.inference import InferenceSettings
+from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
+from multidomain_cct.files.strict_yaml import did_you_mean
+from multidomain_cct.training.checkpoints.checkpoint import LoadedRun
 
 
 def require_head(run: LoadedRun, domain: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.printable import printable
+from multidomain_cct.files.printable import printable
 
 RIGHT, WRONG, IGNORED = (72, 72, 72), (225, 45, 45), (0, 0, 0)
 """Colours of an error map."""

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from PIL import Image
 
-from multidomain_cct.data.augment import image_tensor
+from multidomain_cct.data.batches.views import image_tensor
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.encode import load_image
-from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.data.images import load_image
+from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.results.evaluate import require_head
 from multidomain_cct.results.pictures import colored, indexed, legend, overlay, with_legend
-from multidomain_cct.training.checkpoint import LoadedRun
+from multidomain_cct.training.checkpoints.checkpoint import LoadedRun
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """What counts as an image in a folder; a file that is named itself may have any ending."""

@@ -20,14 +20,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from multidomain_cct.data.augment import decode
+from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.printable import printable
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import read_domain
+from multidomain_cct.files.printable import printable
 from multidomain_cct.results.pictures import error_map, indexed
 from multidomain_cct.results.predict import predicted_ids
-from multidomain_cct.training.checkpoint import load_run
+from multidomain_cct.training.checkpoints.checkpoint import load_run
 from multidomain_cct.training.recipe import Recipe, read_recipe
 from multidomain_cct.training.runlog import read_metrics
 

@@ -20,22 +20,22 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from multidomain_cct.data.augment import decode, image_tensor
-from multidomain_cct.data.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.views import decode, image_tensor
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.image_labels import TaggedImages, background_class, classified, open_tagged
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.order import seed_from
-from multidomain_cct.data.shard_index import index_path
-from multidomain_cct.data.shards import ShardWriter, shard_paths
+from multidomain_cct.data.shards.index import index_path, shard_paths
+from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.data.specification import find_domain
-from multidomain_cct.data.strict_yaml import did_you_mean
-from multidomain_cct.model.cams import Classifier, activation_maps, confident_labels, multilabel_loss, pseudo_labels
+from multidomain_cct.evaluation.scoring import confusion_of, mean_iou
+from multidomain_cct.files.seeds import seed_from
+from multidomain_cct.files.strict_yaml import did_you_mean
 from multidomain_cct.results.pictures import legend, overlay, with_legend
 from multidomain_cct.training.loop import RunFailed
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.schedules import build_optimiser, learning_rate, set_learning_rate
-from multidomain_cct.training.scoring import confusion_of, mean_iou
+from multidomain_cct.weak.cams import Classifier, activation_maps, confident_labels, multilabel_loss, pseudo_labels
+from multidomain_cct.weak.image_labels import TaggedImages, background_class, classified, open_tagged
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 SHEET_ROWS, SHEET_CELL = 10, 260

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.loader import Batch
-from multidomain_cct.data.streams import DomainStreams
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.methods.mean_teacher import MeanTeacher
 from multidomain_cct.methods.unimatch import UniMatch

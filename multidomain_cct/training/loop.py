@@ -13,20 +13,20 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
-from multidomain_cct.data.bad_images import BadImages, skipped_in
-from multidomain_cct.data.loader import Batch, Skipped, steps
-from multidomain_cct.data.order import seed_from
+from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.loader import Batch, Skipped, steps
+from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
+from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.training.assembly import compile_encoder
-from multidomain_cct.training.checkpoint import RunState, save_checkpoint
-from multidomain_cct.training.failures import GO_ON, no_process_left, one_line_errors
-from multidomain_cct.training.failures import RunFailed as RunFailed
+from multidomain_cct.training.checkpoints.checkpoint import RunState, save_checkpoint
+from multidomain_cct.training.processes.failures import GO_ON, no_process_left, one_line_errors
+from multidomain_cct.training.processes.failures import RunFailed as RunFailed
+from multidomain_cct.training.processes.stopping import RunStopped, StopRequest
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.run import Run, build_accelerator, open_run
 from multidomain_cct.training.run_folder import write_run_folder
 from multidomain_cct.training.runlog import RunLog, Window, environment
 from multidomain_cct.training.schedules import learning_rate, set_learning_rate
-from multidomain_cct.training.scoring import Score, arithmetic_and_harmonic, score
-from multidomain_cct.training.stopping import RunStopped, StopRequest
 
 
 class _EvaluationStopped(Exception):

@@ -14,18 +14,18 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from multidomain_cct.data.streams import WEAK_ENDING, DataSettings, DomainSettings
-from multidomain_cct.data.strict_yaml import StrictLoader, did_you_mean, read_yaml
+from multidomain_cct.data.batches.streams import WEAK_ENDING, DataSettings, DomainSettings
+from multidomain_cct.evaluation.inference import InferenceSettings
+from multidomain_cct.files.strict_yaml import StrictLoader, did_you_mean, read_yaml
 from multidomain_cct.methods.mean_teacher import MeanTeacherSettings
 from multidomain_cct.methods.unimatch import UniMatchSettings
 from multidomain_cct.methods.usss import UsssSettings
-from multidomain_cct.model.cams import PseudoLabelSettings
 from multidomain_cct.model.decoders import DECODERS
 from multidomain_cct.model.encoder import EncoderSettings
-from multidomain_cct.model.inference import InferenceSettings
 from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings
 from multidomain_cct.model.perturbations import Perturbations
 from multidomain_cct.training.schedules import OptimiserSettings
+from multidomain_cct.weak.cams import PseudoLabelSettings
 
 PRECISIONS = ("no", "bf16", "fp16")
 METHODS = ("cct", "supervised", "mean_teacher", "unimatch", "usss")

@@ -12,22 +12,22 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 
+from multidomain_cct.data.batches.loader import TrainingSet
+from multidomain_cct.data.batches.streams import DomainStreams, open_streams
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.loader import TrainingSet
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
-from multidomain_cct.data.streams import DomainStreams, open_streams
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.assembly import build_model, require_lenders, require_training_data, uses_unlabelled
 from multidomain_cct.training.assembly import notices as model_notices
-from multidomain_cct.training.checkpoint import RunState, load_checkpoint
-from multidomain_cct.training.failures import RunFailed as RunFailed
-from multidomain_cct.training.failures import mistakes_in_common
-from multidomain_cct.training.initial_weights import load_initial_weights, matching_heads
+from multidomain_cct.training.checkpoints.checkpoint import RunState, load_checkpoint
+from multidomain_cct.training.checkpoints.initial_weights import load_initial_weights, matching_heads
+from multidomain_cct.training.processes.failures import RunFailed as RunFailed
+from multidomain_cct.training.processes.failures import mistakes_in_common
+from multidomain_cct.training.processes.stopping import StopRequest
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.run_folder import Start, find_start, fingerprints
 from multidomain_cct.training.schedules import build_optimiser
-from multidomain_cct.training.stopping import StopRequest
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import Any
 
 import yaml
 
+from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.streams import DomainStreams
-from multidomain_cct.training.checkpoint import newest_checkpoint, read_state
-from multidomain_cct.training.durable import make_folder, replace_text
+from multidomain_cct.files.durable import make_folder, replace_text
+from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint, read_state
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe
 
 

@@ -23,8 +23,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from multidomain_cct import __version__
-from multidomain_cct.data.loader import Batch
-from multidomain_cct.data.printable import printable
+from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.files.printable import printable
 
 
 class RunLog:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.model.consistency import AuxiliaryDecoder
 from multidomain_cct.model.encoder import EncoderSettings

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from multidomain_cct.methods.views import draw_cutmix, strong_view
 from multidomain_cct.model.encoder import EncoderSettings

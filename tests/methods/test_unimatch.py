@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.unimatch import UniMatch, UniMatchSettings
 from multidomain_cct.methods.views import draw_cutmix, strong_view
 from multidomain_cct.model.encoder import EncoderSettings

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.usss import Usss, UsssSettings
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings

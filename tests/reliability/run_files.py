@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from multidomain_cct.training.checkpoint import checkpoints
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.runlog import read_metrics
 
 DETERMINISTIC: dict[str, Any] = {

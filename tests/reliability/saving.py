@@ -17,7 +17,7 @@ import torch
 from filesystem import Moment, Recorder, after_power_loss, lay_out, tree_of
 from torch import nn
 
-from multidomain_cct.training.checkpoint import RunState, checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
+from multidomain_cct.training.checkpoints.checkpoint import RunState, checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
 
 PAGE = 4096
 
@@ -88,7 +88,8 @@ def lose_power(work: Path) -> None:
 
 def lose_power_without_syncing(work: Path) -> None:
     """The same with a writer that forgets to sync, which must not pass."""
-    from multidomain_cct.training import checkpoint, durable
+    from multidomain_cct.files import durable
+    from multidomain_cct.training.checkpoints import checkpoint
 
     checkpoint.sync = durable.sync = lambda path: None
     lose_power(work)

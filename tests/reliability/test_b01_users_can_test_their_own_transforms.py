@@ -4,8 +4,8 @@ from pathlib import Path
 import pytest
 from forgetful import train_with_a_forgetful_transform
 
+from multidomain_cct.testing import assert_resumes_exactly
 from multidomain_cct.training.recipe import Recipe
-from multidomain_cct.training.resuming import assert_resumes_exactly
 
 TinyRecipe = Callable[..., Recipe]
 

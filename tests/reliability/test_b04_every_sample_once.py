@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.shards import ShardWriter
-from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.shards.writer import ShardWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.shard_index import ShardIndex, index_path
-from multidomain_cct.data.shards import ShardWriter
-from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.data.shards.writer import ShardWriter
 
 NUM_SHARDS, PER_SHARD, BATCH = 100, 10_000, 8
 DOMAIN = Domain("many", "folder", {"train": Split("*.jpg")}, (LabelClass("ground", (0, 0, 0)),))

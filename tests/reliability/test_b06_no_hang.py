@@ -9,9 +9,9 @@ from processes import FULL, WATCHDOG_SECONDS, Plan, seen, start, start_ranks
 from run_files import steps_of
 
 from multidomain_cct.__main__ import main
-from multidomain_cct.data.order import Stream
+from multidomain_cct.data.batches.order import Stream
+from multidomain_cct.data.batches.streams import open_streams
 from multidomain_cct.data.specification import read_domain
-from multidomain_cct.data.streams import open_streams
 from multidomain_cct.training.recipe import read_recipe
 
 Words = Callable[..., list[str]]

@@ -7,7 +7,7 @@ from processes import start
 from run_files import steps_of
 
 from multidomain_cct.__main__ import main
-from multidomain_cct.training.checkpoint import choose_checkpoint, damage, newest_checkpoint
+from multidomain_cct.training.checkpoints.checkpoint import choose_checkpoint, damage, newest_checkpoint
 
 FILES = ("model.safetensors", "optimiser.safetensors", "state.json", "MANIFEST.json")
 

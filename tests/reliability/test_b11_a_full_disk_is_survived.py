@@ -6,7 +6,7 @@ import saving
 from processes import Plan, call, start
 from run_files import steps_of
 
-from multidomain_cct.training.checkpoint import newest_checkpoint
+from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint
 
 Figure = Callable[[str, str], None]
 

@@ -11,7 +11,7 @@ import pytest
 from processes import WATCHDOG_SECONDS, Plan, seen, start, start_ranks
 from run_files import logged, state_of, steps_of, tensors_of
 
-from multidomain_cct.training.stopping import REPEATS_SECONDS
+from multidomain_cct.training.processes.stopping import REPEATS_SECONDS
 
 Words = Callable[..., list[str]]
 Figure = Callable[[str, str], None]

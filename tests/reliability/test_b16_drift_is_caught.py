@@ -8,7 +8,8 @@ import pytest
 from processes import start
 
 from multidomain_cct.__main__ import main
-from multidomain_cct.data.shards import Record, Shards, ShardWriter
+from multidomain_cct.data.shards.reader import Record, Shards
+from multidomain_cct.data.shards.writer import ShardWriter
 
 Train = Callable[..., str]
 

@@ -21,14 +21,14 @@ from processes import Plan, Started, seen, start_ranks
 from run_files import logged, state_of, tensors_of
 from tars import write_tar
 
-from multidomain_cct.data.augment import Augment
-from multidomain_cct.data.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.loader import Batch, TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import Batch, TrainingSet, steps
-from multidomain_cct.data.shard_index import IMAGE as IMAGE_COLUMN
-from multidomain_cct.data.shard_index import ShardIndex, index_path
-from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
-from multidomain_cct.data.tar_index import index_shard
+from multidomain_cct.data.shards.index import IMAGE as IMAGE_COLUMN
+from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.data.shards.scan import index_shard
 
 DOMAIN = Domain("yard", "folder", {"train": Split("*.jpg", "*.png")}, (LabelClass("ground", (0, 0, 0)), LabelClass("cat", (9, 9, 9))))
 SAMPLES, BAD = 9, "image_4"

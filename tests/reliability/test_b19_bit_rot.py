@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.catalogue import Catalogue, catalogue_path
-from multidomain_cct.data.shard_index import ShardIndex, index_path
-from multidomain_cct.data.shards import BadSample, Shards, ShardWriter
-from multidomain_cct.data.tar_index import verify_shard
+from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
+from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.data.shards.reader import BadSample, Shards
+from multidomain_cct.data.shards.scan import verify_shard
+from multidomain_cct.data.shards.writer import ShardWriter
 
 FLIPS = 200
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.augment import decode
+from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import Domain, LabelClass
-from multidomain_cct.data.shards import BadSample, Shards
-from multidomain_cct.data.tar_index import index_shard
+from multidomain_cct.data.shards.reader import BadSample, Shards
+from multidomain_cct.data.shards.scan import index_shard
 
 GREY, PALETTE = 0, 3
 KINDS = [(GREY, 1), (GREY, 2), (GREY, 4), (GREY, 8), (GREY, 16), (PALETTE, 1), (PALETTE, 2), (PALETTE, 4), (PALETTE, 8)]

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.augment import decode
+from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import Domain, LabelClass
-from multidomain_cct.data.shards import BadSample, Record
+from multidomain_cct.data.shards.reader import BadSample, Record
 
 DOMAIN = Domain("yard", "folder", {}, (LabelClass("ground", (0, 0, 0)),))
 

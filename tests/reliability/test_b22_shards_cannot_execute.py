@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 from tars import write_tar
 
-from multidomain_cct.data.augment import decode
+from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import Domain, LabelClass
-from multidomain_cct.data.shards import BadSample, Shards
-from multidomain_cct.data.tar_index import Extensions, index_shard
+from multidomain_cct.data.shards.reader import BadSample, Shards
+from multidomain_cct.data.shards.scan import Extensions, index_shard
 
 ENDINGS = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "so", "dill", "joblib", "PKL", "Pth", "pkl.gz", "jpg.gz", "jpg.pkl", "py", "")
 DOMAIN = Domain("yard", "folder", {}, (LabelClass("ground", (0, 0, 0)),))

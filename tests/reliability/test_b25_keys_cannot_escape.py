@@ -16,10 +16,10 @@ from tars import write_tar
 
 from multidomain_cct.__main__ import main
 from multidomain_cct.commands.terminal import complain, say
-from multidomain_cct.data.printable import printable
-from multidomain_cct.data.shard_index import ShardIndex, index_path
-from multidomain_cct.data.shards import ShardWriter
-from multidomain_cct.data.tar_index import index_shard
+from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.data.shards.scan import index_shard
+from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.files.printable import printable
 from multidomain_cct.training.runlog import RunLog
 
 KEYS = (

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from multidomain_cct.results.evaluate import evaluate, override, scores_as_json
-from multidomain_cct.training.checkpoint import load_run
+from multidomain_cct.training.checkpoints.checkpoint import load_run
 from multidomain_cct.training.runlog import read_metrics
 
 

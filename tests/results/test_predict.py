@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from multidomain_cct.data.augment import image_tensor
-from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.data.batches.views import image_tensor
+from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
 from multidomain_cct.results.predict import PredictSummary, predict
-from multidomain_cct.training.checkpoint import LoadedRun, load_run
+from multidomain_cct.training.checkpoints.checkpoint import LoadedRun, load_run
 
 CPU = torch.device("cpu")
 

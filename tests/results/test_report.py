@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.shards import Shards, ShardWriter
+from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.results.report import PANEL_WIDTH, write_report
 from multidomain_cct.training.runlog import read_metrics
 

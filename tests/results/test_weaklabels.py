@@ -16,7 +16,7 @@ from PIL import Image
 
 from multidomain_cct.__main__ import main
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.results.weaklabels import Quality, average_precision, loss_ends, tagged_domains, train_classifier, write_pseudo_labels
 from multidomain_cct.training.recipe import read_recipe
 

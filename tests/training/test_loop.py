@@ -13,14 +13,14 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from multidomain_cct.data.loader import TrainingSet
-from multidomain_cct.data.order import seed_from
-from multidomain_cct.data.shard_index import ShardIndex, index_path
+from multidomain_cct.data.batches.loader import TrainingSet
+from multidomain_cct.data.batches.streams import open_streams
+from multidomain_cct.data.shards.index import ShardIndex, index_path
 from multidomain_cct.data.specification import read_domain
-from multidomain_cct.data.streams import open_streams
+from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.results.evaluate import evaluate
 from multidomain_cct.training.assembly import build_model
-from multidomain_cct.training.checkpoint import checkpoints, load_run, read_state
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints, load_run, read_state
 from multidomain_cct.training.loop import RunFailed, train
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.runlog import read_metrics
