@@ -1,12 +1,15 @@
 """The program: its words, and what becomes of errors. A bare recipe path trains.
 
 Exit codes: 0 done, 1 findings or a failed run, 2 the user's mistake, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+A mistake (UserError) is one line. What is our own fault keeps its traceback.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from multidomain_cct import __version__
@@ -14,13 +17,17 @@ from multidomain_cct.commands import compare, domains, evaluate, index, pack, pr
 from multidomain_cct.commands.kept_memory import keep_freed_memory
 from multidomain_cct.commands.terminal import FAILED, MISTAKE, complain, speaks
 from multidomain_cct.data.shards.download import SourceError
+from multidomain_cct.errors import UserError
 
+TRACEBACK = "--traceback"
 COMMANDS = (train, pack, index, evaluate, predict, report, compare, smoothness, weaklabels, domains)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    shows_traceback = TRACEBACK in arguments or os.environ.get("MDCCT_TRACEBACK") == "1"
+    arguments = [word for word in arguments if word != TRACEBACK]
     parser, commands = build_parser()
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
         arguments.insert(0, "train")
@@ -33,8 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
         return code
-    except (ValueError, FileNotFoundError) as error:
+    except UserError as error:
         if speaks(error):
+            if shows_traceback:
+                traceback.print_exception(error)
             complain(str(error))
         return MISTAKE
     except SourceError as error:
@@ -54,6 +63,8 @@ def build_parser() -> tuple[argparse.ArgumentParser, set[str]]:
     parser = argparse.ArgumentParser(
         prog="multidomain_cct", description="Semi-supervised semantic segmentation over many domains. A bare recipe path trains it."
     )
+    # `main` takes it out before the command is known, so that it may be anywhere.
+    parser.add_argument(TRACEBACK, action="store_true", help="also show where a mistake was found (or set MDCCT_TRACEBACK=1)")
     parser.add_argument("--version", action="version", version=f"multidomain_cct {__version__}")
     parser.set_defaults(takes_overrides=False)
     words = parser.add_subparsers(required=True, metavar="COMMAND")

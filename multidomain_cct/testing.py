@@ -22,6 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe
@@ -39,12 +40,12 @@ def assert_resumes_exactly(recipe: Recipe, folders: Sequence[Path], workspace: P
     """
     half = recipe.training.steps // 2
     if half < 1:
-        raise ValueError(f"training.steps is {recipe.training.steps}; a run that is interrupted needs 2 or more.")
+        raise UserError(f"training.steps is {recipe.training.steps}; a run that is interrupted needs 2 or more.")
     training = replace(recipe.training, log_every=1, save_every=half, keep=recipe.training.steps)
     straight, killed = (replace(recipe, runs=str(workspace), name=name, training=training, resume="auto") for name in ("straight", "killed"))
     for each in (straight, killed):
         if each.folder.exists():
-            raise ValueError(f"{each.folder} exists. Give a workspace without the runs of an earlier comparison.")
+            raise UserError(f"{each.folder} exists. Give a workspace without the runs of an earlier comparison.")
     _finish(_started(start, straight, folders), timeout)
     process, saved = _started(start, killed, folders), killed.folder / "checkpoints" / f"step-{half:08d}"
     deadline = time.monotonic() + timeout

@@ -17,6 +17,7 @@ from multidomain_cct.__main__ import main
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe
@@ -207,7 +208,7 @@ def test_pseudo_labels_add_a_term_beside_labelled_and_unlabelled_images(tiny_rec
 def test_a_label_space_without_a_labelled_image_is_refused(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
     for domains in ({"fields": LABELS_ONLY, "shapes": IMAGES_ONLY}, {"shapes": IMAGES_ONLY | {"weak_split": "train_weak"}}):
         recipe = tiny_recipe(domains=domains, data__shards=str(kinds_of_domains))
-        with pytest.raises(ValueError, match="domains.shapes has no labelled image, and no other domain with its classes has one"):
+        with pytest.raises(UserError, match="domains.shapes has no labelled image, and no other domain with its classes has one"):
             train(recipe, [kinds_of_domains / "domains"])
         assert not recipe.folder.exists()
 
@@ -221,20 +222,20 @@ def test_a_trained_run_adapts_to_unlabelled_images_alone(tiny_recipe: TinyRecipe
 def test_a_run_to_start_from_must_have_the_head_that_is_not_taught(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
     first = train(tiny_recipe(domains={"fields": LABELS_ONLY}, data__shards=str(kinds_of_domains)), [kinds_of_domains / "domains"])
     recipe = tiny_recipe(name="other", domains={"shapes": IMAGES_ONLY}, data__shards=str(kinds_of_domains), init_from=str(first))
-    with pytest.raises(ValueError, match="domains.shapes has no labelled image.* start from a run that has its head"):
+    with pytest.raises(UserError, match="domains.shapes has no labelled image.* start from a run that has its head"):
         train(recipe, [kinds_of_domains / "domains"])
 
 
 def test_a_domain_that_adds_nothing_has_no_norms_of_its_own(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
     encoder = {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "per_domain"}
     recipe = tiny_recipe(method="supervised", domains={"fields": LABELS_ONLY, "dusk": IMAGES_ONLY}, data__shards=str(kinds_of_domains), encoder=encoder)
-    with pytest.raises(ValueError, match="domains.dusk has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded"):
+    with pytest.raises(UserError, match="domains.dusk has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded"):
         train(recipe, [kinds_of_domains / "domains"])
 
 
 def test_comparing_label_spaces_needs_unlabelled_images(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
     recipe = tiny_recipe(method="usss", domains={"fields": LABELS_ONLY, "shapes": LABELS_ONLY}, data__shards=str(kinds_of_domains))
-    with pytest.raises(ValueError, match="method is `usss`, which learns from unlabelled images, and no domain has any"):
+    with pytest.raises(UserError, match="method is `usss`, which learns from unlabelled images, and no domain has any"):
         train(recipe, [kinds_of_domains / "domains"])
 
 

@@ -267,3 +267,31 @@ def test_a_place_that_cannot_be_written_is_one_line(yard: Path, capsys: pytest.C
     assert main(["pack", "yard", "--raw", "raw", "--workers", "1", "--out", "occupied"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: occupied/yard: Not a directory")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(yard: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def faulty(*arguments: object) -> None:
+        list(zip([1], [], strict=True))
+
+    monkeypatch.setattr("multidomain_cct.commands.pack.find_domain", faulty)
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2 is shorter"):
+        main(["pack", "yard", "--raw", "raw"])
+    assert "error:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--traceback", "absent.yaml"], ["absent.yaml", "seed=1", "--traceback"], ["pack", "--traceback", "absent", "--raw", "raw"]]
+)
+def test_the_traceback_of_a_mistake_is_shown_when_asked_for(yard: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):") and "multidomain_cct.errors.UserError: " in shown
+    # The one line stays the last.
+    assert shown.splitlines()[-1].startswith("error: ")
+
+
+def test_the_environment_can_ask_for_tracebacks(yard: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MDCCT_TRACEBACK", "1")
+    assert main(["absent.yaml"]) == 2 and "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("MDCCT_TRACEBACK", "0")
+    mistake(capsys, "absent.yaml")

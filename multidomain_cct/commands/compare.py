@@ -21,6 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, domain_options, say
+from multidomain_cct.errors import UserError
 
 if TYPE_CHECKING:
     from multidomain_cct.results.comparison.experiment import Experiment, Run, RunScores
@@ -45,10 +46,10 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.results.comparison.experiment import planned_runs, read_experiment
 
     if options.jobs < 1:
-        raise ValueError(f"--jobs is {options.jobs}; it is at least 1.")
+        raise UserError(f"--jobs is {options.jobs}; it is at least 1.")
     out: Path = options.out or Path("results") / f"{options.experiment.stem}.md"
     if out.suffix != ".md":
-        raise ValueError(f"--out is {out}; it ends in .md, and the numbers go beside it into a file that ends in .json.")
+        raise UserError(f"--out is {out}; it ends in .md, and the numbers go beside it into a file that ends in .json.")
     experiment = read_experiment(options.experiment)
     runs = planned_runs(options.experiment, experiment)
     training = _Training(experiment, runs, options.domains, options.jobs, out, _command(options))

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from multidomain_cct.commands.terminal import DONE, FAILED, SHARDS, Words, complain, domain_options
 from multidomain_cct.data.specification import domain_folders, find_domain, known_domains
+from multidomain_cct.errors import UserError
 
 
 def register(words: Words) -> None:
@@ -28,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
     for name, path in known_domains(folders).items():
         try:
             domain = find_domain(name, folders)
-        except ValueError as error:
+        except UserError as error:
             broken.append(str(error))
             continue
         packed = [f"{split} ({len(shard_paths(options.shards / name, split))})" for split in domain.splits if shard_paths(options.shards / name, split)]

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from multidomain_cct.commands.terminal import DONE, Words, say
+from multidomain_cct.errors import UserError
 
 
 def register(words: Words) -> None:
@@ -30,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
         for folder, split in dict.fromkeys((path.parent, path.name.rpartition("-")[0]) for path in options.shards):
             paths = shard_paths(folder, split)
             if not paths:
-                raise FileNotFoundError(f"{folder} has no {split} shards. A shard is named SPLIT-NUMBER.tar.")
+                raise UserError(f"{folder} has no {split} shards. A shard is named SPLIT-NUMBER.tar.")
             catalogue = Catalogue.of(paths)
             catalogue.save(catalogue_path(folder, split))
             say(f"{catalogue_path(folder, split)}: {int(catalogue.samples.sum())} samples in {len(paths)} shard(s)")

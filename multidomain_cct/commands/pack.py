@@ -14,6 +14,7 @@ from rich.table import Table
 from multidomain_cct.commands.terminal import DONE, SHARDS, Words, domain_options, progress_bar
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.specification import domain_folders, find_domain
+from multidomain_cct.errors import UserError
 
 if TYPE_CHECKING:
     from multidomain_cct.data.packing.pack import Summary
@@ -35,9 +36,9 @@ def run(options: argparse.Namespace) -> int:
 
     domain = find_domain(options.domain, domain_folders(options.domains))
     if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers is {options.workers}; it is at least 1.")
+        raise UserError(f"--workers is {options.workers}; it is at least 1.")
     if options.raw is None and domain.layout != "toy":
-        raise ValueError(f"--raw is missing: name the folder of the raw data set {domain.name} (layout {domain.layout}).")
+        raise UserError(f"--raw is missing: name the folder of the raw data set {domain.name} (layout {domain.layout}).")
     with tempfile.TemporaryDirectory() as folder:
         raw = options.raw or Path(folder)
         if domain.layout == "toy":
@@ -52,18 +53,19 @@ def run(options: argparse.Namespace) -> int:
 def _present_splits(domain: Domain, raw: Path) -> list[str]:
     """The splits that the raw folder holds; those of a data set that was fetched in part are said to be missing."""
     from multidomain_cct.data.packing.layouts import raw_samples
+    from multidomain_cct.data.packing.raw_files import MissingRawFiles
 
     if not raw.is_dir():
-        raise FileNotFoundError(f"--raw: {raw}: there is no such folder.")
+        raise UserError(f"--raw: {raw}: there is no such folder.")
     present, errors = [], []
     for split in domain.splits:
         try:
             raw_samples(domain, raw, split)
             present.append(split)
-        except FileNotFoundError as error:
+        except MissingRawFiles as error:
             errors.append(str(error))
     if not present:
-        raise FileNotFoundError(errors[0])
+        raise UserError(errors[0])
     for line in errors:
         Console(stderr=True, soft_wrap=True).print(f"left out: {line}", markup=False, highlight=False)
     return present

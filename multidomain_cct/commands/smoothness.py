@@ -14,6 +14,7 @@ from rich.table import Table
 
 from multidomain_cct.commands.terminal import DONE, SHARDS, Words, domain_options, progress_bar, say
 from multidomain_cct.data.specification import domain_folders, find_domain
+from multidomain_cct.errors import UserError
 
 if TYPE_CHECKING:
     from multidomain_cct.data.domain import Domain
@@ -82,9 +83,9 @@ def _pair(mean: float | None, pooled: float | None) -> str:
 
 def _require_sensible(options: argparse.Namespace) -> None:
     if options.out.suffix.lower() != ".png" or options.out.is_dir():
-        raise ValueError(f"--out is {options.out}; it names the picture, a file that ends in .png.")
+        raise UserError(f"--out is {options.out}; it names the picture, a file that ends in .png.")
     if not 1 <= options.images <= MOST_IMAGES:
-        raise ValueError(f"--images is {options.images}; it is 1 to {MOST_IMAGES}. More images go into the averages with --limit.")
+        raise UserError(f"--images is {options.images}; it is 1 to {MOST_IMAGES}. More images go into the averages with --limit.")
 
 
 def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
@@ -99,14 +100,14 @@ def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
     named, folder = options.encoder, Path(options.encoder)
     if (folder / "recipe.yaml").is_file():
         if options.weights is not None:
-            raise ValueError(f"--weights is {options.weights}, but {named} is a run and has its own. Leave it out, or name an encoder.")
+            raise UserError(f"--weights is {options.weights}, but {named} is a run and has its own. Leave it out, or name an encoder.")
         trained = load_run(folder, options.checkpoint or "last")
         subject = trained_encoder(trained, options.domain, device)
         return subject, trained.domains[options.domain], options.shards or Path(trained.recipe.data.shards)
     if not timm.is_model(named):
         near = ", ".join(difflib.get_close_matches(named, timm.list_models(), n=3, cutoff=0.5)) or "none"
-        raise ValueError(f"{named} is neither a run's folder (it has no recipe.yaml) nor a model of timm. Nearest models: {near}.")
+        raise UserError(f"{named} is neither a run's folder (it has no recipe.yaml) nor a model of timm. Nearest models: {near}.")
     if options.checkpoint is not None:
-        raise ValueError(f"--checkpoint is {options.checkpoint}, but {named} is a model of timm and has none. Leave it out, or name a run.")
+        raise UserError(f"--checkpoint is {options.checkpoint}, but {named} is a model of timm and has none. Leave it out, or name a run.")
     domain = find_domain(options.domain, domain_folders(options.domains))
     return published_encoder(named, options.weights or "timm", device), domain, options.shards or Path(SHARDS)

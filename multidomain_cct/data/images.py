@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from multidomain_cct.errors import UserError
+
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 """What an image may be, whatever its name says. Pillow knows others that start programs (EPS) or have seldom been attacked in earnest."""
 _UNREADABLE = (Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, RuntimeError, AttributeError, struct.error, Image.DecompressionBombError)
@@ -22,14 +24,14 @@ _GREY_STEPS: dict[Any, int] = {"L;2": 85, "L;4": 17}
 
 
 def load_image(source: bytes | Path, name: str) -> Image.Image:
-    """The image as 8-bit RGB, turned upright as its EXIF tag asks. Raises ValueError, starting with `name`, when it cannot be read."""
+    """The image as 8-bit RGB, turned upright as its EXIF tag asks. Raises UserError, starting with `name`, when it cannot be read."""
     # Loaded, it outlives its file.
     with open_image(source, name) as image:
         return decoded(image, name)
 
 
 def open_image(source: bytes | Path, name: str) -> Image.Image:
-    """The image with its header read and its pixels not yet, for `decoded`. Raises ValueError, starting with `name`, when it cannot be read."""
+    """The image with its header read and its pixels not yet, for `decoded`. Raises UserError, starting with `name`, when it cannot be read."""
     with _errors_that_name(name):
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
 
@@ -52,7 +54,7 @@ def decode_smaller(image: Image.Image, name: str, wanted: tuple[int, int]) -> tu
 
 
 def decoded(image: Image.Image, name: str) -> Image.Image:
-    """An opened image as 8-bit RGB, turned upright. Raises ValueError, starting with `name`, when it cannot be read."""
+    """An opened image as 8-bit RGB, turned upright. Raises UserError, starting with `name`, when it cannot be read."""
     with _errors_that_name(name):
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
@@ -77,7 +79,7 @@ def _orientation(image: Image.Image, name: str) -> int:
 
 @contextmanager
 def _errors_that_name(name: str) -> Iterator[None]:
-    """What Pillow raises within becomes a ValueError of one line."""
+    """What Pillow raises within becomes a UserError of one line."""
     try:
         with warnings.catch_warnings():
             # Pillow warns where it can go on: broken EXIF is no reason to fail, a picture of suspicious size is.
@@ -86,4 +88,4 @@ def _errors_that_name(name: str) -> Iterator[None]:
             yield
     except _UNREADABLE as error:
         reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise ValueError(f"{name}: the image cannot be read ({reason}).") from None
+        raise UserError(f"{name}: the image cannot be read ({reason}).") from None

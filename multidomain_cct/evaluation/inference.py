@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.network import Segmenter
 
 
@@ -31,13 +32,13 @@ class InferenceSettings:
 
     def __post_init__(self) -> None:
         if self.window is not None and (len(self.window) != 2 or min(self.window) < 1):
-            raise ValueError(f"the window is {self.window}; it is [width, height] in pixels.")
+            raise UserError(f"the window is {self.window}; it is [width, height] in pixels.")
         if not 0 <= self.overlap < 1:
-            raise ValueError(f"the overlap is {self.overlap}; it lies in 0 to below 1.")
+            raise UserError(f"the overlap is {self.overlap}; it lies in 0 to below 1.")
         if self.batch < 1:
-            raise ValueError(f"the batch is {self.batch}; it is at least 1 image.")
+            raise UserError(f"the batch is {self.batch}; it is at least 1 image.")
         if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"the scales are {self.scales}; at least one, each above 0.")
+            raise UserError(f"the scales are {self.scales}; at least one, each above 0.")
 
 
 def predict_probabilities(model: Segmenter, image: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings) -> Tensor:

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from multidomain_cct.errors import UserError
+
 
 class StrictLoader(yaml.SafeLoader):
     """YAML without executable tags, aliases and keys that silently replace each other, and with `no` as the word it is (only true and false are booleans)."""
@@ -23,7 +25,7 @@ class StrictLoader(yaml.SafeLoader):
         # A few lines of aliases of aliases unfold into more than any memory holds.
         if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
             event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise ValueError(f"line {event.start_mark.line + 1}: the alias *{event.anchor}; aliases are not read here. Write the value out.")
+            raise UserError(f"line {event.start_mark.line + 1}: the alias *{event.anchor}; aliases are not read here. Write the value out.")
         node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         return node
 
@@ -32,9 +34,9 @@ class StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if not isinstance(key, Hashable):
-                raise ValueError(f"line {key_node.start_mark.line + 1}: the key {key!r} is no word; in front of a colon stands one.")
+                raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} is no word; in front of a colon stands one.")
             if key in seen:
-                raise ValueError(f"line {key_node.start_mark.line + 1}: the key {key!r} appears twice; keep one.")
+                raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} appears twice; keep one.")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -43,19 +45,20 @@ StrictLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:tr
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ValueError, with the line, when it is not one."""
+    """The mapping in a YAML file. Raises UserError, with the line, when it is not one."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: there is no such file.")
+        raise UserError(f"{path}: there is no such file.")
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (UserError, ValueError) as error:
+        # ValueError: not UTF-8, or a date that is none.
+        raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
-        raise ValueError(f"{path}: {line}this is not valid YAML: {getattr(error, 'problem', 'it holds control characters')}.") from None
+        raise UserError(f"{path}: {line}this is not valid YAML: {getattr(error, 'problem', 'it holds control characters')}.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {type(content).__name__}; a mapping of keys to values is expected.")
+        raise UserError(f"{path}: holds {type(content).__name__}; a mapping of keys to values is expected.")
     return content
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.views import draw_cutmix, strong_view
 from multidomain_cct.model.losses import DISTANCES, at_least_float32, confident, differentiable
 from multidomain_cct.model.network import Segmenter, labelled_images, whole_image_logits
@@ -30,9 +31,9 @@ class MeanTeacherSettings:
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
-            raise ValueError(f"mean_teacher.decay is {self.decay}; it lies in 0 to below 1.")
+            raise UserError(f"mean_teacher.decay is {self.decay}; it lies in 0 to below 1.")
         if not 0 <= self.cutmix <= 1:
-            raise ValueError(f"mean_teacher.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
+            raise UserError(f"mean_teacher.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
 
 
 class MeanTeacher(Segmenter):

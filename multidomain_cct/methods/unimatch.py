@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.views import CutMix, draw_cutmix, pseudo_labels, strong_view
 from multidomain_cct.model.losses import mean_over_valid, pixel_cross_entropy
 from multidomain_cct.model.network import Segmenter, labelled_images
@@ -33,13 +34,13 @@ class UniMatchSettings:
 
     def __post_init__(self) -> None:
         if self.weight < 0:
-            raise ValueError(f"unimatch.weight is {self.weight}; it is 0 or more.")
+            raise UserError(f"unimatch.weight is {self.weight}; it is 0 or more.")
         if not 0 <= self.confidence < 1:
-            raise ValueError(f"unimatch.confidence is {self.confidence}; it lies in 0 to below 1.")
+            raise UserError(f"unimatch.confidence is {self.confidence}; it lies in 0 to below 1.")
         if not 0 < self.dropout < 1:
-            raise ValueError(f"unimatch.dropout is {self.dropout}; it lies between 0 and 1.")
+            raise UserError(f"unimatch.dropout is {self.dropout}; it lies between 0 and 1.")
         if not 0 <= self.cutmix <= 1:
-            raise ValueError(f"unimatch.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
+            raise UserError(f"unimatch.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
 
 
 class UniMatch(Segmenter):

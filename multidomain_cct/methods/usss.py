@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.model.losses import at_least_float32, mean_over_valid
 from multidomain_cct.model.network import Segmenter, labelled_images
@@ -42,13 +43,13 @@ class UsssSettings:
     def __post_init__(self) -> None:
         for name, value in (("across", self.across), ("within", self.within)):
             if value < 0:
-                raise ValueError(f"usss.{name} is {value}; it is 0 or more.")
+                raise UserError(f"usss.{name} is {value}; it is 0 or more.")
         if self.channels < 1:
-            raise ValueError(f"usss.channels is {self.channels}; it is at least 1.")
+            raise UserError(f"usss.channels is {self.channels}; it is at least 1.")
         if not self.temperature > 0:
-            raise ValueError(f"usss.temperature is {self.temperature}; it is above 0.")
+            raise UserError(f"usss.temperature is {self.temperature}; it is above 0.")
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"usss.momentum is {self.momentum}; it lies in 0 to below 1.")
+            raise UserError(f"usss.momentum is {self.momentum}; it lies in 0 to below 1.")
 
 
 class Usss(Segmenter):
@@ -61,7 +62,7 @@ class Usss(Segmenter):
     def __init__(self, *arguments: Any, settings: UsssSettings, seed: int = 0, **options: Any) -> None:
         super().__init__(*arguments, seed=seed, **options)
         if len(self.heads) < 2:
-            raise ValueError(f"method is `usss`, which compares label spaces, but the recipe has {len(self.heads)}. Add a domain, or choose another method.")
+            raise UserError(f"method is `usss`, which compares label spaces, but the recipe has {len(self.heads)}. Add a domain, or choose another method.")
         self.settings = settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(seed, "embedding"))

@@ -17,6 +17,7 @@ import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.context import FeaturePyramid, Projection, PyramidPooling, group_norm
 from multidomain_cct.model.norms import Segments, split_batch_norms
 from multidomain_cct.model.weights import initial_weights
@@ -51,16 +52,16 @@ class EncoderSettings:
     def __post_init__(self) -> None:
         for name, allowed in (("context", CONTEXTS), ("norm", NORMS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"encoder.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
+                raise UserError(f"encoder.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
         if self.width < 1 or self.width % 32:
-            raise ValueError(f"encoder.width is {self.width}; it is a multiple of 32.")
+            raise UserError(f"encoder.width is {self.width}; it is a multiple of 32.")
         if self.stride < 1:
-            raise ValueError(f"encoder.stride is {self.stride}; it is at least 1.")
+            raise UserError(f"encoder.stride is {self.stride}; it is at least 1.")
         if self.checkpoint and self.norm == "per_domain":
             # Activations are computed again when it is no longer known of which domains they are.
-            raise ValueError("encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`.")
+            raise UserError("encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`.")
         if self.checkpoint and self.compile:
-            raise ValueError("encoder.checkpoint and encoder.compile are both set; choose one.")
+            raise UserError("encoder.checkpoint and encoder.compile are both set; choose one.")
 
 
 class Encoder(nn.Module):
@@ -70,7 +71,7 @@ class Encoder(nn.Module):
     deviation: Tensor
 
     def __init__(self, settings: EncoderSettings, domains: Iterable[str]) -> None:
-        """Raises ValueError, with the remedy, for an unknown name, a stride that the trunk cannot have, or weights that do not fit."""
+        """Raises UserError, with the remedy, for an unknown name, a stride that the trunk cannot have, or weights that do not fit."""
         super().__init__()
         self.stride = settings.stride
         self.channels = settings.width
@@ -120,14 +121,14 @@ def build_trunk(settings: EncoderSettings) -> Any:
     """timm's feature extractor: with context `fpn` it returns the levels from the stride to 32, else the last one."""
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(f"encoder.name is {settings.name!r}, which timm does not know. Nearest: {', '.join(near) or 'none'}. All: timm.list_models().")
+        raise UserError(f"encoder.name is {settings.name!r}, which timm does not know. Nearest: {', '.join(near) or 'none'}. All: timm.list_models().")
     with torch.device("meta"):
         facts = _create(settings, {"features_only": True}).feature_info
     reductions: list[int] = facts.reduction()
     options = {"features_only": True} | _level_options(settings, dict(zip(facts.out_indices, reductions, strict=True))) | _pretrained(settings)
     trunk = _create(settings, options)
     if trunk.feature_info.reduction()[0 if settings.context == "fpn" else -1] != settings.stride:
-        raise ValueError(f"{settings.name} cannot give stride {settings.stride}: its strides are {reductions}. Use context `fpn`, or another stride.")
+        raise UserError(f"{settings.name} cannot give stride {settings.stride}: its strides are {reductions}. Use context `fpn`, or another stride.")
     _try_out(trunk, settings)
     return trunk
 
@@ -138,7 +139,7 @@ def _keep_activations_between_stages_only(trunk: Any, settings: EncoderSettings)
         if hasattr(module, "set_grad_checkpointing"):
             module.set_grad_checkpointing(True)
             return
-    raise ValueError(f"encoder.checkpoint is set, but timm cannot compute the activations of {settings.name} again. Leave it out, or use another encoder.")
+    raise UserError(f"encoder.checkpoint is set, but timm cannot compute the activations of {settings.name} again. Leave it out, or use another encoder.")
 
 
 def _level_options(settings: EncoderSettings, levels: Mapping[int, int]) -> dict[str, Any]:
@@ -150,13 +151,13 @@ def _level_options(settings: EncoderSettings, levels: Mapping[int, int]) -> dict
         chosen = tuple(index for index, stride in levels.items() if settings.stride <= stride <= 32)
         if not chosen or levels[chosen[0]] != settings.stride:
             strides = list(levels.values())
-            raise ValueError(
+            raise UserError(
                 f"encoder.stride is {settings.stride}, but {settings.name} has levels at the strides {strides}. With context `fpn` choose one of these, at"
                 " most 32."
             )
         return {"out_indices": chosen}
     if settings.stride not in (8, 16, 32):
-        raise ValueError(f"encoder.stride is {settings.stride}; a CNN has 8, 16 or 32.")
+        raise UserError(f"encoder.stride is {settings.stride}; a CNN has 8, 16 or 32.")
     return {"out_indices": (-1,)} | ({} if settings.stride == 32 else {"output_stride": settings.stride})
 
 
@@ -170,10 +171,10 @@ def _try_out(trunk: nn.Module, settings: EncoderSettings) -> None:
     try:
         maps = trunk(torch.zeros(1, 3, height, width))
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"encoder.name is {settings.name!r}: it takes images of one size only ({str(error)[:120]}). Use another encoder.") from None
+        raise UserError(f"encoder.name is {settings.name!r}: it takes images of one size only ({str(error)[:120]}). Use another encoder.") from None
     found = [tuple(level.shape) for level in maps]
     if found != wanted:
-        raise ValueError(f"encoder.name is {settings.name!r}: its features have the shapes {found}, not {wanted}. Use another encoder.")
+        raise UserError(f"encoder.name is {settings.name!r}: its features have the shapes {found}, not {wanted}. Use another encoder.")
     parameters = list(trunk.parameters())
     gradients = torch.autograd.grad(sum(level.float().sum() for level in maps), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -183,9 +184,9 @@ def _try_out(trunk: nn.Module, settings: EncoderSettings) -> None:
 
 def _require_vit_settings(settings: EncoderSettings, patch: int) -> None:
     if settings.context == "fpn":
-        raise ValueError(f"encoder.context is `fpn`, but {settings.name} has one resolution only. Use context `none` or `psp`.")
+        raise UserError(f"encoder.context is `fpn`, but {settings.name} has one resolution only. Use context `none` or `psp`.")
     if settings.stride != patch:
-        raise ValueError(f"encoder.stride is {settings.stride}, but {settings.name} has the patch stride {patch}. Set encoder.stride={patch}.")
+        raise UserError(f"encoder.stride is {settings.stride}, but {settings.name} has the patch stride {patch}. Set encoder.stride={patch}.")
 
 
 def _pretrained(settings: EncoderSettings) -> dict[str, Any]:
@@ -203,16 +204,16 @@ def _create(settings: EncoderSettings, options: dict[str, Any]) -> Any:
             return timm.create_model(settings.name, **options)
     except TypeError as error:
         # Constructors refuse options they do not have, above all output_stride.
-        raise ValueError(f"{where}: it cannot be built with stride {settings.stride} ({error}). Use context `fpn`, stride 32 or another encoder.") from None
+        raise UserError(f"{where}: it cannot be built with stride {settings.stride} ({error}). Use context `fpn`, stride 32 or another encoder.") from None
     except (NotImplementedError, AssertionError) as error:
-        raise ValueError(
+        raise UserError(
             f"{where}: it cannot be built with stride {settings.stride} ({str(error) or type(error).__name__}). Use context `fpn`, stride 32 or another"
             " encoder."
         ) from None
     except (OSError, RuntimeError) as error:
         if settings.weights != "timm" or "pretrained" not in options:
             raise
-        raise ValueError(_download_failed(settings, error)) from None
+        raise UserError(_download_failed(settings, error)) from None
 
 
 @contextmanager
@@ -263,7 +264,7 @@ class Stages(nn.Module):
 def model_stages(name: str, weights: str) -> Stages:
     """The levels of a timm model as it is published: no dilation; of a plain ViT, every block. `weights` as in EncoderSettings.
 
-    Raises ValueError, with the remedy, for a model without feature maps and for weights that do not fit. timm must know the name.
+    Raises UserError, with the remedy, for a model without feature maps and for weights that do not fit. timm must know the name.
     """
     settings = EncoderSettings(name=name, weights=weights, stride=32, context="none")
     with torch.device("meta"):

@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
 from multidomain_cct.files.strict_yaml import did_you_mean
@@ -22,9 +23,9 @@ from multidomain_cct.training.checkpoints.checkpoint import LoadedRun
 
 
 def require_head(run: LoadedRun, domain: str) -> str:
-    """The domain's name. Raises ValueError when the run has no head for it."""
+    """The domain's name. Raises UserError when the run has no head for it."""
     if domain not in run.domains:
-        raise ValueError(f'{run.folder} has no head for the domain "{domain}". It has: {", ".join(run.domains)}.{did_you_mean(domain, run.domains)}')
+        raise UserError(f'{run.folder} has no head for the domain "{domain}". It has: {", ".join(run.domains)}.{did_you_mean(domain, run.domains)}')
     return domain
 
 
@@ -42,7 +43,7 @@ def evaluate(
     """One score per domain.
 
     `split` None scores each domain's val split of the recipe; `settings` None predicts as in training; `shards` replaces the recipe's folder of shards.
-    `seen` is told each key. Raises ValueError for a domain without a head and FileNotFoundError for a split without shards.
+    `seen` is told each key. Raises UserError for a domain without a head and for a split without shards.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     root = shards or Path(run.recipe.data.shards)
@@ -51,7 +52,7 @@ def evaluate(
         splits = {name: chosen for name, chosen in splits.items() if chosen}
     if not splits or not all(splits.values()):
         name = next((name for name, chosen in splits.items() if not chosen), next(iter(run.domains)))
-        raise ValueError(f"{run.folder}: the recipe gives {name} no val_split, so there is nothing to score by default. Name a split with --split.")
+        raise UserError(f"{run.folder}: the recipe gives {name} no val_split, so there is nothing to score by default. Name a split with --split.")
     opened = {name: Shards.open(root / name, chosen) for name, chosen in splits.items()}
     model, settings = run.model.to(device), settings or run.recipe.evaluation
     return [score(model, opened[name], run.domains[name], splits[name], settings, device=device, workers=workers, seen=seen) for name in splits]

@@ -16,6 +16,7 @@ from PIL import Image
 from multidomain_cct.data.batches.views import image_tensor
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.images import load_image
+from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.results.evaluate import require_head
@@ -54,7 +55,7 @@ def predict(
     have the size of the image turned upright. Images that would meet under one name keep their ending in it: `b.jpg.png`. `progress(images, total)` wraps
     the iteration.
 
-    Raises ValueError or FileNotFoundError, before anything is written, for a domain without a head, a source without images, names that meet
+    Raises UserError, before anything is written, for a domain without a head, a source without images, names that meet
     nevertheless, and an output in place of an input.
     """
     classes = run.domains[require_head(run, domain)]
@@ -68,7 +69,7 @@ def predict(
     for name, path in pairs if progress is None else progress(pairs, len(pairs)):
         try:
             image = load_image(path, str(path))
-        except ValueError as error:
+        except UserError as error:
             summary.unreadable.append(str(error))
             continue
         ids = predicted_ids(model, image, domain, settings, device)
@@ -96,12 +97,12 @@ def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
     """Every image by its name below `out/<kind>`. An image that is reached twice counts once."""
     for source in sources:
         if not (source.is_dir() or source.is_file()):
-            raise FileNotFoundError(f"{source}: there is no such image or folder.")
+            raise UserError(f"{source}: there is no such image or folder.")
     found: dict[Path, tuple[Path, PurePath]] = {}
     for source in sources:
         images = list(_images_in(source, out)) if source.is_dir() else [(source, PurePath(source.name))]
         if not images:
-            raise ValueError(f"{source} holds no images. Images end in {', '.join(ENDINGS)}; hidden files and folders are left out.")
+            raise UserError(f"{source} holds no images. Images end in {', '.join(ENDINGS)}; hidden files and folders are left out.")
         for path, relative in images:
             found.setdefault(_place(path), (path, relative))
     meeting = Counter(relative.with_suffix(".png") for _, relative in found.values())
@@ -110,7 +111,7 @@ def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
         short = relative.with_suffix(".png")
         name = short if meeting[short] == 1 else relative.with_name(relative.name + ".png")
         if name in names:
-            raise ValueError(f"{names[name]} and {path} would both be written as {name}. Predict them one after the other, each with its own --out.")
+            raise UserError(f"{names[name]} and {path} would both be written as {name}. Predict them one after the other, each with its own --out.")
         names[name] = path
     return names
 
@@ -132,10 +133,10 @@ def _require_safe_outputs(images: dict[PurePath, Path], out: Path) -> None:
     for kind in KINDS:
         for place in (out, out / kind):
             if place.exists() and not place.is_dir():
-                raise ValueError(f"{place} is a file; --out names a folder, which receives {', '.join(KINDS)}.")
+                raise UserError(f"{place} is a file; --out names a folder, which receives {', '.join(KINDS)}.")
         for name in images:
             if _place(out / kind / name) in inputs:
-                raise ValueError(f"{out / kind / name} is an input and would be written over. Choose another --out.")
+                raise UserError(f"{out / kind / name} is an input and would be written over. Choose another --out.")
 
 
 def _place(path: Path) -> Path:

@@ -24,6 +24,7 @@ from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import read_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.printable import printable
 from multidomain_cct.results.pictures import error_map, indexed
 from multidomain_cct.results.predict import predicted_ids
@@ -88,7 +89,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, device: torch
     """Write the page and return its path: `out`, or report.html in the run's folder, for several runs beside the first one's folder.
 
     Several runs share their charts, one colour each. Pictures need the val shards and the last checkpoint; a line on the page says so where they are
-    missing. `device` None is the GPU when there is one. Raises FileNotFoundError for a folder that is not a run.
+    missing. `device` None is the GPU when there is one. Raises UserError for a folder that is not a run.
     """
     facts = _read_runs(list(dict.fromkeys(runs)))
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -122,7 +123,7 @@ def last_scores(run: Path) -> dict[str, float]:
 def _read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     for folder in folders:
         if not (folder / "recipe.yaml").is_file():
-            raise FileNotFoundError(f"{folder}: this is not a run's folder (it has no recipe.yaml).")
+            raise UserError(f"{folder}: this is not a run's folder (it has no recipe.yaml).")
     facts, names = [], [folder.resolve().name for folder in folders]
     for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
         recipe, metrics = read_recipe(folder / "recipe.yaml"), folder / "metrics.jsonl"
@@ -197,14 +198,14 @@ def _speed(run: RunFacts) -> dict[str, Any]:
 def _num_images(run: RunFacts, name: str) -> int | None:
     try:
         return len(_val_shards(run, name))
-    except (ValueError, FileNotFoundError):
+    except (UserError, FileNotFoundError):
         return None
 
 
 def _val_shards(run: RunFacts, name: str) -> Shards:
     split = run.recipe.domains[name].val_split
     if not split:
-        raise ValueError("the recipe names no val split")
+        raise UserError("the recipe names no val split")
     return Shards.open(Path(run.recipe.data.shards) / name, split)
 
 
@@ -253,13 +254,13 @@ def _panels(facts: Sequence[RunFacts], specs: Mapping[str, Domain], device: torc
             if name in run.domains and name not in panels and run.domains[name].class_fingerprint == spec.class_fingerprint:
                 try:
                     panels[name] = _chosen_images(_val_shards(run, name), spec, count)
-                except (ValueError, FileNotFoundError) as error:
+                except (UserError, FileNotFoundError) as error:
                     remarks[name].append(f"No pictures from {run.label}: {error}")
     for run in facts:
         wanted = [name for name in panels if name in run.domains]
         try:
             loaded = load_run(run.folder)
-        except (ValueError, FileNotFoundError) as error:
+        except (UserError, FileNotFoundError) as error:
             for name in wanted:
                 remarks[name].append(f"No predictions of {run.label}: {error}")
             continue
@@ -282,7 +283,7 @@ def _chosen_images(shards: Shards, domain: Domain, count: int) -> list[Panel]:
         record = shards.read(by_key[place])
         image, mask = decode(record, domain)
         if mask is None:
-            raise ValueError(f"{record.shard}: key {record.key!r} has no mask.")
+            raise UserError(f"{record.shard}: key {record.key!r} has no mask.")
         size = (min(PANEL_WIDTH, image.width), max(1, round(image.height * min(1, PANEL_WIDTH / image.width))))
         truth = np.asarray(mask.resize(size, Image.Resampling.NEAREST))
         photo = _data_uri(image.resize(size, Image.Resampling.LANCZOS), "JPEG")

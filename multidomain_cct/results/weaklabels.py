@@ -27,6 +27,7 @@ from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.shards.index import index_path, shard_paths
 from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.data.specification import find_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.scoring import confusion_of, mean_iou
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.files.strict_yaml import did_you_mean
@@ -123,24 +124,24 @@ def weak_split(train_split: str) -> str:
 def tagged_domains(recipe: Recipe, folders: Sequence[Path], names: Sequence[str], *, named_by: str, force: bool = False) -> list[TaggedImages]:
     """The images with image-level labels of the named domains, or of all that have such labels.
 
-    Raises ValueError or FileNotFoundError for domains without image-level labels, for lists that do not fit, and, unless `force`, when their pseudo-labels
+    Raises UserError for domains without image-level labels, for lists that do not fit, and, unless `force`, when their pseudo-labels
     are there already.
     """
     for name in names:
         if name not in recipe.domains:
-            raise ValueError(f'--domain is "{name}". {named_by} has: {", ".join(recipe.domains)}.{did_you_mean(name, recipe.domains)}')
+            raise UserError(f'--domain is "{name}". {named_by} has: {", ".join(recipe.domains)}.{did_you_mean(name, recipe.domains)}')
     chosen = list(dict.fromkeys(names)) or [name for name, choice in recipe.domains.items() if choice.image_labels]
     without = [name for name in chosen or recipe.domains if not recipe.domains[name].image_labels]
     if without:
-        raise ValueError(f"{named_by}: domains.{without[0]}.image_labels is empty. Name a text or JSON list of image-level labels, or `masks`.")
+        raise UserError(f"{named_by}: domains.{without[0]}.image_labels is empty. Name a text or JSON list of image-level labels, or `masks`.")
     domains = {name: find_domain(name, folders, named_by=named_by) for name in chosen}
     for name, domain in domains.items():
         split = weak_split(recipe.domains[name].train_split)
         there = shard_paths(Path(recipe.data.shards) / name, split)
         if there and not force:
-            raise ValueError(f"{there[0]} is there already. Train with it: domains.{name}.weak_split={split}; or make it anew with --force.")
+            raise UserError(f"{there[0]} is there already. Train with it: domains.{name}.weak_split={split}; or make it anew with --force.")
         if not classified(domain):
-            raise ValueError(f"{name} has no class beside its background, so image-level labels tell nothing. Add classes to the domain.")
+            raise UserError(f"{name} has no class beside its background, so image-level labels tell nothing. Add classes to the domain.")
     least_share = recipe.pseudo_labels.least_share
     return [open_tagged(domain, recipe.domains[name], recipe.data, least_share=least_share) for name, domain in domains.items()]
 

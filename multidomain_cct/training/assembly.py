@@ -11,6 +11,7 @@ import torch
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.methods.mean_teacher import MeanTeacher
 from multidomain_cct.methods.unimatch import UniMatch
@@ -23,7 +24,7 @@ from multidomain_cct.training.recipe import Recipe
 def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Mapping[str, bool] | None = None, pretrained: bool = True) -> Segmenter:
     """The recipe's network. `unlabelled` says which domains have unlabelled images; heads that see none, and all when it is None, get no auxiliary decoders.
 
-    Lenders of labels are among the domains (`require_lenders`). Raises ValueError for encoder, stride or decoder that do not fit each other.
+    Lenders of labels are among the domains (`require_lenders`). Raises UserError for encoder, stride or decoder that do not fit each other.
     """
     sees_unlabelled = {domains[name].labels_of or name for name, has in (unlabelled or {}).items() if has and uses_unlabelled(recipe, domains[name])}
     tasks = {}
@@ -31,7 +32,7 @@ def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Ma
         perturbations = usable_perturbations(recipe, domain) if recipe.method == "cct" and name in sees_unlabelled else []
         drawn, decoders = recipe.consistency_of(name).sample, len(usable_perturbations(recipe, domain))
         if perturbations and drawn > decoders:
-            raise ValueError(f"domains.{name}: consistency.sample is {drawn}, but there are {decoders} auxiliary decoders. Draw at most so many; 0 takes all.")
+            raise UserError(f"domains.{name}: consistency.sample is {drawn}, but there are {decoders} auxiliary decoders. Draw at most so many; 0 takes all.")
         tasks[name] = Task(
             things=tuple(label.thing for label in domain.classes),
             head=domain.labels_of,
@@ -42,13 +43,17 @@ def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Ma
         )
     common: dict[str, Any] = {"decoder": recipe.decoder, "seed": recipe.seed}
     encoder = recipe.encoder if pretrained else replace(recipe.encoder, weights="none")
-    if recipe.method == "mean_teacher":
-        return MeanTeacher(encoder, tasks, settings=recipe.mean_teacher, **common)
-    if recipe.method == "unimatch":
-        return UniMatch(encoder, tasks, settings=recipe.unimatch, **common)
-    if recipe.method == "usss":
-        return Usss(encoder, tasks, settings=recipe.usss, **common)
-    return CCT(encoder, tasks, **common) if recipe.method == "cct" else Segmenter(encoder, tasks, **common)
+    try:
+        if recipe.method == "mean_teacher":
+            return MeanTeacher(encoder, tasks, settings=recipe.mean_teacher, **common)
+        if recipe.method == "unimatch":
+            return UniMatch(encoder, tasks, settings=recipe.unimatch, **common)
+        if recipe.method == "usss":
+            return Usss(encoder, tasks, settings=recipe.usss, **common)
+        return CCT(encoder, tasks, **common) if recipe.method == "cct" else Segmenter(encoder, tasks, **common)
+    except ValueError as error:
+        # Network and decoders still refuse with ValueError.
+        raise UserError(str(error)) from error
 
 
 def usable_perturbations(recipe: Recipe, domain: Domain) -> list[Perturbation]:
@@ -117,29 +122,29 @@ def compile_encoder(model: Segmenter, batches: Mapping[str, Batch]) -> list[str]
 
 
 def require_lenders(domains: Mapping[str, Domain]) -> None:
-    """Raises ValueError when a domain borrows the labels of one that is not in the recipe."""
+    """Raises UserError when a domain borrows the labels of one that is not in the recipe."""
     for name, domain in domains.items():
         if domain.labels_of and domain.labels_of not in domains:
-            raise ValueError(f'domains.{name} borrows the labels of "{domain.labels_of}", which is not in the recipe. Add it: domains.{domain.labels_of}.')
+            raise UserError(f'domains.{name} borrows the labels of "{domain.labels_of}", which is not in the recipe. Add it: domains.{domain.labels_of}.')
 
 
 def require_training_data(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams], *, taught: Iterable[str] = ()) -> None:
-    """Raises ValueError for parts of the model that would stay as they were drawn.
+    """Raises UserError for parts of the model that would stay as they were drawn.
 
     A label space of which no domain has a labelled image would keep a random main decoder, unless it is among those that were `taught` before (init_from).
     """
     spaces = {*taught, *(stream.domain.labels_of or stream.domain.name for stream in streams if stream.labelled)}
     for name, domain in domains.items():
         if (domain.labels_of or name) not in spaces:
-            raise ValueError(
+            raise UserError(
                 f"domains.{name} has no labelled image, and no other domain with its classes has one, so its main decoder cannot learn. Give it some"
                 " (domains.NAME.labelled), name its pseudo-labels as train_split, or start from a run that has its head (init_from)."
             )
     for stream in streams:
         if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
-            raise ValueError(
+            raise UserError(
                 f"domains.{stream.domain.name} has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded. Leave the domain out,"
                 " or use norm=shared or norm=frozen."
             )
     if recipe.method == "usss" and not any(stream.unlabelled for stream in streams):
-        raise ValueError("method is `usss`, which learns from unlabelled images, and no domain has any. Add some, or use method=supervised.")
+        raise UserError("method is `usss`, which learns from unlabelled images, and no domain has any. Add some, or use method=supervised.")

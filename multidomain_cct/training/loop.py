@@ -36,7 +36,7 @@ class _EvaluationStopped(Exception):
 def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_by: str = "the recipe") -> Path:
     """Train as the recipe says and return the run's folder.
 
-    Raises ValueError or FileNotFoundError, before anything is written, for what the user has to change, RunFailed when the run cannot go on, and RunStopped
+    Raises UserError, before anything is written, for what the user has to change, RunFailed when the run cannot go on, and RunStopped
     when SIGTERM asked it to end and it has saved.
     """
     accelerator = build_accelerator(recipe)

@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from multidomain_cct.data.batches.streams import WEAK_ENDING, DataSettings, DomainSettings
+from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.files.strict_yaml import StrictLoader, did_you_mean, read_yaml
 from multidomain_cct.methods.mean_teacher import MeanTeacherSettings
@@ -60,12 +61,12 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(f"training.precision is {self.precision!r}; it is one of {', '.join(PRECISIONS)}.")
+            raise UserError(f"training.precision is {self.precision!r}; it is one of {', '.join(PRECISIONS)}.")
         for name in ("steps", "accumulation", "log_every", "evaluate_every", "save_every", "keep", "max_skipped"):
             if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it is at least 1.")
+                raise UserError(f"training.{name} is {getattr(self, name)}; it is at least 1.")
         if self.clip < 0:
-            raise ValueError(f"training.clip is {self.clip}; it is 0 or more.")
+            raise UserError(f"training.clip is {self.clip}; it is 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -126,43 +127,43 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.domains:
-            raise ValueError("domains is empty; name at least one, for example `domains: {camvid: {labelled: 50}}`.")
+            raise UserError("domains is empty; name at least one, for example `domains: {camvid: {labelled: 50}}`.")
         if not re.fullmatch(r"[\w.+-]*", self.name) or self.name.startswith("."):
-            raise ValueError(f"name is {self.name!r}; a run's name holds letters, digits, and . _ + - only, and does not start with a dot.")
+            raise UserError(f"name is {self.name!r}; a run's name holds letters, digits, and . _ + - only, and does not start with a dot.")
         if self.resume not in ("never", "auto", "force"):
-            raise ValueError(f"resume is {self.resume!r}; it is `never`, `auto` or `force`.")
+            raise UserError(f"resume is {self.resume!r}; it is `never`, `auto` or `force`.")
         if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; it is one of {', '.join(METHODS)}.{did_you_mean(self.method, METHODS)}")
+            raise UserError(f"method is {self.method!r}; it is one of {', '.join(METHODS)}.{did_you_mean(self.method, METHODS)}")
         if self.method == "usss" and len(self.domains) < 2:
-            raise ValueError("method is `usss`, which compares label spaces, but there is one domain. Add a domain, or choose another method.")
+            raise UserError("method is `usss`, which compares label spaces, but there is one domain. Add a domain, or choose another method.")
         if self.decoder not in DECODERS:
-            raise ValueError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
+            raise UserError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
         for name, choice in self.domains.items():
             if choice.val_split == "test":
-                raise ValueError(
+                raise UserError(
                     f"domains.{name}.val_split is `test`; `best` is chosen on it, and nothing is chosen on a test split. Use `val`, or leave it empty."
                 )
             extra = [*choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
             if choice.train_split in choice.unlabelled_splits or len(set(extra)) < len(extra):
-                raise ValueError(f"domains.{name}.unlabelled_splits names a split twice, or the train_split or weak_split, which have their own keys.")
+                raise UserError(f"domains.{name}.unlabelled_splits names a split twice, or the train_split or weak_split, which have their own keys.")
             if choice.val_split and choice.val_split in extra:
-                raise ValueError(f"domains.{name} trains on its val_split {choice.val_split!r}; what is scored is not trained on. Name another split.")
+                raise UserError(f"domains.{name} trains on its val_split {choice.val_split!r}; what is scored is not trained on. Name another split.")
             if choice.weak_split and not choice.weak_split.endswith(WEAK_ENDING):
-                raise ValueError(
+                raise UserError(
                     f"domains.{name}.weak_split is {choice.weak_split!r}; it names pseudo-labels that `weaklabels` made, whose splits end in {WEAK_ENDING}."
                 )
         for name in self.domains:
             if self.encoder.stride % self.consistency_of(name).stride:
-                raise ValueError(
+                raise UserError(
                     f"domains.{name}: consistency.stride is {self.consistency_of(name).stride}, which does not divide encoder.stride {self.encoder.stride}."
                 )
         crops = {"data.crop": self.data.crop} | {f"domains.{name}.crop": d.crop for name, d in self.domains.items() if d.crop is not None}
         for where, crop in crops.items():
             if len(crop) != 2 or min(crop) < 1:
-                raise ValueError(f"{where} is {crop}; it is [width, height] in pixels.")
+                raise UserError(f"{where} is {crop}; it is [width, height] in pixels.")
             if any(side % self.encoder.stride for side in crop):
                 nearest = [max(1, round(side / self.encoder.stride)) * self.encoder.stride for side in crop]
-                raise ValueError(f"{where} is {crop}, which encoder.stride {self.encoder.stride} does not divide. Use for example {nearest}.")
+                raise UserError(f"{where} is {crop}, which encoder.stride {self.encoder.stride} does not divide. Use for example {nearest}.")
 
     @property
     def folder(self) -> Path:
@@ -194,8 +195,7 @@ class Recipe:
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with dotted `key=value` overrides applied.
 
-    Raises FileNotFoundError when there is no such file and ValueError, with one line that names the file or override and the key, for anything that
-    cannot be used.
+    Raises UserError, with one line that names the file or override and the key, for anything that cannot be used.
     """
     path = _found(path)
     plain = read_yaml(path)
@@ -203,11 +203,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"{override!r} is not an override; write key=value, for example optimiser.lr=0.02.")
+            raise UserError(f"{override!r} is not an override; write key=value, for example optimiser.lr=0.02.")
         try:
             value = yaml.load(text, Loader=StrictLoader)
-        except (yaml.YAMLError, ValueError):
-            raise ValueError(f"{override!r}: the value is not valid YAML.") from None
+        except (yaml.YAMLError, UserError, ValueError):
+            raise UserError(f"{override!r}: the value is not valid YAML.") from None
         _set(plain, key.split("."), value, override)
         sources += f" {override}"
     recipe = recipe_from(plain, sources)
@@ -218,7 +218,7 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
     """A Recipe of plain values, checked key by key. `where` begins every error."""
     domains = plain.get("domains") or {}
     if not isinstance(domains, dict):
-        raise ValueError(f"{where}: domains is {domains!r}; it is a mapping, for example `domains: {{camvid: {{labelled: 50}}}}`.")
+        raise UserError(f"{where}: domains is {domains!r}; it is a mapping, for example `domains: {{camvid: {{labelled: 50}}}}`.")
     plain = {**plain, "domains": {name: value or {} for name, value in domains.items()}}
     _check_keys(plain, Recipe, where, ())
     plain["domains"] = {name: _with_inherited(choice, plain) for name, choice in plain["domains"].items()}
@@ -228,13 +228,14 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
         key = str(error.full_key or error.key)
         reason = str(error.msg or error).splitlines()[0].rstrip(".")
         reason = "a list is expected" if "ListConfig" in reason else reason
-        raise ValueError(f"{where}: {key} is {_at(plain, key)!r}: {reason}. See docs/recipe.md for its type.") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {key} is {_at(plain, key)!r}: {reason}. See docs/recipe.md for its type.") from None
+    except (UserError, ValueError) as error:
+        # Settings of the model still refuse with ValueError.
+        raise UserError(f"{where}: {error}") from error
     assert isinstance(recipe, Recipe)
     for key, value in _flat(asdict(recipe)).items():
         if any(isinstance(number, float) and not math.isfinite(number) for number in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{where}: {key} is {value}; it is a finite number.")
+            raise UserError(f"{where}: {key} is {value}; it is a finite number.")
     return recipe
 
 
@@ -282,7 +283,7 @@ def _found(path: Path) -> Path:
     for folder in (package / "recipes", package.parent / "recipes"):
         if path.parent.name in ("", "recipes") and (folder / path.name).is_file():
             return folder / path.name
-    raise FileNotFoundError(f"{path}: there is no such recipe. A recipe is a YAML file such as recipes/demo.yaml.")
+    raise UserError(f"{path}: there is no such recipe. A recipe is a YAML file such as recipes/demo.yaml.")
 
 
 def _set(plain: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -292,7 +293,7 @@ def _set(plain: dict[str, Any], keys: list[str], value: Any, override: str) -> N
             plain[key] = {}
         plain = plain[key]
         if not isinstance(plain, dict):
-            raise ValueError(f"{override!r}: {'.'.join(keys[: position + 1])} is a value, not a section.")
+            raise UserError(f"{override!r}: {'.'.join(keys[: position + 1])} is a value, not a section.")
     plain[last] = value
 
 
@@ -300,18 +301,18 @@ def _check_keys(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> Non
     """Refuse keys that no field has, and strings that OmegaConf would interpolate."""
     here = ".".join(path)
     if isinstance(value, str) and "${" in value:
-        raise ValueError(f"{where}: {here} is {value!r}; recipes hold plain values, without ${{...}}.")
+        raise UserError(f"{where}: {here} is {value!r}; recipes hold plain values, without ${{...}}.")
     if get_origin(kind) is UnionType and value is not None:
         kind = get_args(kind)[0]
     if is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: {here} is {value!r}; it is a section with the keys {', '.join(f.name for f in fields(kind))}.")
+            raise UserError(f"{where}: {here} is {value!r}; it is a section with the keys {', '.join(f.name for f in fields(kind))}.")
         types = get_type_hints(kind)
         hints = {f.name: types[f.name] for f in fields(kind)}
         for key, item in value.items():
             if key not in hints:
                 full = ".".join((*path, str(key)))
-                raise ValueError(
+                raise UserError(
                     f'{where}: unknown key "{full}". Allowed {f"in {here}" if here else "at the top"}: {", ".join(hints)}.{did_you_mean(str(key), hints)}'
                 )
             _check_keys(item, hints[key], where, (*path, str(key)))

@@ -17,6 +17,7 @@ from multidomain_cct.data.batches.streams import DomainStreams, open_streams
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.assembly import build_model, require_lenders, require_training_data, uses_unlabelled
 from multidomain_cct.training.assembly import notices as model_notices
@@ -55,7 +56,7 @@ class Run:
 def open_run(recipe: Recipe, folders: Sequence[Path], stop: StopRequest, *, named_by: str) -> tuple[Run, RunState, Start]:
     """Everything that the loop needs, the state in which it begins, and what the user should know.
 
-    Raises ValueError or FileNotFoundError, in all processes, for what the user has to change.
+    Raises UserError, in all processes, for what the user has to change.
     """
     accelerator = stop.accelerator
     with mistakes_in_common(accelerator):
@@ -96,28 +97,32 @@ def _initial_model(recipe: Recipe, domains: Mapping[str, Domain], streams: Seque
 
 
 def _require_the_same_start(recipe: Recipe, start: Start, accelerator: Accelerator) -> None:
-    """Raises ValueError when the processes do not begin at the same checkpoint: each would train another run."""
+    """Raises UserError when the processes do not begin at the same checkpoint: each would train another run."""
     found: list[str] = gather_object([start.checkpoint.name if start.checkpoint else "no checkpoint"])
     if len(set(found)) > 1:
         listed = ", ".join(f"rank {rank} finds {name}" for rank, name in enumerate(found))
-        raise ValueError(f"{recipe.folder} is not the same for all processes: {listed}. Put `runs` on storage that all nodes share.")
+        raise UserError(f"{recipe.folder} is not the same for all processes: {listed}. Put `runs` on storage that all nodes share.")
 
 
 def build_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate as the recipe needs it. Raises ValueError for trackers that are not installed and for a precision that the device does not have."""
+    """Accelerate as the recipe needs it. Raises UserError for trackers that are not installed and for a precision that the device does not have."""
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in recipe.training.trackers:
         # Accelerate would leave it out in silence.
         if name not in available:
-            raise ValueError(f"training.trackers names {name!r}. Installed: {', '.join(available) or 'none'}. For example: pip install tensorboard")
-    accelerator = Accelerator(
-        # Without being told, Accelerate runs each process of a CPU launch on its own.
-        cpu=not torch.accelerator.is_available(),
-        mixed_precision=recipe.training.precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.data.schedule == "alternate")],
-        log_with=recipe.training.trackers or None,
-        project_dir=recipe.folder,
-    )
+            raise UserError(f"training.trackers names {name!r}. Installed: {', '.join(available) or 'none'}. For example: pip install tensorboard")
+    try:
+        accelerator = Accelerator(
+            # Without being told, Accelerate runs each process of a CPU launch on its own.
+            cpu=not torch.accelerator.is_available(),
+            mixed_precision=recipe.training.precision,
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=recipe.data.schedule == "alternate")],
+            log_with=recipe.training.trackers or None,
+            project_dir=recipe.folder,
+        )
+    except ValueError as error:
+        # A precision that the device does not have; and what Accelerate finds in the environment.
+        raise UserError(f"training.precision is `{recipe.training.precision}`: Accelerate cannot be set up as asked ({error}).") from error
     if recipe.training.precision == "fp16" and accelerator.device.type == "cpu":
-        raise ValueError("training.precision is `fp16`, which Accelerate leaves out in silence on a CPU. Use `bf16` or `no` there.")
+        raise UserError("training.precision is `fp16`, which Accelerate leaves out in silence on a CPU. Use `bf16` or `no` there.")
     return accelerator

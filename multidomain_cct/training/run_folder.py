@@ -13,6 +13,7 @@ import yaml
 
 from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import make_folder, replace_text
 from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint, read_state
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe
@@ -33,15 +34,15 @@ class Start:
 def find_start(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams]) -> Start:
     """Where the recipe's run begins: anew, or at the newest whole checkpoint of its folder.
 
-    Raises ValueError rather than touch a folder that holds another run, or go on with other settings or data than it had.
+    Raises UserError rather than touch a folder that holds another run, or go on with other settings or data than it had.
     """
     folder = recipe.folder
     if not folder.exists() or _never_began(folder):
         return Start()
     if recipe.resume == "never":
-        raise ValueError(f"{folder} exists. Continue it with resume=auto, or start another run with name=OTHER.")
+        raise UserError(f"{folder} exists. Continue it with resume=auto, or start another run with name=OTHER.")
     if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{folder} exists and is not a run (it has no recipe.yaml). Choose another name=.")
+        raise UserError(f"{folder} exists and is not a run (it has no recipe.yaml). Choose another name=.")
     checkpoint, warnings = newest_checkpoint(folder / "checkpoints")
     settings = differences(read_recipe(folder / "recipe.yaml"), recipe) + _changed_domains(folder, domains)
     data = [] if checkpoint is None else _changed_data(read_state(checkpoint).fingerprints, fingerprints(recipe, streams))
@@ -50,9 +51,9 @@ def find_start(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[
         return Start(checkpoint, (*warnings, *(f"resume=force goes on although {change}" for change in forced)), forced)
     otherwise = "start another run with name=OTHER, or go on all the same with resume=force, which env.json records."
     if settings:
-        raise ValueError(f"{folder} is a run of another recipe: {_some(settings)}. Take these back, {otherwise}")
+        raise UserError(f"{folder} is a run of another recipe: {_some(settings)}. Take these back, {otherwise}")
     if data:
-        raise ValueError(f"{folder} was trained on other data in {_some(data)}. Restore them, {otherwise}")
+        raise UserError(f"{folder} was trained on other data in {_some(data)}. Restore them, {otherwise}")
     return Start(checkpoint, tuple(warnings))
 
 
@@ -100,7 +101,10 @@ def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], environment:
     for name, domain in domains.items():
         replace_text(recipe.folder / "domains" / f"{name}.yaml", domain.to_yaml())
     path = recipe.folder / "env.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise UserError(f"{path}: this is not the record of a run's environment. Remove it to go on without the earlier starts.") from None
     # The first start is what made the run; later ones are listed under it.
     content = earlier | {"resumed": [*earlier.get("resumed", []), environment]} if earlier else environment
     replace_text(path, json.dumps(content, indent=1))

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from multidomain_cct.errors import UserError
+
 SCHEDULES = ("poly", "cosine", "constant")
 
 
@@ -35,16 +37,16 @@ class OptimiserSettings:
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adamw"):
-            raise ValueError(f"optimiser.name is {self.name!r}; it is one of sgd, adamw.")
+            raise UserError(f"optimiser.name is {self.name!r}; it is one of sgd, adamw.")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"optimiser.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
+            raise UserError(f"optimiser.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
         if not self.lr > 0:
-            raise ValueError(f"optimiser.lr is {self.lr}; it is above 0.")
+            raise UserError(f"optimiser.lr is {self.lr}; it is above 0.")
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"optimiser.momentum is {self.momentum}; it lies in 0 to below 1.")
+            raise UserError(f"optimiser.momentum is {self.momentum}; it lies in 0 to below 1.")
         for name, value in (("trunk_factor", self.trunk_factor), ("weight_decay", self.weight_decay), ("power", self.power), ("warmup", self.warmup)):
             if value < 0:
-                raise ValueError(f"optimiser.{name} is {value}; it is 0 or more.")
+                raise UserError(f"optimiser.{name} is {value}; it is 0 or more.")
 
 
 def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> float:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multidomain_cct.data.domain import IGNORE
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
 from multidomain_cct.model.network import whole_image_logits
@@ -49,21 +50,21 @@ class PseudoLabelSettings:
     def __post_init__(self) -> None:
         for name in ("steps", "batch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"pseudo_labels.{name} is {getattr(self, name)}; it is at least 1.")
+                raise UserError(f"pseudo_labels.{name} is {getattr(self, name)}; it is at least 1.")
         if not self.lr > 0:
-            raise ValueError(f"pseudo_labels.lr is {self.lr}; it is above 0.")
+            raise UserError(f"pseudo_labels.lr is {self.lr}; it is above 0.")
         if not 0 <= self.least_share < 1:
-            raise ValueError(f"pseudo_labels.least_share is {self.least_share}; it lies in 0 to below 1.")
+            raise UserError(f"pseudo_labels.least_share is {self.least_share}; it lies in 0 to below 1.")
         if not self.scales or min(self.scales) <= 0:
-            raise ValueError(f"pseudo_labels.scales is {self.scales}; at least one, each above 0.")
+            raise UserError(f"pseudo_labels.scales is {self.scales}; at least one, each above 0.")
         if not 0 < self.background <= self.foreground < 1:
-            raise ValueError(
+            raise UserError(
                 f"pseudo_labels.background is {self.background} and pseudo_labels.foreground {self.foreground}; it is 0 < background <= foreground < 1."
             )
         if not 0 < self.most_common <= 1:
-            raise ValueError(f"pseudo_labels.most_common is {self.most_common}; it lies above 0 and is at most 1.")
+            raise UserError(f"pseudo_labels.most_common is {self.most_common}; it lies above 0 and is at most 1.")
         if not 0 < self.confidence < 1:
-            raise ValueError(f"pseudo_labels.confidence is {self.confidence}; it lies between 0 and 1.")
+            raise UserError(f"pseudo_labels.confidence is {self.confidence}; it lies between 0 and 1.")
 
 
 class ClassHead(nn.Module):
@@ -93,7 +94,7 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, encoder: EncoderSettings, shares: Mapping[str, Sequence[float]], *, seed: int = 0) -> None:
-        """`shares` is, by domain, the share of the images that show each of its K classes. Raises ValueError for encoder settings that do not fit."""
+        """`shares` is, by domain, the share of the images that show each of its K classes. Raises UserError for encoder settings that do not fit."""
         super().__init__()
         # Building draws random numbers; the caller's generator is left as it was.
         with torch.random.fork_rng(devices=[]):

@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from multidomain_cct.errors import UserError
+
 _TINY = 1e-10
 """Smallest probability a unary term may have: -log of 0 would keep a class out whatever its surroundings say."""
 
@@ -41,14 +43,14 @@ class CrfSettings:
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
-            raise ValueError(f"crf.iterations is {self.iterations}; it is at least 0.")
+            raise UserError(f"crf.iterations is {self.iterations}; it is at least 0.")
         for name in ("smooth_position", "color_position", "color_value"):
             # Smaller ones separate every pixel from every other, and cost a lattice point for each.
             if not getattr(self, name) >= 1:
-                raise ValueError(f"crf.{name} is {getattr(self, name)}; a deviation is at least 1, in pixels or steps of colour.")
+                raise UserError(f"crf.{name} is {getattr(self, name)}; a deviation is at least 1, in pixels or steps of colour.")
         for name in ("smooth_weight", "color_weight"):
             if getattr(self, name) < 0:
-                raise ValueError(f"crf.{name} is {getattr(self, name)}; it is 0 or more.")
+                raise UserError(f"crf.{name} is {getattr(self, name)}; it is 0 or more.")
 
 
 def dense_crf(probabilities: Tensor, image: Tensor, settings: CrfSettings) -> Tensor:

@@ -18,6 +18,7 @@ from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, D
 from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.strict_yaml import did_you_mean
 
 FROM_MASKS = "masks"
@@ -74,8 +75,8 @@ def classified(domain: Domain) -> tuple[int, ...]:
 def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, least_share: float) -> TaggedImages:
     """The images with image-level labels, and those of the labelled budget, whose classes are read from their masks.
 
-    A class counts as shown by a mask when it has at least `least_share` of its pixels. Raises ValueError, naming file, key and class, for a list that does
-    not fit the domain, and FileNotFoundError when the list or the shards are missing.
+    A class counts as shown by a mask when it has at least `least_share` of its pixels. Raises UserError, naming file, key and class, for a list that does
+    not fit the domain, and when the list or the shards are missing.
     """
     trained = open_streams(domain, choice, data, use_unlabelled=False)
     train = trained.sources[0]
@@ -87,12 +88,12 @@ def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, l
     if choice.image_labels == FROM_MASKS:
         numbers = np.flatnonzero(train.labelled).tolist()
         if not numbers:
-            raise ValueError(f"domains.{domain.name}.image_labels is `masks`, but the split {choice.train_split!r} has none. Name a list instead.")
+            raise UserError(f"domains.{domain.name}.image_labels is `masks`, but the split {choice.train_split!r} has none. Name a list instead.")
         shown = classes_of_masks(train, domain, numbers, least_share=least_share)
     else:
         path = Path(choice.image_labels)
         if not path.is_file():
-            raise FileNotFoundError(f"domains.{domain.name}.image_labels is {choice.image_labels!r}; it is `masks`, or a text or JSON file that is there.")
+            raise UserError(f"domains.{domain.name}.image_labels is {choice.image_labels!r}; it is `masks`, or a text or JSON file that is there.")
         shown = read_image_labels(path, domain, places)
     budget = [number for _, number in trained.labelled if train.keys[number] not in shown]
     known = shown | classes_of_masks(train, domain, budget, least_share=least_share)
@@ -128,27 +129,27 @@ def read_image_labels(path: Path, domain: Domain, keys: Collection[str]) -> dict
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise ValueError(f"{path}: this is not text in UTF-8. Image-level labels are a text list (`key class class`) or JSON ({{key: [class]}}).") from None
+        raise UserError(f"{path}: this is not text in UTF-8. Image-level labels are a text list (`key class class`) or JSON ({{key: [class]}}).") from None
     rows = _json_rows(path, text) if path.suffix.lower() == ".json" else _text_rows(path, text)
     ids = {label.name: train_id for train_id, label in enumerate(domain.classes)}
     shown: dict[str, frozenset[int]] = {}
     for where, key, names in rows:
         if key in shown:
-            raise ValueError(f"{where}: the key {key!r} is listed twice. An image has one line with all its classes.")
+            raise UserError(f"{where}: the key {key!r} is listed twice. An image has one line with all its classes.")
         if key not in keys:
-            raise ValueError(
+            raise UserError(
                 f"{where}: the key {key!r} is none of the {len(keys)} images in the training and unlabelled splits of {domain.name}.{did_you_mean(key, keys)}"
             )
         if not names:
-            raise ValueError(f"{where}: the key {key!r} has no class. Name the classes that the image shows, or leave the image out.")
+            raise UserError(f"{where}: the key {key!r} has no class. Name the classes that the image shows, or leave the image out.")
         for name in names:
             if name not in ids:
                 # Without quotes, a name with spaces falls apart.
                 quotes = ' Names with spaces stand in double quotes: "a name".' if any(" " in known for known in ids) else ""
-                raise ValueError(f"{where}: the key {key!r} has the class {name!r}. Known: {', '.join(ids)}.{quotes}{did_you_mean(name, ids)}")
+                raise UserError(f"{where}: the key {key!r} has the class {name!r}. Known: {', '.join(ids)}.{quotes}{did_you_mean(name, ids)}")
         shown[key] = frozenset(ids[name] for name in names)
     if not shown:
-        raise ValueError(f"{path}: no image is listed. Image-level labels are a text list (`key class class`) or JSON ({{key: [class]}}).")
+        raise UserError(f"{path}: no image is listed. Image-level labels are a text list (`key class class`) or JSON ({{key: [class]}}).")
     return shown
 
 
@@ -169,12 +170,12 @@ def _json_rows(path: Path, text: str) -> Iterable[tuple[str, str, list[str]]]:
         # Pairs, for a dictionary would keep the last of two equal keys in silence.
         pairs = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: line {error.lineno}: this is not valid JSON ({error.msg}).") from None
+        raise UserError(f"{path}: line {error.lineno}: this is not valid JSON ({error.msg}).") from None
     if not isinstance(pairs, _Pairs):
-        raise ValueError(f"{path}: holds {type(pairs).__name__}; image-level labels in JSON are {{key: [class, ...]}}.")
+        raise UserError(f"{path}: holds {type(pairs).__name__}; image-level labels in JSON are {{key: [class, ...]}}.")
     for key, names in pairs:
         if not isinstance(names, list) or isinstance(names, _Pairs) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"{path}: the key {key!r} has {json.dumps(names)[:60]}; it has a list of class names.")
+            raise UserError(f"{path}: the key {key!r} has {json.dumps(names)[:60]}; it has a list of class names.")
         yield str(path), key, names
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
 from multidomain_cct.data.specification import domain_folders, find_domain, known_domains, read_domain
+from multidomain_cct.errors import UserError
 
 SHIPPED = Path(__file__).parents[2] / "domains"
 
@@ -187,7 +188,7 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
 def test_what_cannot_be_used_is_named_in_one_line_with_its_file(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert STREET.count(old) == 1
     path = write(tmp_path, STREET.replace(old, new))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         read_domain(path)
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
@@ -195,18 +196,18 @@ def test_what_cannot_be_used_is_named_in_one_line_with_its_file(tmp_path: Path, 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "classes\n"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ValueError, match="a mapping of keys to values is expected"):
+    with pytest.raises(UserError, match="a mapping of keys to values is expected"):
         read_domain(write(tmp_path, text))
 
 
 def test_more_classes_than_a_mask_can_hold_are_refused(tmp_path: Path) -> None:
     rows = "".join(f"  - {{name: c{i}, color: [{i % 256}, {i // 256}, 1]}}\n" for i in range(256))
-    with pytest.raises(ValueError, match="classes has 256 rows; masks are 8 bits wide, so at most 255 classes fit"):
+    with pytest.raises(UserError, match="classes has 256 rows; masks are 8 bits wide, so at most 255 classes fit"):
         read_domain(write(tmp_path, f"layout: toy\nsplits: [train]\nclasses:\n{rows}"))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="street.yaml: there is no such file"):
+    with pytest.raises(UserError, match="street.yaml: there is no such file"):
         read_domain(tmp_path / "street.yaml")
 
 
@@ -224,12 +225,12 @@ def test_a_folder_that_is_named_comes_before_the_others(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_named_and_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^--domains: .*mine: there is no such folder\.$"):
+    with pytest.raises(UserError, match=r"^--domains: .*mine: there is no such folder\.$"):
         domain_folders(extra=[tmp_path / "mine"])
 
 
 def test_an_unknown_domain_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match=r'recipes/cs_sun.yaml names the domain "citscapes". Known: .*camvid, .*cityscapes, .*Did you mean "cityscapes"\?'):
+    with pytest.raises(UserError, match=r'recipes/cs_sun.yaml names the domain "citscapes". Known: .*camvid, .*cityscapes, .*Did you mean "cityscapes"\?'):
         find_domain("citscapes", [SHIPPED], named_by="recipes/cs_sun.yaml")
 
 
@@ -284,7 +285,7 @@ def test_a_borrower_is_written_with_its_classes_and_read_back_alone(lent: Path, 
 def test_labels_that_cannot_be_borrowed_are_named_in_one_line_with_their_file(lent: Path, old: str, new: str, message: str) -> None:
     write(lent, BORROWER, "night.yaml")
     path = write(lent, BORROWER.replace(old, new, 1), "dusk.yaml")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         find_domain("dusk", [lent])
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings, batch_probabilities, predict_probabilities
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.network import Segmenter, Task
@@ -141,6 +142,6 @@ def test_a_batch_gives_what_its_images_give_alone(settings: dict[str, object]) -
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         InferenceSettings(**settings)  # type: ignore[arg-type]
     assert str(caught.value) == message

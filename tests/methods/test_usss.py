@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.usss import Usss, UsssSettings
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings
@@ -167,7 +168,7 @@ def test_domains_that_share_labels_are_one_label_space() -> None:
 
 
 def test_one_label_space_is_refused_however_many_domains_share_it() -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         network({"street": TASKS["street"], "dusk": replace(TASKS["street"], head="street")})
     assert str(caught.value) == ("method is `usss`, which compares label spaces, but the recipe has 1. Add a domain, or choose another method.")
 

@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.context import PyramidPooling
 from multidomain_cct.model.encoder import Encoder, EncoderSettings, build_trunk
 from multidomain_cct.model.norms import PerDomainNorm, Segments
@@ -27,7 +28,7 @@ def pictures(count: int, height: int = 64, width: int = 64, seed: int = 0) -> Te
 
 
 def refused(**settings: object) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         encoder(**settings)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     return str(caught.value)

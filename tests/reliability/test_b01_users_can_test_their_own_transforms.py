@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from forgetful import train_with_a_forgetful_transform
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.testing import assert_resumes_exactly
 from multidomain_cct.training.recipe import Recipe
 
@@ -13,7 +14,7 @@ TinyRecipe = Callable[..., Recipe]
 def test_a_recipe_as_it_should_be_passes(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
     recipe = tiny_recipe(training__steps=4, data__workers=1)
     assert_resumes_exactly(recipe, [two_domains / "domains"], tmp_path / "comparison")
-    with pytest.raises(ValueError, match="straight exists. Give a workspace without"):
+    with pytest.raises(UserError, match="straight exists. Give a workspace without"):
         assert_resumes_exactly(recipe, [two_domains / "domains"], tmp_path / "comparison")
 
 
@@ -23,5 +24,5 @@ def test_a_transform_with_a_state_of_its_own_is_found(tiny_recipe: TinyRecipe, t
 
 
 def test_runs_that_cannot_be_compared_say_why(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="training.steps is 1; a run that is interrupted needs 2 or more"):
+    with pytest.raises(UserError, match="training.steps is 1; a run that is interrupted needs 2 or more"):
         assert_resumes_exactly(tiny_recipe(training__steps=1), [two_domains / "domains"], tmp_path)

@@ -7,6 +7,7 @@ from processes import start
 from run_files import steps_of
 
 from multidomain_cct.__main__ import main
+from multidomain_cct.errors import UserError
 from multidomain_cct.training.checkpoints.checkpoint import choose_checkpoint, damage, newest_checkpoint
 
 FILES = ("model.safetensors", "optimiser.safetensors", "state.json", "MANIFEST.json")
@@ -36,7 +37,7 @@ def test_automatic_choice_passes_over_it_with_one_warning_and_an_explicit_one_is
     found, warnings = newest_checkpoint(run / "checkpoints")
     assert found == before and len(warnings) == 1 and warnings[0].startswith(f"{newest} is damaged (") and file in warnings[0]
     for which in ("last", str(newest)):
-        with pytest.raises(ValueError, match=f"{newest.name} is damaged .*{file}.*Choose another with --checkpoint"):
+        with pytest.raises(UserError, match=f"{newest.name} is damaged .*{file}.*Choose another with --checkpoint"):
             choose_checkpoint(run, which)
 
 
@@ -60,7 +61,7 @@ def test_when_none_is_whole_nothing_is_used(command: Callable[..., list[str]], t
     run = shutil.copytree(tiny_run, tmp_path / "run")
     for step in steps_of(run):
         (run / "checkpoints" / f"step-{step:08d}" / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="no checkpoint is whole"):
         newest_checkpoint(run / "checkpoints")
     assert main(["evaluate", str(run)]) == 2
     assert "is damaged (state.json has 2 bytes" in capsys.readouterr().err

@@ -11,6 +11,7 @@ from run_files import rewrite_manifest, steps_of
 from safetensors.torch import load_file, save_file
 
 from multidomain_cct.data.specification import read_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.assembly import build_model
 from multidomain_cct.training.checkpoints.checkpoint import load_checkpoint, read_state
@@ -35,7 +36,7 @@ def saved(request: pytest.FixtureRequest, tiny_training: Callable[..., Path], tm
 def refusal(checkpoint: Path, saved: Checkpoint) -> str:
     """The one line with which a tampered checkpoint, whose manifest says that it is whole, is refused."""
     rewrite_manifest(checkpoint)
-    with pytest.raises(ValueError) as refused:
+    with pytest.raises(UserError) as refused:
         load_checkpoint(checkpoint, saved[1], saved[2])
     line = str(refused.value)
     assert line.startswith(str(checkpoint)) and "\n" not in line

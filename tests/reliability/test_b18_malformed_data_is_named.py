@@ -29,6 +29,7 @@ from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.shards.index import IMAGE as IMAGE_COLUMN
 from multidomain_cct.data.shards.index import ShardIndex, index_path
 from multidomain_cct.data.shards.scan import index_shard
+from multidomain_cct.errors import UserError
 
 DOMAIN = Domain("yard", "folder", {"train": Split("*.jpg", "*.png")}, (LabelClass("ground", (0, 0, 0)), LabelClass("cat", (9, 9, 9))))
 SAMPLES, BAD = 9, "image_4"
@@ -147,7 +148,7 @@ def test_b18_a_bad_sample_ends_the_run_by_name_or_is_skipped_and_counted(tmp_pat
     member, content, reason = SAMPLE_FAULTS[fault]
     for name, rows in (("good", members()), ("bad", with_member(member, content))):
         index_shard(write_tar(tmp_path / name / "yard/train-00000.tar", rows))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         one_epoch(tmp_path / "bad")
     line, field = str(error.value), reason.partition(":")[0]
     assert "train-00000.tar" in line and repr(BAD) in line and field in line and "\n" not in line
@@ -167,12 +168,12 @@ def test_b18_the_count_of_bytes_that_changed_after_indexing_is_exact(tmp_path: P
     for row, column in ((1, 0), (4, 1), (7, 0)):
         content[index.offset[row, column] + 30] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="the bytes differ from what was indexed"):
+    with pytest.raises(UserError, match="the bytes differ from what was indexed"):
         one_epoch(tmp_path)
     reasons = Counter(skip.reason for batch in one_epoch(tmp_path, on_bad="skip", max_bad_fraction=0.5) for skip in batch.skipped)
     assert reasons == {"image: bytes differ from the index": 2, "mask: bytes differ from the index": 1}
     with pytest.raises(
-        ValueError, match=r"yard: \d of \d images cannot be used \(.*\), more than data.max_bad_fraction 0.2 allows. The last: .*train-00000.tar"
+        UserError, match=r"yard: \d of \d images cannot be used \(.*\), more than data.max_bad_fraction 0.2 allows. The last: .*train-00000.tar"
     ):
         one_epoch(tmp_path, on_bad="skip", max_bad_fraction=0.2)
 
@@ -181,7 +182,7 @@ def test_b18_when_nothing_can_stand_in_the_run_ends(tmp_path: Path) -> None:
     index_shard(write_tar(tmp_path / "yard/train-00000.tar", [(f"image_{n}.jpg", b"no image") for n in range(3)]))
     data = DataSettings(shards=str(tmp_path), unlabelled_batch=1, crop=[16, 16], on_bad="skip", max_bad_fraction=1.0)
     streams = open_streams(DOMAIN, DomainSettings(labelled="none"), data)
-    with pytest.raises(ValueError, match="the last of 3 neighbouring samples that cannot be used"):
+    with pytest.raises(UserError, match="the last of 3 neighbouring samples that cannot be used"):
         list(steps(TrainingSet([streams], seed=3, augment=Augment()), 0, 1, workers=0))
 
 
@@ -198,10 +199,10 @@ def test_b18_a_malformed_shard_is_refused_before_a_run_sees_it_whatever_becomes_
     else:
         write, message = FILE_FAULTS[fault]
         write(path)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         index_shard(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match="has no index. Build it"):
+    with pytest.raises(UserError, match="has no index. Build it"):
         one_epoch(tmp_path, on_bad=on_bad)
     record_property("B18", f"{len(SHARD_FAULTS) + len(FILE_FAULTS)} kinds of malformed shards refused in both modes")
 

@@ -17,6 +17,7 @@ from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import Domain, LabelClass
 from multidomain_cct.data.shards.reader import BadSample, Shards
 from multidomain_cct.data.shards.scan import Extensions, index_shard
+from multidomain_cct.errors import UserError
 
 ENDINGS = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "so", "dill", "joblib", "PKL", "Pth", "pkl.gz", "jpg.gz", "jpg.pkl", "py", "")
 DOMAIN = Domain("yard", "folder", {}, (LabelClass("ground", (0, 0, 0)),))
@@ -52,10 +53,10 @@ def test_b22_members_that_could_be_run_are_refused_by_name(tmp_path: Path, recor
         for ending in ENDINGS:
             name = f"a.{ending}" if ending else "a"
             path = write_tar(tmp_path / "train-00000.tar", [("a.jpg", jpeg()), (name, content)])
-            with pytest.raises(ValueError) as error:
+            with pytest.raises(UserError) as error:
                 index_shard(path)
             assert repr(name) in str(error.value) and str(path) in str(error.value), kind
-            with pytest.raises(FileNotFoundError, match="has no index"):
+            with pytest.raises(UserError, match="has no index"):
                 Shards.of([path])
             tried += 1
     assert not canary.exists()

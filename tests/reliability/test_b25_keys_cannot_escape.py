@@ -19,6 +19,7 @@ from multidomain_cct.commands.terminal import complain, say
 from multidomain_cct.data.shards.index import ShardIndex, index_path
 from multidomain_cct.data.shards.scan import index_shard
 from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.printable import printable
 from multidomain_cct.training.runlog import RunLog
 
@@ -54,7 +55,7 @@ def test_b25_a_key_is_refused_by_the_index_or_is_a_name_that_can_do_no_harm(tmp_
     path = tar_of(tmp_path / "train-00000.tar", key)
     try:
         (found,) = index_shard(path).keys
-    except ValueError as error:
+    except UserError as error:
         assert str(error).isprintable()
         return
     assert found.isprintable() and not found.startswith("/") and ".." not in found.split("/") and len(found) <= 240
@@ -63,7 +64,7 @@ def test_b25_a_key_is_refused_by_the_index_or_is_a_name_that_can_do_no_harm(tmp_
 def test_b25_an_index_from_elsewhere_cannot_bring_in_other_keys(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "train-00000.tar", "good")
     replace(index_shard(path), keys=("esc\x1b[2J",)).save(index_path(path))
-    with pytest.raises(ValueError, match="the index holds keys with control characters") as error:
+    with pytest.raises(UserError, match="the index holds keys with control characters") as error:
         ShardIndex.load(index_path(path))
     assert str(error.value).isprintable()
 

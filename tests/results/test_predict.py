@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from multidomain_cct.data.batches.views import image_tensor
+from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
 from multidomain_cct.results.predict import PredictSummary, predict
 from multidomain_cct.training.checkpoints.checkpoint import LoadedRun, load_run
@@ -101,7 +102,7 @@ def test_images_that_differ_in_their_ending_only_keep_it(run: LoadedRun, tmp_pat
 
 def test_images_of_one_name_from_two_folders_are_refused(run: LoadedRun, tmp_path: Path) -> None:
     draw(tmp_path / "one/b.jpg"), draw(tmp_path / "two/b.jpg")
-    with pytest.raises(ValueError, match=r"one/b\.jpg and .*two/b\.jpg would both be written as b\.jpg\.png.*--out"):
+    with pytest.raises(UserError, match=r"one/b\.jpg and .*two/b\.jpg would both be written as b\.jpg\.png.*--out"):
         segment(run, [tmp_path / "one", tmp_path / "two"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +137,7 @@ def test_an_input_is_never_written_over(run: LoadedRun, tmp_path: Path, link: bo
     if link:
         source = tmp_path / "a.png"
         source.symlink_to(image)
-    with pytest.raises(ValueError, match=r"color/a\.png is an input and would be written over"):
+    with pytest.raises(UserError, match=r"color/a\.png is an input and would be written over"):
         segment(run, [source], tmp_path)
     assert image.read_bytes() == content and not (tmp_path / "index").exists()
 
@@ -159,27 +160,27 @@ def test_nothing_is_written_outside_the_output_folder(run: LoadedRun, tmp_path: 
 
 
 def test_a_domain_without_a_head_is_refused_with_those_there_are(run: LoadedRun, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'no head for the domain "feilds"\. It has: fields, shapes\. Did you mean "fields"\?'):
+    with pytest.raises(UserError, match=r'no head for the domain "feilds"\. It has: fields, shapes\. Did you mean "fields"\?'):
         segment(run, [draw(tmp_path / "a.jpg")], tmp_path / "out", domain="feilds")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_source_that_does_not_exist_is_refused_before_anything_is_written(run: LoadedRun, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"gone: there is no such image or folder"):
+    with pytest.raises(UserError, match=r"gone: there is no such image or folder"):
         segment(run, [draw(tmp_path / "a.jpg"), tmp_path / "gone"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_images_is_refused(run: LoadedRun, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no images\. Images end in \.jpg"):
+    with pytest.raises(UserError, match=r"empty holds no images\. Images end in \.jpg"):
         segment(run, [tmp_path / "empty"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_that_is_a_file_is_refused(run: LoadedRun, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ValueError, match=r"out is a file; --out names a folder"):
+    with pytest.raises(UserError, match=r"out is a file; --out names a folder"):
         segment(run, [draw(tmp_path / "a.jpg")], tmp_path / "out")
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.errors import UserError
 from multidomain_cct.results.report import PANEL_WIDTH, write_report
 from multidomain_cct.training.runlog import read_metrics
 
@@ -225,7 +226,7 @@ def test_data_is_shown_as_text(tiny_training: Callable[..., Path], tiny_domain: 
 
 def test_a_folder_that_is_not_a_run_is_refused_before_anything_is_written(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"photos: this is not a run's folder \(it has no recipe\.yaml\)\."):
+    with pytest.raises(UserError, match=r"photos: this is not a run's folder \(it has no recipe\.yaml\)\."):
         write_report([tiny_run, tmp_path / "photos"], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
 

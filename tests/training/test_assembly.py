@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from multidomain_cct.methods.unimatch import UniMatch, UniMatchSettings
@@ -190,12 +191,12 @@ def test_lender_and_borrower_may_stand_in_any_order(domains: dict[str, Domain], 
 
 
 def test_a_lender_that_is_not_in_the_recipe_is_named_with_what_to_add(domains: dict[str, Domain]) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         require_lenders(some(domains, "dusk"))
     assert str(caught.value) == 'domains.dusk borrows the labels of "yard", which is not in the recipe. Add it: domains.yard.'
 
 
 def test_two_domains_of_one_label_space_cannot_be_compared(domains: dict[str, Domain]) -> None:
-    with pytest.raises(ValueError, match="which compares label spaces, but the recipe has 1. Add a domain") as caught:
+    with pytest.raises(UserError, match="which compares label spaces, but the recipe has 1. Add a domain") as caught:
         build_model(recipe(method="usss", domains={"yard": {}, "dusk": {}}), some(domains, "yard", "dusk"))
     assert "\n" not in str(caught.value)

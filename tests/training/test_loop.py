@@ -17,6 +17,7 @@ from multidomain_cct.data.batches.loader import TrainingSet
 from multidomain_cct.data.batches.streams import open_streams
 from multidomain_cct.data.shards.index import ShardIndex, index_path
 from multidomain_cct.data.specification import read_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.results.evaluate import evaluate
 from multidomain_cct.training.assembly import build_model
@@ -150,7 +151,7 @@ def test_a_tracker_receives_the_metrics(tiny_recipe: TinyRecipe, two_domains: Pa
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
-    with pytest.raises(ValueError, match="training.trackers names 'tensorbored'. Installed: .*tensorboard"):
+    with pytest.raises(UserError, match="training.trackers names 'tensorbored'. Installed: .*tensorboard"):
         start(tiny_recipe(training__trackers=["tensorbored"]), two_domains)
 
 
@@ -238,7 +239,7 @@ def test_other_labelled_images_are_noticed_on_resuming(tiny_recipe: TinyRecipe, 
     settings = {"domains": {"shapes": {"labelled": str(keys)}}, "resume": "auto"}
     start(tiny_recipe(**settings), two_domains)
     keys.write_text("train_000\ntrain_002\n")
-    with pytest.raises(ValueError, match="was trained on other data in shapes/labelled"):
+    with pytest.raises(UserError, match="was trained on other data in shapes/labelled"):
         start(tiny_recipe(**settings), two_domains)
 
 
@@ -260,9 +261,9 @@ def test_resuming_keeps_the_record_of_the_first_start(tiny_recipe: TinyRecipe, t
 def test_an_existing_run_is_never_overwritten(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
     run = start(tiny_recipe(), two_domains)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"exists. Continue it with resume=auto, or start another run with name=OTHER"):
+    with pytest.raises(UserError, match=r"exists. Continue it with resume=auto, or start another run with name=OTHER"):
         start(tiny_recipe(), two_domains)
-    with pytest.raises(ValueError, match=r"is a run of another recipe: seed: 0 -> 1"):
+    with pytest.raises(UserError, match=r"is a run of another recipe: seed: 0 -> 1"):
         start(tiny_recipe(resume="auto", seed=1), two_domains)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -271,7 +272,7 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_recipe: TinyRecipe, two_doma
     recipe = tiny_recipe(resume="auto")
     recipe.folder.mkdir(parents=True)
     (recipe.folder / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not a run"):
+    with pytest.raises(UserError, match="is not a run"):
         start(recipe, two_domains)
     assert [path.name for path in recipe.folder.iterdir()] == ["thesis.txt"]
 
@@ -310,7 +311,7 @@ def test_init_from_takes_the_encoder_and_the_heads_that_match(tiny_recipe: TinyR
 
 def test_init_from_another_encoder_is_refused(tiny_run: Path, tiny_recipe: TinyRecipe, two_domains: Path) -> None:
     recipe = tiny_recipe(init_from=str(tiny_run), encoder__width=64)
-    with pytest.raises(ValueError, match="the encoder of .* is another one"):
+    with pytest.raises(UserError, match="the encoder of .* is another one"):
         start(recipe, two_domains)
     assert not recipe.folder.exists()
 
@@ -324,7 +325,7 @@ def test_other_shards_are_noticed_on_resuming(tiny_recipe: TinyRecipe, two_domai
     for path in (copy / "shapes").glob("val-*"):
         path.rename(path.with_name(path.name.replace("val", "train")))
     shutil.copytree(two_domains / "shapes", copy / "shapes", dirs_exist_ok=True, ignore=shutil.ignore_patterns("train*"))
-    with pytest.raises(ValueError, match="was trained on other data in shapes/train"):
+    with pytest.raises(UserError, match="was trained on other data in shapes/train"):
         start(recipe, two_domains)
 
 
@@ -351,7 +352,7 @@ def test_checkpoints_beyond_the_newest_and_the_best_are_removed(tiny_recipe: Tin
 )
 def test_mistakes_are_found_before_anything_is_written(tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object], message: str) -> None:
     recipe = tiny_recipe(**changes)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         start(recipe, two_domains)
     assert not recipe.folder.exists()
 

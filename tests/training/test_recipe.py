@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from multidomain_cct.data.specification import domain_folders, find_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.training.recipe import differences, read_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -111,7 +112,7 @@ def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
     ],
 )
 def test_each_mistake_is_one_line_with_the_key(tmp_path: Path, override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_recipe(write(tmp_path, BASE), override.split(" "))
     assert "\n" not in str(error.value)
 
@@ -129,13 +130,13 @@ def test_each_mistake_is_one_line_with_the_key(tmp_path: Path, override: str, me
 )
 def test_a_broken_file_is_one_line_with_its_path(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_recipe(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 def test_an_absent_recipe_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no such recipe"):
+    with pytest.raises(UserError, match="there is no such recipe"):
         read_recipe(tmp_path / "none.yaml")
 
 
@@ -236,6 +237,6 @@ def test_every_method_but_the_supervised_one_uses_unlabelled_images(tmp_path: Pa
 
 
 def test_comparing_label_spaces_takes_two_domains(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="method is `usss`, which compares label spaces, but there is one domain. Add a domain") as caught:
+    with pytest.raises(UserError, match="method is `usss`, which compares label spaces, but there is one domain. Add a domain") as caught:
         read_recipe(write(tmp_path, "method: usss\ndomains: {camvid: {labelled: 50}}\n"))
     assert "\n" not in str(caught.value)

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.training.schedules import OptimiserSettings, build_optimiser, learning_rate, set_learning_rate
 
 
@@ -38,5 +39,5 @@ def test_the_trunk_has_its_own_learning_rate_and_frozen_parameters_are_left_out(
     ],
 )
 def test_impossible_settings_are_refused(make: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make()  # type: ignore[operator]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.weak.cams import Classifier, PseudoLabelSettings, activation_maps, confident_labels, multilabel_loss, pseudo_labels
 from multidomain_cct.weak.crf import CrfSettings
@@ -171,6 +172,6 @@ def test_pseudo_labels_hold_only_the_present_classes_background_and_255() -> Non
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         PseudoLabelSettings(**settings)  # type: ignore[arg-type]
     assert str(error.value) == message

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.weak.crf import CrfSettings, DenseCrf, Lattice, appearance_features, dense_crf
 
 SIZE = (24, 20)
@@ -166,6 +167,6 @@ def test_images_of_one_row_or_column_are_refined(size: tuple[int, int]) -> None:
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         CrfSettings(**settings)  # type: ignore[arg-type]
     assert str(error.value) == message

@@ -14,6 +14,7 @@ from multidomain_cct.data.batches.streams import DataSettings, DomainSettings
 from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.errors import UserError
 from multidomain_cct.weak.image_labels import background_class, classes_of_masks, classified, open_tagged, read_image_labels
 
 KEYS = ("a", "b", "street/c")
@@ -59,7 +60,7 @@ def test_keys_with_spaces_stand_in_quotes(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_a_text_list_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         read(tmp_path, text)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert str(tmp_path / "labels.txt") in str(error.value)
@@ -80,14 +81,14 @@ def test_a_text_list_that_does_not_fit_is_refused(tmp_path: Path, text: str, mes
     ],
 )
 def test_a_json_list_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: str) -> None:
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         read(tmp_path, text, "labels.json")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_a_list_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="labels.txt: this is not text in UTF-8"):
+    with pytest.raises(UserError, match="labels.txt: this is not text in UTF-8"):
         read_image_labels(tmp_path / "labels.txt", street(), KEYS)
 
 
@@ -166,13 +167,13 @@ def test_the_loader_reads_them_without_masks(two_domains: Path, fields: Domain) 
 
 
 def test_a_list_that_is_not_there_is_named(two_domains: Path, fields: Domain) -> None:
-    with pytest.raises(FileNotFoundError) as error:
+    with pytest.raises(UserError) as error:
         open_tagged(fields, choose(image_labels="nowhere.txt"), DataSettings(shards=str(two_domains)), least_share=0.001)
     assert str(error.value) == "domains.fields.image_labels is 'nowhere.txt'; it is `masks`, or a text or JSON file that is there."
 
 
 def test_masks_of_a_split_without_masks_are_refused(two_domains: Path, fields: Domain) -> None:
     choice = choose(image_labels="masks", labelled="none", train_split="unlabelled")
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         open_tagged(fields, choice, DataSettings(shards=str(two_domains)), least_share=0.001)
     assert str(error.value) == "domains.fields.image_labels is `masks`, but the split 'unlabelled' has none. Name a list instead."

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from multidomain_cct.data.batches.loader import Batch, Skipped, TrainingSet
+from multidomain_cct.errors import UserError
 
 _LEAST_READ = 1000
 """Images on which the share of bad ones is judged at least, or one epoch where that is shorter."""
 
 
-class TooManyBadImages(ValueError):
+class TooManyBadImages(UserError):
     """More of a domain's images cannot be used than data.max_bad_fraction allows. All processes of a run find it at the same micro-batch, in the same words."""
 
 

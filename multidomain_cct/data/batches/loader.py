@@ -26,6 +26,7 @@ from multidomain_cct.data.batches.views import Augment, View, decode, image_tens
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.download import SourceError
 from multidomain_cct.data.shards.reader import BadSample, Shards
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 
 _SUBSTITUTES = 16
@@ -79,7 +80,7 @@ class _Refused:
     """A sample's error, carried from a loader process to the training process as a value so that it stays one line."""
 
     message: str
-    kind: type[ValueError] | type[SourceError]
+    kind: type[UserError] | type[SourceError]
 
 
 class TrainingSet(Dataset[Any]):
@@ -98,11 +99,11 @@ class TrainingSet(Dataset[Any]):
         self._orders = {(stream.domain.name, kind): stream.order(kind, seed) for stream in self.streams for kind in ("labelled", "unlabelled")}
         parts = world * accumulation
         if not self.streams:
-            raise ValueError("domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled images.")
+            raise UserError("domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled images.")
         for stream in self.streams:
             for kind, samples in (("labelled_batch", stream.labelled), ("unlabelled_batch", stream.unlabelled)):
                 if samples and getattr(stream, kind) % parts:
-                    raise ValueError(
+                    raise UserError(
                         f"{stream.domain.name}: {kind} is {getattr(stream, kind)}, which {world} process(es) x {accumulation} accumulated micro-batches do not"
                         f" divide. Use a multiple of {parts}."
                     )
@@ -116,8 +117,8 @@ class TrainingSet(Dataset[Any]):
             present, turns = self.streams, step
         try:
             return {stream.domain.name: self._batch(stream, turns, part * self.world + self.rank) for stream in present}
-        except (ValueError, OSError) as error:
-            return _Refused(str(error), SourceError if isinstance(error, SourceError) else ValueError)
+        except (UserError, OSError) as error:
+            return _Refused(str(error), SourceError if isinstance(error, SourceError) else UserError)
 
     def _batch(self, streams: DomainStreams, turn: int, part: int) -> Batch:
         parts = self.world * self.accumulation
@@ -155,7 +156,7 @@ class TrainingSet(Dataset[Any]):
                 if streams.max_bad is None:
                     raise
                 skipped.append(Skipped(streams.sources[place[0]].keys[place[1]], error.reason, str(error)))
-        raise ValueError(f"{skipped[-1].message} It is the last of {step + 1} neighbouring samples that cannot be used; look at the shard.")
+        raise UserError(f"{skipped[-1].message} It is the last of {step + 1} neighbouring samples that cannot be used; look at the shard.")
 
     def _view(self, streams: DomainStreams, kind: str, epoch: int, place: tuple[int, int]) -> tuple[View, str]:
         source, number = place
@@ -177,7 +178,7 @@ def _stacked_images(parts: Sequence[Tensor], none: Tensor) -> Tensor:
 def steps(data: TrainingSet, start: int, stop: int, *, workers: int, prefetch: int = 2, pin_memory: bool = False) -> Iterator[dict[str, Batch]]:
     """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of them.
 
-    Raises ValueError with one line when a sample cannot be used and none stands in for it, and SourceError when its shard cannot be fetched.
+    Raises UserError with one line when a sample cannot be used and none stands in for it, and SourceError when its shard cannot be fetched.
     """
     numbers = range(start * data.accumulation, stop * data.accumulation)
     return _loaded(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
@@ -207,10 +208,10 @@ class _ScoredSet(Dataset[Any]):
             record = self.shards.read(number)
             image, mask = decode(record, self.domain)
             if mask is None:
-                raise ValueError(f"{record.shard}: key {record.key!r} has no mask. Only labelled splits can be scored.")
+                raise UserError(f"{record.shard}: key {record.key!r} has no mask. Only labelled splits can be scored.")
             return ScoredImage(record.key, image_tensor(image), mask_tensor(mask))
-        except (ValueError, OSError) as error:
-            return _Refused(str(error), ValueError)
+        except (UserError, OSError) as error:
+            return _Refused(str(error), UserError)
 
 
 def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, workers: int) -> Iterator[ScoredImage]:

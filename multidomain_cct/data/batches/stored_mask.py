@@ -32,8 +32,6 @@ def stored_mask(content: bytes, domain: Domain, where: str) -> Image.Image:
                 step = grey_step(mask)
                 # In a palette PNG the indices are the ids; converting would give the brightness of their colours.
                 stored = np.asarray(mask)
-    except BadSample:
-        raise
     except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
         raise BadSample(f"{where}: the mask is too large to be read safely ({error}).", "mask: too large") from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:

@@ -18,6 +18,7 @@ from multidomain_cct.data.shards.download import PROTOCOLS, require_address
 from multidomain_cct.data.shards.index import shard_paths
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.sources import RemoteFolder
+from multidomain_cct.errors import UserError
 
 SCHEDULES = ("together", "alternate")
 UNLABELLED = ("rest", "all", "none")
@@ -60,14 +61,14 @@ class DomainSettings:
 
     def __post_init__(self) -> None:
         if self.unlabelled not in UNLABELLED:
-            raise ValueError(f"unlabelled is {self.unlabelled!r}; it is one of {', '.join(UNLABELLED)}.")
+            raise UserError(f"unlabelled is {self.unlabelled!r}; it is one of {', '.join(UNLABELLED)}.")
         if self.weight < 0:
-            raise ValueError(f"a domain's weight is {self.weight}; it is 0 or more.")
+            raise UserError(f"a domain's weight is {self.weight}; it is 0 or more.")
         if self.labelled == "0":
-            raise ValueError("labelled is 0; write `none` for a domain that has unlabelled images only.")
+            raise UserError("labelled is 0; write `none` for a domain that has unlabelled images only.")
         for name, batch in (("labelled_batch", self.labelled_batch), ("unlabelled_batch", self.unlabelled_batch)):
             if batch is not None and batch < 1:
-                raise ValueError(f"{name} is {batch}; it is at least 1.")
+                raise UserError(f"{name} is {batch}; it is at least 1.")
 
 
 @dataclass(frozen=True)
@@ -107,22 +108,22 @@ class DataSettings:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"data.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
+            raise UserError(f"data.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
         for name in ("labelled_batch", "unlabelled_batch", "prefetch"):
             if getattr(self, name) < 1:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it is at least 1.")
+                raise UserError(f"data.{name} is {getattr(self, name)}; it is at least 1.")
         for name in ("workers", "window"):
             if getattr(self, name) < 0:
-                raise ValueError(f"data.{name} is {getattr(self, name)}; it is at least 0.")
+                raise UserError(f"data.{name} is {getattr(self, name)}; it is at least 0.")
         for protocol in self.remote:
             if protocol not in PROTOCOLS:
-                raise ValueError(f"data.remote names {protocol!r}; it is a list of {', '.join(PROTOCOLS)}.")
+                raise UserError(f"data.remote names {protocol!r}; it is a list of {', '.join(PROTOCOLS)}.")
         if self.cache_gib <= 0:
-            raise ValueError(f"data.cache_gib is {self.cache_gib}; it is above 0.")
+            raise UserError(f"data.cache_gib is {self.cache_gib}; it is above 0.")
         if self.on_bad not in ON_BAD:
-            raise ValueError(f"data.on_bad is {self.on_bad!r}; it is one of {', '.join(ON_BAD)}.")
+            raise UserError(f"data.on_bad is {self.on_bad!r}; it is one of {', '.join(ON_BAD)}.")
         if not 0 <= self.max_bad_fraction <= 1:
-            raise ValueError(f"data.max_bad_fraction is {self.max_bad_fraction}; it is a share, 0 to 1.")
+            raise UserError(f"data.max_bad_fraction is {self.max_bad_fraction}; it is a share, 0 to 1.")
 
 
 @dataclass(frozen=True)
@@ -159,7 +160,7 @@ class DomainStreams:
 def open_streams(domain: Domain, settings: DomainSettings, data: DataSettings, *, use_unlabelled: bool = True) -> DomainStreams:
     """A domain's streams, from its shards and what the recipe says of them.
 
-    Raises FileNotFoundError when shards are missing and ValueError when the budget cannot be met, naming the recipe's key.
+    Raises UserError, naming the recipe's key, when shards are missing and when the budget cannot be met.
     """
     if settings.remote:
         require_address(settings.remote, data.remote, f"domains.{domain.name}.remote")
@@ -209,7 +210,7 @@ def _labelled(domain: Domain, train: Shards, settings: DomainSettings, seed: int
     where = f"domains.{domain.name}.labelled"
     num_labelled = int(train.catalogue.labelled.sum())
     if not num_labelled and settings.labelled == "all":
-        raise ValueError(
+        raise UserError(
             f"{where}: the split {settings.train_split!r} has no labelled images. Pack it with masks, name another train_split, or write `none` when the domain"
             " borrows its labels (labels_of)."
         )

@@ -20,6 +20,7 @@ from multidomain_cct.data.batches.stored_mask import stored_mask
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.images import decode_smaller, decoded, load_image, open_image, upright_size
 from multidomain_cct.data.shards.reader import BadSample, Record
+from multidomain_cct.errors import UserError
 
 PAD = (124, 116, 104)
 """Colour of the area beyond the image: ImageNet's mean, close to 0 after any encoder's normalisation."""
@@ -38,11 +39,11 @@ class Augment:
 
     def __post_init__(self) -> None:
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise ValueError(f"augment.scale is {self.scale}; it is [smallest, largest] with 0 < smallest <= largest.")
+            raise UserError(f"augment.scale is {self.scale}; it is [smallest, largest] with 0 < smallest <= largest.")
         if self.long_side and (len(self.long_side) != 2 or not 0 < self.long_side[0] <= self.long_side[1]):
-            raise ValueError(f"augment.long_side is {self.long_side}; it is [smallest, largest] in pixels, or empty.")
+            raise UserError(f"augment.long_side is {self.long_side}; it is [smallest, largest] in pixels, or empty.")
         if not 0 <= self.flip <= 1:
-            raise ValueError(f"augment.flip is {self.flip}; a probability lies in 0 to 1.")
+            raise UserError(f"augment.flip is {self.flip}; a probability lies in 0 to 1.")
 
 
 def decode(record: Record, domain: Domain) -> tuple[Image.Image, Image.Image | None]:
@@ -64,7 +65,7 @@ def _place(record: Record) -> str:
 def _errors_of_the_image() -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
+    except (UserError, ValueError) as error:
         raise BadSample(str(error), "image: cannot be read") from None
 
 

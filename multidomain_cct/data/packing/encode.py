@@ -16,6 +16,7 @@ from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.images import load_image
 from multidomain_cct.data.packing.raw_files import RawSample
 from multidomain_cct.data.packing.raw_masks import mask_picture
+from multidomain_cct.errors import UserError
 
 JPEG_QUALITY = 95
 
@@ -44,7 +45,7 @@ class Encoder:
     def __call__(self, sample: RawSample) -> Encoded | str:
         try:
             return self.encode(sample)
-        except (ValueError, OSError) as error:
+        except (UserError, OSError) as error:
             return str(error)
 
     def encode_chunk(self, samples: list[RawSample]) -> list[Encoded | str]:
@@ -61,7 +62,7 @@ class Encoder:
         if sample.mask is not None:
             picture, unknown = mask_picture(sample.mask, self.domain)
             if picture.size != original:
-                raise ValueError(
+                raise UserError(
                     f"{sample.mask.path}: the mask is {picture.width}x{picture.height} but its image {sample.image} is {original[0]}x{original[1]}. "
                     "Export the mask at the image's size."
                 )

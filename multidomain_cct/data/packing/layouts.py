@@ -14,6 +14,7 @@ from typing import Any
 from multidomain_cct.data.domain import Domain, Split
 from multidomain_cct.data.packing.raw_files import (
     MaskFile,
+    MissingRawFiles,
     RawSample,
     by_stem,
     image_files,
@@ -26,22 +27,23 @@ from multidomain_cct.data.packing.raw_files import (
     unique_names,
     unlabelled_samples,
 )
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.strict_yaml import did_you_mean
 
 
 def raw_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     """The samples of a split, sorted by key; at least one.
 
-    Raises FileNotFoundError when the raw folder, or what this split needs of it, is absent; ValueError when the domain has no such split, or when what is there
-    does not fit together.
+    Raises MissingRawFiles when the raw folder, or what this split needs of it, is absent; UserError when the domain has no such split, or when what is
+    there does not fit together.
     """
     if split not in domain.splits:
-        raise ValueError(f'{domain.name} has no split "{split}". Its splits: {", ".join(domain.splits)}.{did_you_mean(split, domain.splits)}')
+        raise UserError(f'{domain.name} has no split "{split}". Its splits: {", ".join(domain.splits)}.{did_you_mean(split, domain.splits)}')
     if not raw.is_dir():
-        raise FileNotFoundError(f"{raw}: there is no such folder. Give the folder that holds the raw files of {domain.name}.")
+        raise MissingRawFiles(f"{raw}: there is no such folder. Give the folder that holds the raw files of {domain.name}.")
     samples = sorted(_LAYOUTS[domain.layout](domain, raw, split), key=lambda sample: sample.key)
     if not samples:
-        raise FileNotFoundError(f"{raw}: split {split} of {domain.name} has no image. Add images, or take the split out of the domain.")
+        raise MissingRawFiles(f"{raw}: split {split} of {domain.name} has no image. Add images, or take the split out of the domain.")
     assert all(before.key < after.key for before, after in pairwise(samples))
     return samples
 
@@ -79,7 +81,7 @@ def _cityscapes(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     train_ids = not masks and bool(image_files(folder, "*/*_gtFine_labelTrainIds.png"))
     if train_ids:
         if tuple(label.ids for label in domain.classes) != tuple((raw_id,) for raw_id in _CITYSCAPES_TRAIN_IDS):
-            raise ValueError(
+            raise UserError(
                 f"{folder}: has labelTrainIds only, numbered as the 19 usual classes; {domain.name} has others. Make labelIds with cityscapesscripts."
             )
         ending = "_gtFine_labelTrainIds.png"
@@ -94,7 +96,7 @@ def _camvid(domain: Domain, raw: Path, split: str) -> list[RawSample]:
         return matched_samples(domain, raw, split, Split(f"{split}/*", f"{split}annot/*"))
     stills, labels = raw / "701_StillsRaw_full", raw / "LabeledApproved_full"
     if not stills.is_dir():
-        raise FileNotFoundError(
+        raise MissingRawFiles(
             f"{raw}: split {split} of {domain.name} needs the folders {split} and {split}annot, or {stills.name} and {labels.name}; neither pair is there."
         )
     images = images_in(stills, "*", domain, split)
@@ -112,7 +114,7 @@ def _camvid_split(stem: str) -> str:
     sequence, _, frame = stem.rpartition("_")
     number = int(frame.removeprefix("f")) if re.fullmatch(r"f?[0-9]+", frame) else -1
     if number < 0 or sequence not in ("0001TP", "0006R0", "0016E5", "Seq05VD"):
-        raise ValueError(
+        raise UserError(
             f"{stem}.png: is in no sequence of CamVid's usual split. Name the frames of each split in train.txt, val.txt and test.txt in the raw folder."
         )
     if sequence == "Seq05VD" or (sequence == "0001TP" and number >= 8550):
@@ -143,7 +145,7 @@ def _numbered(paths: Mapping[str, Path], split: str) -> dict[str, Path]:
     numbers = {stem: int(digits.group()) for stem in paths if (digits := re.search(r"[0-9]+$", stem))}
     for stem, path in paths.items():
         if stem not in numbers:
-            raise ValueError(f"{path}: SUN RGB-D is paired by number, and this name does not end in one. Name it as in img-000001.jpg.")
+            raise UserError(f"{path}: SUN RGB-D is paired by number, and this name does not end in one. Name it as in img-000001.jpg.")
     offset = _SUN_TEST_IMAGES if split == "train" and min(numbers.values(), default=0) <= _SUN_TEST_IMAGES else 0
     return unique_names((f"img-{number + offset:06d}", paths[stem]) for stem, number in numbers.items())
 
@@ -154,7 +156,7 @@ def _sun_rgbd_official(domain: Domain, raw: Path, split: str) -> list[RawSample]
         import h5py  # noqa: F401  # The labels are read with it in raw_masks.py; better missed here than in the middle of packing.
         from scipy.io import loadmat
     except ImportError:
-        raise ValueError(f"{raw}: the official SUN RGB-D archive is in MATLAB files. To read them: pip install multidomain-cct[sun_rgbd]") from None
+        raise UserError(f"{raw}: the official SUN RGB-D archive is in MATLAB files. To read them: pip install multidomain-cct[sun_rgbd]") from None
     toolbox = raw / "SUNRGBDtoolbox"
     tables = [toolbox / "Metadata" / "SUNRGBDMeta.mat", toolbox / "Metadata" / "SUNRGBDMeta2DBB_v2.mat", raw / "SUNRGBDMeta2DBB_v2.mat"]
     table = next((path for path in tables if path.is_file()), tables[0])
@@ -162,10 +164,10 @@ def _sun_rgbd_official(domain: Domain, raw: Path, split: str) -> list[RawSample]
     splits = toolbox / "traintestSUNRGBD" / "allsplit.mat"
     for needed in (table, labels, splits):
         if not needed.is_file():
-            raise FileNotFoundError(f"{needed}: there is no such file. Unpack SUNRGBDtoolbox.zip, which holds it, in {raw}.")
+            raise MissingRawFiles(f"{needed}: there is no such file. Unpack SUNRGBDtoolbox.zip, which holds it, in {raw}.")
     lists = loadmat(splits, squeeze_me=True)
     if f"all{split}" not in lists:
-        raise FileNotFoundError(f"{splits}: has no list all{split} for the split {split} of {domain.name}. SUN RGB-D has train and test.")
+        raise MissingRawFiles(f"{splits}: has no list all{split} for the split {split} of {domain.name}. SUN RGB-D has train and test.")
     scenes = {_below_sun(path) for path in _cells(lists[f"all{split}"])}
     content = loadmat(table, squeeze_me=True, struct_as_record=False)
     images = [_below_sun(row.rgbpath) for row in _cells(next(value for name, value in content.items() if not name.startswith("__")))]
@@ -173,7 +175,7 @@ def _sun_rgbd_official(domain: Domain, raw: Path, split: str) -> list[RawSample]
     chosen = [(cell, raw / "SUNRGBD" / image) for cell, image in enumerate(images) if image.parent.parent in scenes]
     missing = next((image for _, image in chosen if not image.is_file()), None)
     if missing:
-        raise FileNotFoundError(f"{missing}: there is no such file, but {table.name} names it in split {split}. Unpack SUNRGBD.zip in {raw}.")
+        raise MissingRawFiles(f"{missing}: there is no such file, but {table.name} names it in split {split}. Unpack SUNRGBD.zip in {raw}.")
     return [RawSample(sample_key(f"img-{cell + 1:06d}"), image, MaskFile(labels, cell=cell)) for cell, image in chosen]
 
 
@@ -203,7 +205,7 @@ def _voc(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     augmented = split == "train_aug"
     folder = home / ("SegmentationClassAug" if augmented else "SegmentationClass")
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder}: there is no such folder; split {split} of {domain.name} needs it.")
+        raise MissingRawFiles(f"{folder}: there is no such folder; split {split} of {domain.name} needs it.")
     masks = by_stem(image_files(folder, "*"))
     names = ("trainaug.txt", "train_aug.txt") if augmented else (f"{split}.txt",)
     listed = next((lists / name for name in names if (lists / name).is_file()), lists / names[0])

@@ -28,6 +28,7 @@ from multidomain_cct.data.packing.layouts import raw_samples
 from multidomain_cct.data.packing.raw_files import RawSample
 from multidomain_cct.data.shards.index import ShardIndex, index_path, shard_paths
 from multidomain_cct.data.shards.writer import MAX_SHARD_BYTES, ShardWriter
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 
 
@@ -79,7 +80,7 @@ def pack(
 ) -> Summary:
     """Write the shards of one split into `out/<domain>/` and return what lies in them.
 
-    `progress(samples, total)` wraps the iteration over finished samples. Raises ValueError for raw data that cannot be used, and for shards that an
+    `progress(samples, total)` wraps the iteration over finished samples. Raises UserError for raw data that cannot be used, and for shards that an
     earlier packing with other settings left there; nothing that was there is changed then.
     """
     samples = raw_samples(domain, raw, split)
@@ -137,13 +138,13 @@ def _finished_part(folder: Path, split: str, plan: str, samples: list[RawSample]
     for number, path in enumerate(paths):
         notes = ShardIndex.load(index_path(path)).notes if index_path(path).is_file() else {}
         if notes.get("plan") != plan:
-            raise ValueError(
+            raise UserError(
                 f"{path} was packed from other raw files, another class table or other settings. Remove it to pack again, or choose another folder with --out."
             )
         expected = folder / f"{split}-{number:05d}.tar"
         if path != expected:
             # The samples of a missing shard would be taken for those of the next one.
-            raise ValueError(f"{path} is there, but {expected} before it is missing. Put that back, or remove the {split} shards to pack the split again.")
+            raise UserError(f"{path} is there, but {expected} before it is missing. Put that back, or remove the {split} shards to pack the split again.")
         summary.add_json(notes["summary"])
     return summary, len(paths)
 
@@ -174,7 +175,7 @@ def _chunks(samples: list[RawSample], size: int) -> Iterator[list[RawSample]]:
 
 def _unless_refused(result: Encoded | str) -> Encoded:
     if isinstance(result, str):
-        raise ValueError(result)
+        raise UserError(result)
     return result
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from multidomain_cct.data.shards.download import Patience, download
+from multidomain_cct.errors import UserError
 
 _ABANDONED = 3600
 """Seconds after which a file that nobody has gone on fetching may be removed."""
@@ -39,7 +40,7 @@ class FileCache:
 
     def _fetch(self, address: str, path: Path, sha256: bytes, size: int | None) -> None:
         if size is not None and size > self.max_bytes:
-            raise ValueError(f"data.cache_gib is {self.max_bytes / 2**30:g}, but {address} alone has {size / 2**30:.3g} GiB. Allow more.")
+            raise UserError(f"data.cache_gib is {self.max_bytes / 2**30:g}, but {address} alone has {size / 2**30:.3g} GiB. Allow more.")
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(f"lock-{path.name[:2]}"):
             if path.exists():

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from multidomain_cct.data.shards.index import MASK, ShardIndex, index_path, load_table, save_table
+from multidomain_cct.errors import UserError
 
 CATALOGUE_SCHEMA = "multidomain_cct.catalogue.1"
 _ARRAYS = ("samples", "labelled", "shard_bytes", "shard_sha256", "index_sha256", "digests", "names")
@@ -42,7 +43,7 @@ class Catalogue:
     def of(cls, paths: Sequence[Path], *, seen: Callable[[int, ShardIndex], None] = lambda number, index: None) -> Catalogue:
         """Read the index of every shard once; `seen` is shown each.
 
-        Raises FileNotFoundError when one is missing, and ValueError for one that does not fit its shard, for a key that is in two shards and for a packing
+        Raises UserError when one is missing, for one that does not fit its shard, for a key that is in two shards and for a packing
         that was not finished.
         """
         rows: list[tuple[int, int, int, bytes, bytes, bytes]] = []
@@ -69,13 +70,13 @@ class Catalogue:
 
     @classmethod
     def load(cls, path: Path) -> Catalogue:
-        """Raises ValueError for a catalogue of which a byte has changed."""
+        """Raises UserError for a catalogue of which a byte has changed."""
         remedy = "Make it again: python -m multidomain_cct index --catalogue SHARD..."
         arrays, _ = load_table(path, _ARRAYS, CATALOGUE_SCHEMA, what="catalogue", remedy=remedy)
         names = tuple(arrays.pop("names").tobytes().decode().split("\n"))
         wrong = [name for name in names if not re.fullmatch(r"[\w+-][\w.+-]*\.tar", name)]
         if wrong:
-            raise ValueError(f"{path}: the catalogue lists {wrong[0][:80]!r}, which is no name of a shard. {remedy}")
+            raise UserError(f"{path}: the catalogue lists {wrong[0][:80]!r}, which is no name of a shard. {remedy}")
         return cls(names, **arrays)
 
 
@@ -87,10 +88,10 @@ def catalogue_path(folder: Path, split: str) -> Path:
 def checked_index(path: Path) -> ShardIndex:
     """The index of a shard that is there and has the size it had when it was indexed."""
     if not index_path(path).is_file():
-        raise FileNotFoundError(f"{path} has no index. Build it: python -m multidomain_cct index {path}")
+        raise UserError(f"{path} has no index. Build it: python -m multidomain_cct index {path}")
     index = ShardIndex.load(index_path(path))
     if index.shard_bytes != path.stat().st_size:
-        raise ValueError(
+        raise UserError(
             f"{path} has {path.stat().st_size} bytes, but its index was made for {index.shard_bytes}. Build it again: python -m multidomain_cct index {path}"
         )
     return index
@@ -109,7 +110,7 @@ def _require_different_keys(paths: Sequence[Path], hashes: Sequence[np.ndarray])
         keys = [key for key in ShardIndex.load(index_path(path)).keys if hash(key) in suspects]
         twice = seen.intersection(keys)
         if twice:
-            raise ValueError(f"{path.parent}: the key {min(twice)!r} is in more than one shard of the split. Pack or number the shards again.")
+            raise UserError(f"{path.parent}: the key {min(twice)!r} is in more than one shard of the split. Pack or number the shards again.")
         seen.update(keys)
 
 
@@ -117,7 +118,7 @@ def _require_finished(paths: Sequence[Path], totals: Iterable[int], found: int) 
     """Refuse the shards of a packing that was interrupted: half a data set trains as quietly as a whole one."""
     if totals and set(totals) != {found}:
         folder, split = paths[0].parent, paths[0].name.rpartition("-")[0]
-        raise ValueError(
+        raise UserError(
             f"{folder}: the {split} shards hold {found} of {max(totals)} images; packing was interrupted, or a shard is missing. "
             f"Go on with it: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
         )

@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from multidomain_cct.errors import UserError
+
 PROTOCOLS = ("http", "https", "s3")
 _CHUNK = 1 << 20
 _PART = 8 << 20
@@ -47,19 +49,22 @@ class Patience:
 
 def require_address(address: str, allowed: list[str], where: str) -> None:
     """Refuse what is no plain address of an allowed protocol. Never repeats the address, which may hold a password."""
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        parts = urlsplit("")
     if parts.scheme not in PROTOCOLS or not parts.hostname or not re.fullmatch(r"[\w.:/~%+-]+", address.partition("://")[2].replace("@", "")):
-        raise ValueError(f"{where} is no address; it is like https://HOST/FOLDER and begins with {', '.join(f'{name}://' for name in PROTOCOLS)}.")
+        raise UserError(f"{where} is no address; it is like https://HOST/FOLDER and begins with {', '.join(f'{name}://' for name in PROTOCOLS)}.")
     if parts.username or parts.password or "@" in address:
-        raise ValueError(f"{where} holds a user name or password, which would end up in logs. Use the environment or a credentials file of the service.")
+        raise UserError(f"{where} holds a user name or password, which would end up in logs. Use the environment or a credentials file of the service.")
     if parts.scheme not in allowed:
-        raise ValueError(f"{where} begins with {parts.scheme}://, which data.remote does not allow. To read from there, write data.remote=[{parts.scheme}].")
+        raise UserError(f"{where} begins with {parts.scheme}://, which data.remote does not allow. To read from there, write data.remote=[{parts.scheme}].")
 
 
 def download(address: str, target: Path, *, sha256: bytes | None = None, size: int | None = None, patience: Patience | None = None) -> None:
     """Fetch a file whole, going on from what `target` already holds of it.
 
-    Raises SourceError when it cannot be had in a bounded number of attempts, or is not the file that was meant, and ValueError when a package is missing.
+    Raises SourceError when it cannot be had in a bounded number of attempts, or is not the file that was meant, and UserError when a package is missing.
     """
     patience, trouble = patience or Patience(), ""
     for attempt in range(patience.attempts):
@@ -84,7 +89,8 @@ def download(address: str, target: Path, *, sha256: bytes | None = None, size: i
                 target.unlink(missing_ok=True)
             elif 300 <= error.code < 500 and error.code not in (408, 429):
                 raise SourceError(f"{address}: {trouble}. Look at the address, and whether the file may be read.") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # ValueError: a server that redirects to what is no address.
             trouble = " ".join(str(getattr(error, "reason", error) or type(error).__name__).split())
     raise SourceError(f"{address}: not fetched in {patience.attempts} attempts (the last: {trouble}). Look at the server, then go on with resume=auto.")
 
@@ -143,7 +149,7 @@ def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any)
         # A new instance: a cached one may have been made before a fork.
         files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
     except ImportError as error:
-        raise ValueError(f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install 'multidomain-cct[remote]'") from None
+        raise UserError(f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install 'multidomain-cct[remote]'") from None
     try:
         with _as_oserror():
             body = files.open(address, "rb", block_size=_PART)

@@ -13,6 +13,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from multidomain_cct.errors import UserError
+
 INDEX_SCHEMA = "multidomain_cct.index.2"
 IMAGE, MASK, META = 0, 1, 2
 _ARRAYS = ("keys", "offset", "size", "crc32")
@@ -52,12 +54,12 @@ class ShardIndex:
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
-        """Raises ValueError for an index of which a byte has changed, and for one of another version."""
+        """Raises UserError for an index of which a byte has changed, and for one of another version."""
         remedy = f"Build it again: python -m multidomain_cct index {shard_of(path)}"
         arrays, facts = load_table(path, _ARRAYS, INDEX_SCHEMA, what="index", remedy=remedy)
         keys = tuple(arrays.pop("keys").tobytes().decode().split("\n"))
         if not "".join(keys).isprintable():
-            raise ValueError(f"{path}: the index holds keys with control characters, which `index` never writes. {remedy}")
+            raise UserError(f"{path}: the index holds keys with control characters, which `index` never writes. {remedy}")
         return cls(keys, **arrays, shard_bytes=facts["shard_bytes"], shard_sha256=facts["shard_sha256"], notes=facts["notes"])
 
 
@@ -97,19 +99,19 @@ def save_table(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any])
 
 
 def load_table(path: Path, names: tuple[str, ...], schema: str, *, what: str, remedy: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What `save_table` wrote. Raises ValueError, ending in the remedy, when it is not that to the last bit."""
+    """What `save_table` wrote. Raises UserError, ending in the remedy, when it is not that to the last bit."""
     try:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads((file.metadata() or {}).get("index", "{}"))
             found = facts.get("schema")
             arrays = {name: file.get_tensor(name) for name in names} if found == schema else {}
     except (SafetensorError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: the {what} is damaged ({' '.join(str(error).split())[:200]}). {remedy}") from None
+        raise UserError(f"{path}: the {what} is damaged ({' '.join(str(error).split())[:200]}). {remedy}") from None
     if found != schema:
-        raise ValueError(f"{path}: the {what} has the schema {str(found)[:60]!r}, not {schema!r}. {remedy}")
+        raise UserError(f"{path}: the {what} has the schema {str(found)[:60]!r}, not {schema!r}. {remedy}")
     checksum = facts.pop("checksum", None)
     if checksum != _checksum(arrays, facts):
-        raise ValueError(f"{path}: the {what} is damaged (its checksum differs). {remedy}")
+        raise UserError(f"{path}: the {what} is damaged (its checksum differs). {remedy}")
     return arrays, facts
 
 

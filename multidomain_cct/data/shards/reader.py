@@ -19,6 +19,7 @@ import numpy as np
 from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
 from multidomain_cct.data.shards.index import IMAGE, MASK, ShardIndex, shard_paths
 from multidomain_cct.data.shards.sources import LocalFolder, Source
+from multidomain_cct.errors import UserError
 
 INDEX_BYTES = 32 * 1024 * 1024
 """Memory for opened indexes per split and process; at least one is kept."""
@@ -26,7 +27,7 @@ OPEN_FILES = 64
 """Shards per split and process that are open at a time."""
 
 
-class BadSample(ValueError):
+class BadSample(UserError):
     """A sample that cannot be used. The message is one line: shard, key, field, what was found."""
 
     def __init__(self, message: str, reason: str) -> None:
@@ -62,10 +63,10 @@ class Shards:
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Shards:
-        """The split's shards in a domain's folder. Raises FileNotFoundError with the command that makes them."""
+        """The split's shards in a domain's folder. Raises UserError with the command that makes them."""
         paths = shard_paths(folder, split)
         if not paths:
-            raise FileNotFoundError(
+            raise UserError(
                 f"{folder} has no {split} shards. Make them: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
             )
         if not catalogue_path(folder, split).is_file():
@@ -74,7 +75,7 @@ class Shards:
         names = tuple(path.name for path in paths)
         if names != catalogue.names:
             different = min(set(names) ^ set(catalogue.names))
-            raise ValueError(
+            raise UserError(
                 f"{catalogue_path(folder, split)} lists other shards than there are ({different}). Restore them, or make the catalogue again: python -m"
                 f" multidomain_cct index --catalogue {folder}/{split}-*.tar"
             )

@@ -13,6 +13,7 @@ from multidomain_cct.data.shards.cache import FileCache
 from multidomain_cct.data.shards.catalogue import Catalogue
 from multidomain_cct.data.shards.download import download
 from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.errors import UserError
 
 
 class Source(Protocol):
@@ -22,10 +23,10 @@ class Source(Protocol):
         """What messages call the shard of this name."""
 
     def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:
-        """The index of a shard. Raises ValueError when it is not the one that the catalogue counted."""
+        """The index of a shard. Raises UserError when it is not the one that the catalogue counted."""
 
     def descriptor(self, catalogue: Catalogue, shard: int) -> int:
-        """A descriptor of the shard, opened for reading; the caller closes it. Raises ValueError when the shard has not the size that was indexed."""
+        """A descriptor of the shard, opened for reading; the caller closes it. Raises UserError when the shard has not the size that was indexed."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,10 @@ class LocalFolder:
     def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:
         path = self.folder / catalogue.names[shard]
         if not index_path(path).is_file():
-            raise FileNotFoundError(f"{path} has no index. Build it: python -m multidomain_cct index {path}")
+            raise UserError(f"{path} has no index. Build it: python -m multidomain_cct index {path}")
         if hashlib.sha256(index_path(path).read_bytes()).digest() != catalogue.index_sha256[shard].tobytes():
             split = path.name.rpartition("-")[0]
-            raise ValueError(
+            raise UserError(
                 f"{index_path(path)} is not the index that was counted when the split was opened or catalogued. Begin again, or with a catalogue: python -m"
                 f" multidomain_cct index --catalogue {self.folder}/{split}-*.tar"
             )
@@ -55,7 +56,7 @@ class LocalFolder:
         found = os.fstat(descriptor).st_size
         if found != expected:
             os.close(descriptor)
-            raise ValueError(f"{path} has {found} bytes, but its index was made for {expected}. Build it again: python -m multidomain_cct index {path}")
+            raise UserError(f"{path} has {found} bytes, but its index was made for {expected}. Build it again: python -m multidomain_cct index {path}")
         return descriptor
 
 
@@ -77,8 +78,8 @@ class RemoteFolder:
             download(self.place(path.name), path, patience=self.cache.patience)
             try:
                 return Catalogue.load(path)
-            except ValueError as error:
-                raise ValueError(str(error).replace(str(path), self.place(path.name))) from None
+            except UserError as error:
+                raise UserError(str(error).replace(str(path), self.place(path.name))) from None
 
     def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:
         address = self.place(index_path(Path(catalogue.names[shard])).name)

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from multidomain_cct.data.toy.painter import Scene, Span
+from multidomain_cct.errors import UserError
 
 SPLITS = {"train": 240, "val": 60}
 """Images of each split; every one has a mask."""
@@ -50,10 +51,10 @@ def render_toy(name: str, folder: Path) -> None:
     """Draw the toy domain `name` into a raw tree: images/<split>/<stem>.jpg and masks/<split>/<stem>.png, 8-bit raw ids.
 
     Each picture depends on its name, split and index only, and each file appears whole; those that are there already are left as they are.
-    Raises ValueError for a name that is not in CLASSES.
+    Raises UserError for a name that is not in CLASSES.
     """
     if name not in CLASSES:
-        raise ValueError(f'The layout `toy` can draw {" and ".join(CLASSES)}, not "{name}". Images and masks of your own have the layout `folder`.')
+        raise UserError(f'The layout `toy` can draw {" and ".join(CLASSES)}, not "{name}". Images and masks of your own have the layout `folder`.')
     for split_number, (split, count) in enumerate(SPLITS.items()):
         for kind in ("images", "masks"):
             (folder / kind / split).mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.strict_yaml import did_you_mean, read_yaml
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe
@@ -62,18 +63,18 @@ class Experiment:
 
     def __post_init__(self) -> None:
         if not self.rows:
-            raise ValueError("rows is empty; name at least one, for example `rows: {cct: {}}`.")
+            raise UserError("rows is empty; name at least one, for example `rows: {cct: {}}`.")
         for name in self.rows:
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-                raise ValueError(f"rows has the name {name!r}; it holds letters, digits, _ and - only, and does not start with a -.")
+                raise UserError(f"rows has the name {name!r}; it holds letters, digits, _ and - only, and does not start with a -.")
         own = [(f"rows.{name}.baseline", row.baseline) for name, row in self.rows.items()]
         for key, name in (("baseline", self.baseline), ("ceiling", self.ceiling), *own):
             if name and name not in self.rows:
-                raise ValueError(f"{key} is {name!r}, which is no row. Rows: {', '.join(self.rows)}.{did_you_mean(name, self.rows)}")
+                raise UserError(f"{key} is {name!r}, which is no row. Rows: {', '.join(self.rows)}.{did_you_mean(name, self.rows)}")
         if self.ceiling and self.ceiling == self.baseline:
-            raise ValueError(f"baseline and ceiling are both {self.ceiling!r}; the gap lies between two rows.")
+            raise UserError(f"baseline and ceiling are both {self.ceiling!r}; the gap lies between two rows.")
         if self.ceiling and not self.baseline:
-            raise ValueError(f"ceiling is {self.ceiling!r} and baseline is missing; the gap lies between the two.")
+            raise UserError(f"ceiling is {self.ceiling!r} and baseline is missing; the gap lies between the two.")
 
 
 @dataclass(frozen=True)
@@ -125,35 +126,35 @@ class RunScores:
 def read_experiment(path: Path) -> Experiment:
     """The experiment in a YAML file.
 
-    Raises FileNotFoundError when there is no such file and ValueError, with one line that names the file and the key, for anything that cannot be used.
+    Raises UserError, with one line that names the file and the key, for anything that cannot be used.
     """
     plain = read_yaml(path)
     try:
         values = _values(plain, Experiment, "")
         rows = plain.get("rows") or {}
         if not isinstance(rows, dict):
-            raise ValueError(f"rows is {rows!r}; it is a mapping of names to rows, for example `rows: {{cct: {{}}}}`.")
+            raise UserError(f"rows is {rows!r}; it is a mapping of names to rows, for example `rows: {{cct: {{}}}}`.")
         values["rows"] = {str(name): Row(**_values({} if row is None else row, Row, f"rows.{name}")) for name, row in rows.items()}
         return Experiment(**{"title": path.stem} | values)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _values(section: Any, kind: type, where: str) -> dict[str, Any]:
     """A section's values with the types of the dataclass's fields, `rows` aside."""
     kinds = {each.name: str(each.type) for each in fields(kind)}
     if not isinstance(section, dict):
-        raise ValueError(f"{where} is {section!r}; it is a section with the keys {', '.join(kinds)}.")
+        raise UserError(f"{where} is {section!r}; it is a section with the keys {', '.join(kinds)}.")
     values: dict[str, Any] = {}
     for key, value in section.items():
         here = f"{where}.{key}" if where else str(key)
         if key not in kinds:
-            raise ValueError(
+            raise UserError(
                 f'unknown key "{here}". Allowed {f"in {where}" if where else "at the top"}: {", ".join(kinds)}.{did_you_mean(str(key), list(kinds))}'
             )
         if kinds[key] == "str":
             if not isinstance(value, str) or not value.strip() or "\n" in value.strip():
-                raise ValueError(f"{here} is {value!r}; it is text on one line.")
+                raise UserError(f"{here} is {value!r}; it is text on one line.")
             values[key] = value.strip()
         elif key == "seeds":
             values[key] = _seeds(value, here)
@@ -164,27 +165,27 @@ def _values(section: Any, kind: type, where: str) -> dict[str, Any]:
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not value or not all(type(seed) is int and seed >= 0 for seed in value):
-        raise ValueError(f"{where} is {value!r}; it is a list of whole numbers from 0 up, for example [0, 1, 2].")
+        raise UserError(f"{where} is {value!r}; it is a list of whole numbers from 0 up, for example [0, 1, 2].")
     for seed in value:
         if value.count(seed) > 1:
-            raise ValueError(f"{where} names {seed} twice; keep one.")
+            raise UserError(f"{where} names {seed} twice; keep one.")
     return tuple(value)
 
 
 def _overrides(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(override, str) for override in value):
-        raise ValueError(f"{where} is {value!r}; it is a list of key=value, for example [training.steps=600, 'data.crop=[96, 96]'].")
+        raise UserError(f"{where} is {value!r}; it is a list of key=value, for example [training.steps=600, 'data.crop=[96, 96]'].")
     for override in value:
         key = override.partition("=")[0]
         if key in OWN_KEYS:
-            raise ValueError(f"{where} sets {key}, which the comparison decides itself. Seeds stand in `seeds`, the folder in the experiment's `runs`.")
+            raise UserError(f"{where} sets {key}, which the comparison decides itself. Seeds stand in `seeds`, the folder in the experiment's `runs`.")
     return tuple(value)
 
 
 def planned_runs(path: Path, experiment: Experiment) -> list[Run]:
     """Every run of the experiment at `path`, in the order of training: each row's first seed, then each row's second, so that a whole table exists early.
 
-    Reads every recipe. Raises ValueError or FileNotFoundError, with the row's name, for one that cannot be used or compared.
+    Reads every recipe. Raises UserError, with the row's name, for one that cannot be used or compared.
     """
     turns = max(len(row.seeds or experiment.seeds) for row in experiment.rows.values())
     order = [(name, turn) for turn in range(turns) for name, row in experiment.rows.items() if turn < len(row.seeds or experiment.seeds)]
@@ -196,7 +197,7 @@ def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Run:
     where = f"{path}: rows.{name}"
     written = row.recipe or experiment.recipe
     if not written:
-        raise ValueError(f"{where} has no recipe, nor has the experiment. Name one, for example `recipe: recipes/demo.yaml`.")
+        raise UserError(f"{where} has no recipe, nor has the experiment. Name one, for example `recipe: recipes/demo.yaml`.")
     beside = Path(os.path.normpath(path.parent / written))
     source = beside if beside.is_file() else Path(written)
     folder = _as_yaml_text((Path(experiment.runs) / path.stem).as_posix())
@@ -204,10 +205,10 @@ def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Run:
     overrides = (*chosen, f"seed={seed}", f"name={name}-seed{seed}", f"runs={folder}", "resume=auto")
     try:
         recipe = read_recipe(source, overrides)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{where}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     if not any(domain.val_split for domain in recipe.domains.values()):
-        raise ValueError(f"{where}: no domain has a val_split, so there is nothing to compare. Set domains.NAME.val_split in {source}.")
+        raise UserError(f"{where}: no domain has a val_split, so there is nothing to compare. Set domains.NAME.val_split in {source}.")
     return Run(name, seed, source, overrides, recipe)
 
 
@@ -222,7 +223,7 @@ def _as_yaml_text(value: str) -> str:
 def finished_scores(run: Run) -> RunScores | None:
     """The scores of a run that has reached its last step and saved it; None when it has still to be trained, or its folder holds another run.
 
-    Raises ValueError when the recipe asks for another evaluation than the one that was made.
+    Raises UserError when the recipe asks for another evaluation than the one that was made.
     """
     folder, step = run.recipe.folder, run.recipe.training.steps
     saved = [checkpoint.name for checkpoint in checkpoints(folder / "checkpoints")]
@@ -235,7 +236,7 @@ def finished_scores(run: Run) -> RunScores | None:
     if not lines or differences(trained, run.recipe):
         return None
     if trained.evaluation != run.recipe.evaluation:
-        raise ValueError(f"{folder} was scored with other evaluation settings than the recipe now has. Take them back, or remove the folder to train it again.")
+        raise UserError(f"{folder} was scored with other evaluation settings than the recipe now has. Take them back, or remove the folder to train it again.")
     line = lines[-1]
     peaks = [value for each in metrics if (value := each.get("sys/peak_mib")) is not None]
     environment = _environment(folder / "env.json")
@@ -256,7 +257,7 @@ def finished_scores(run: Run) -> RunScores | None:
 
 
 def state_of(run: Run) -> str:
-    """What training the run would mean: `finished`, `new`, where it goes on, or that its folder is taken. Raises ValueError as finished_scores does."""
+    """What training the run would mean: `finished`, `new`, where it goes on, or that its folder is taken. Raises UserError as finished_scores does."""
     folder = run.recipe.folder
     if finished_scores(run):
         return "finished"

@@ -21,6 +21,7 @@ from torch import Tensor
 from multidomain_cct.data.batches.views import PAD, decode, image_tensor, mask_tensor
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.encoder import Stages, encoder_stages, model_stages
 from multidomain_cct.results.evaluate import require_head
 from multidomain_cct.results.smoothness.variation import Tally, area_under_curve, class_borders, image_patches, local_variation
@@ -56,13 +57,13 @@ class Subject:
 
 
 def published_encoder(name: str, weights: str, device: torch.device) -> Subject:
-    """A timm model with the weights `none`, `timm`, `lite` or a file. Raises ValueError or FileNotFoundError as `model_stages` does."""
+    """A timm model with the weights `none`, `timm`, `lite` or a file. Raises UserError as `model_stages` does."""
     levels = model_stages(name, weights).to(device)
     return Subject(f"{name}, weights {weights}", _stages(levels), levels, device=device)
 
 
 def trained_encoder(run: LoadedRun, domain: str, device: torch.device) -> Subject:
-    """A run's trunk, stage by stage, then the output of its context module. Raises ValueError when the run has no head for the domain."""
+    """A run's trunk, stage by stage, then the output of its context module. Raises UserError when the run has no head for the domain."""
     require_head(run, domain)
     model = run.model.to(device).eval()
     encoder = model.encoder
@@ -222,9 +223,9 @@ class DiagnosisSettings:
 
     def __post_init__(self) -> None:
         if self.borders not in (None, *BORDERS):
-            raise ValueError(f"--borders is {self.borders!r}; it is one of {', '.join(BORDERS)}.")
+            raise UserError(f"--borders is {self.borders!r}; it is one of {', '.join(BORDERS)}.")
         if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit is {self.limit}; it is at least 1. Leave it out for the whole split.")
+            raise UserError(f"--limit is {self.limit}; it is at least 1. Leave it out for the whole split.")
 
 
 def diagnose(
@@ -237,7 +238,7 @@ def diagnose(
 ) -> tuple[Diagnosis, list[Example]]:
     """The figures over the images of a split, one image at a time, and the first of them as examples. `progress(numbers, total)` wraps the iteration.
 
-    Raises ValueError when there is nothing to take the borders from, and for features that are not finite.
+    Raises UserError when there is nothing to take the borders from, and for features that are not finite.
     """
     borders = _choose_borders(settings, subject, f"{domain.name}/{settings.split}", labelled=bool(shards.labelled.any()))
     numbers = [number for number in range(len(shards)) if borders == "prediction" or shards.labelled[number]][: settings.limit]
@@ -263,10 +264,10 @@ def diagnose(
 def _choose_borders(settings: DiagnosisSettings, subject: Subject, where: str, *, labelled: bool) -> str:
     chosen = settings.borders or ("labels" if labelled else "prediction")
     if chosen == "labels" and not labelled:
-        raise ValueError(f"{where} has no masks, so there are no labelled borders. Name a labelled split, or a run with --borders prediction.")
+        raise UserError(f"{where} has no masks, so there are no labelled borders. Name a labelled split, or a run with --borders prediction.")
     if chosen == "prediction" and subject.predict is None:
         reason = "--borders is prediction" if settings.borders else f"{where} has no masks"
-        raise ValueError(f"{reason}, but {subject.name} is an encoder without a head and predicts no borders. Name a run, or a labelled split.")
+        raise UserError(f"{reason}, but {subject.name} is an encoder without a head and predicts no borders. Name a run, or a labelled split.")
     return chosen
 
 
@@ -279,9 +280,7 @@ def _predicted(subject: Subject, image: Tensor) -> Tensor:
 def _require_finite(measured: Sequence[Measured], where: str) -> None:
     for result in measured:
         if not bool(result.features.isfinite().all()):
-            raise ValueError(
-                f"{where}: the features of {result.stage.name} are not finite, so their variation says nothing. Use another checkpoint or weights."
-            )
+            raise UserError(f"{where}: the features of {result.stage.name} are not finite, so their variation says nothing. Use another checkpoint or weights.")
 
 
 def _score(stage: Stage, features: Tally, patches: Tally) -> StageScore:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.specification import read_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import make_folder, sync, write_tensors, write_text
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.assembly import build_model
@@ -143,7 +144,7 @@ def damage(checkpoint: Path) -> str | None:
 def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and a warning for each newer one that is not.
 
-    Raises ValueError when there are checkpoints but none is whole.
+    Raises UserError when there are checkpoints but none is whole.
     """
     warnings: list[str] = []
     for checkpoint in reversed(checkpoints(folder)):
@@ -152,37 +153,35 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
             return checkpoint, warnings
         warnings.append(f"{checkpoint} is damaged ({trouble}); the one before it is used.")
     if warnings:
-        raise ValueError(f"{folder}: no checkpoint is whole: {warnings[0]} Start a new run with another name.")
+        raise UserError(f"{folder}: no checkpoint is whole: {warnings[0]} Start a new run with another name.")
     return None, []
 
 
 def choose_checkpoint(run: Path, which: str) -> Path:
-    """The checkpoint that `last`, `best` or a folder names. Raises ValueError or FileNotFoundError when it is absent or damaged."""
+    """The checkpoint that `last`, `best` or a folder names. Raises UserError when it is absent or damaged."""
     if which in ("last", "best"):
         found = checkpoints(run / "checkpoints")
         if not found:
-            raise FileNotFoundError(f"{run} has no checkpoints; train it first.")
+            raise UserError(f"{run} has no checkpoints; train it first.")
         checkpoint = found[-1]
         if which == "best":
             _require_whole(checkpoint)
             step = read_state(checkpoint).best_step
             checkpoint = run / "checkpoints" / f"step-{step:08d}"
             if not step:
-                raise ValueError(f"{run} has not been evaluated, so no checkpoint is the best. Use --checkpoint last.")
+                raise UserError(f"{run} has not been evaluated, so no checkpoint is the best. Use --checkpoint last.")
     else:
         checkpoint = Path(which)
         if not checkpoint.is_dir():
-            raise FileNotFoundError(
-                f"{checkpoint}: there is no such checkpoint; it is `last`, `best` or a folder such as {run / 'checkpoints' / 'step-00000100'}."
-            )
+            raise UserError(f"{checkpoint}: there is no such checkpoint; it is `last`, `best` or a folder such as {run / 'checkpoints' / 'step-00000100'}.")
         if run.resolve() not in checkpoint.resolve().parents:
-            raise ValueError(f"{checkpoint} is not a checkpoint of {run}. Name the run that it belongs to.")
+            raise UserError(f"{checkpoint} is not a checkpoint of {run}. Name the run that it belongs to.")
     _require_whole(checkpoint)
     return checkpoint
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The run's state in a checkpoint. Raises ValueError when it is not of a schema that this version reads, or not complete."""
+    """The run's state in a checkpoint. Raises UserError when it is not of a schema that this version reads, or not complete."""
     plain = _plain_state(checkpoint)
     return RunState(**{name: plain[name] for name in _STATE_TYPES if name not in ("optimiser", "scaler")})
 
@@ -194,7 +193,7 @@ def _plain_state(checkpoint: Path) -> dict[str, Any]:
     except ValueError:
         plain = None
     if not isinstance(plain, dict):
-        raise ValueError(f"{path}: this is not the state of a run. {_ANOTHER}")
+        raise UserError(f"{path}: this is not the state of a run. {_ANOTHER}")
     if plain.get("schema") == 1 and isinstance(plain.get("optimiser"), dict):
         # It had no owed evaluations, and a place for plain numbers that no optimiser used.
         plain |= {"schema": 2, "owes_evaluation": False, "optimiser": plain["optimiser"].get("entries")}
@@ -202,21 +201,21 @@ def _plain_state(checkpoint: Path) -> dict[str, Any]:
         # Each process counted bad images for itself, from its own start.
         plain |= {"schema": SCHEMA, "images": {}}
     if plain.get("schema") != SCHEMA:
-        raise ValueError(f"{path}: the checkpoint has the schema {plain.get('schema')!r}; this version reads 1 to {SCHEMA}. {_ANOTHER}")
+        raise UserError(f"{path}: the checkpoint has the schema {plain.get('schema')!r}; this version reads 1 to {SCHEMA}. {_ANOTHER}")
     trouble = [f"{name} is missing" for name in _STATE_TYPES if name not in plain] + [f"{name} is unknown" for name in plain if name not in _STATE_TYPES]
     for name, kind in _STATE_TYPES.items():
         # To Python, True is a number.
         if name in plain and (not isinstance(plain[name], kind) or (isinstance(plain[name], bool) and kind is not bool)):
             trouble.append(f"{name} is {plain[name]!r}")
     if trouble:
-        raise ValueError(f"{path}: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}. {_ANOTHER}")
+        raise UserError(f"{path}: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}. {_ANOTHER}")
     return plain
 
 
 def load_checkpoint(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> RunState:
     """Put model and optimiser into the state of a checkpoint, strictly, and return the run's state.
 
-    Raises ValueError, with one line that names the item, when one is missing, left over or of another shape.
+    Raises UserError, with one line that names the item, when one is missing, left over or of another shape.
     """
     _require_whole(checkpoint)
     state, plain = read_state(checkpoint), _plain_state(checkpoint)
@@ -224,7 +223,7 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimiser: torch.optim.O
     restore_optimiser(model, optimiser, _tensors(checkpoint / _OPTIMISER), plain["optimiser"], str(checkpoint))
     saved, own = plain["scaler"], scaler.state_dict() if scaler else None
     if (saved is None) != (own is None) or (saved is not None and own is not None and saved.keys() != own.keys()):
-        raise ValueError(
+        raise UserError(
             f"{checkpoint}: the gradient scaler's state is {saved!r}, this run's has {sorted(own or {})}. Use the precision that it was saved with."
         )
     if scaler is not None:
@@ -238,7 +237,7 @@ def model_tensors(checkpoint: Path) -> dict[str, Tensor]:
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Load every tensor. Raises ValueError that names what is missing, left over or of another shape or type."""
+    """Load every tensor. Raises UserError that names what is missing, left over or of another shape or type."""
     wanted = model.state_dict()
     trouble = [f"{name} is missing" for name in wanted if name not in tensors]
     trouble += [f"{name} is unknown" for name in tensors if name not in wanted]
@@ -249,7 +248,7 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
         elif found is not None and found.dtype != own.dtype:
             trouble.append(f"{name} is {found.dtype}, not {own.dtype}")
     if trouble:
-        raise ValueError(f"{where} does not fit the model: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}.")
+        raise UserError(f"{where} does not fit the model: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}.")
     model.load_state_dict(dict(tensors))
 
 
@@ -267,9 +266,9 @@ class LoadedRun:
 
 
 def load_run(run: Path, which: str = "last") -> LoadedRun:
-    """A run from its folder alone. Raises FileNotFoundError or ValueError when the folder is not a run or its checkpoint is damaged."""
+    """A run from its folder alone. Raises UserError when the folder is not a run or its checkpoint is damaged."""
     if not (run / "recipe.yaml").is_file():
-        raise FileNotFoundError(f"{run}: this is not a run's folder (it has no recipe.yaml).")
+        raise UserError(f"{run}: this is not a run's folder (it has no recipe.yaml).")
     recipe = read_recipe(run / "recipe.yaml")
     domains = {name: read_domain(run / "domains" / f"{name}.yaml") for name in recipe.domains}
     checkpoint = choose_checkpoint(run, which)
@@ -283,13 +282,13 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise ValueError(f"{path}: this is not a whole safetensors file ({error}).") from None
+        raise UserError(f"{path}: this is not a whole safetensors file ({error}).") from None
 
 
 def _require_whole(checkpoint: Path) -> None:
     trouble = damage(checkpoint)
     if trouble is not None:
-        raise ValueError(f"{checkpoint} is damaged ({trouble}). Choose another with --checkpoint.")
+        raise UserError(f"{checkpoint} is damaged ({trouble}). Choose another with --checkpoint.")
 
 
 def _discard(checkpoint: Path) -> None:

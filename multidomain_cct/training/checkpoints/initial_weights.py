@@ -7,6 +7,7 @@ from pathlib import Path
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.specification import read_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.checkpoints.checkpoint import choose_checkpoint, model_tensors
 
@@ -14,7 +15,7 @@ from multidomain_cct.training.checkpoints.checkpoint import choose_checkpoint, m
 def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Domain]) -> list[str]:
     """Start `model` from another run's last checkpoint: the encoder, and the heads whose names and classes match. Returns one line per thing that was left out.
 
-    Raises ValueError when the encoders differ.
+    Raises UserError when the encoders differ.
     """
     checkpoint = choose_checkpoint(run, "last")
     tensors = model_tensors(checkpoint)
@@ -39,7 +40,7 @@ def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Doma
             left_out.append(f"{name}: {'another shape' if name in own else 'not in this model'}")
     missing = [name for name in own if name.startswith("encoder.") and name not in taken and not any(f".norms.{domain}." in name for domain in domains)]
     if missing:
-        raise ValueError(
+        raise UserError(
             f"init_from: the encoder of {run} is another one ({missing[0]} does not fit, and {len(missing) - 1} more). Use the same encoder settings."
         )
     model.load_state_dict(own | taken)
@@ -47,7 +48,7 @@ def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Doma
 
 
 def matching_heads(run: Path, domains: Mapping[str, Domain]) -> list[str]:
-    """The domains with a head of their own that the run has too, with the same classes. Raises FileNotFoundError when the folder is not a run."""
+    """The domains with a head of their own that the run has too, with the same classes. Raises UserError when the folder is not a run."""
     old = _old_domains(run)
     own = {name: domain for name, domain in domains.items() if not domain.labels_of}
     return [name for name, domain in own.items() if name in old and old[name].class_fingerprint == domain.class_fingerprint]
@@ -56,6 +57,6 @@ def matching_heads(run: Path, domains: Mapping[str, Domain]) -> list[str]:
 def _old_domains(run: Path) -> dict[str, Domain]:
     """The domains of a run that have a head of their own there."""
     if not (run / "recipe.yaml").is_file():
-        raise FileNotFoundError(f"init_from: {run}: this is not a run's folder (it has no recipe.yaml).")
+        raise UserError(f"init_from: {run}: this is not a run's folder (it has no recipe.yaml).")
     found = {path.stem: read_domain(path) for path in sorted((run / "domains").glob("*.yaml"))}
     return {name: domain for name, domain in found.items() if not domain.labels_of}

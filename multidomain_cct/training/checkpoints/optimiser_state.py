@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from multidomain_cct.errors import UserError
+
 _KEYS: dict[type[torch.optim.Optimizer], set[str]] = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
 """What each optimiser keeps of a parameter. `step` is one number; the others have the parameter's shape."""
 
@@ -26,7 +28,7 @@ def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dic
 def restore_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], entries: list[str], where: str) -> None:
     """Put the optimiser into the saved state. `entries` are the names that were saved.
 
-    Raises ValueError that names what is missing, left over or of another shape.
+    Raises UserError that names what is missing, left over or of another shape.
     """
     parameters = dict(model.named_parameters())
     optimised = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
@@ -50,7 +52,7 @@ def restore_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensor
         name = next(name for name, other in parameters.items() if other is parameter)
         trouble += [f"{name}/{key} is missing" for key in sorted(_KEYS[_kind(optimiser)] - values.keys()) if f"{name}/{key}" not in entries]
     if trouble:
-        raise ValueError(f"{where}: the optimiser's {_some(trouble)}. Choose another checkpoint, or start another run with name=OTHER.")
+        raise UserError(f"{where}: the optimiser's {_some(trouble)}. Choose another checkpoint, or start another run with name=OTHER.")
     optimiser.state.clear()
     for parameter, values in state.items():
         optimiser.state[parameter] = values

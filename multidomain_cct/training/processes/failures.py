@@ -15,6 +15,7 @@ from torch.distributed import DistError
 
 from multidomain_cct.data.batches.bad_images import TooManyBadImages
 from multidomain_cct.data.shards.download import SourceError
+from multidomain_cct.errors import UserError
 
 GO_ON = "The run goes on from its last checkpoint with resume=auto."
 
@@ -27,27 +28,27 @@ class RunFailed(RuntimeError):
 def mistakes_in_common(accelerator: Accelerator) -> Iterator[None]:
     """Mistakes that one process finds become an error in all of them, so that none waits for the others.
 
-    An error that not all of them share names the rank. A file that cannot be fetched is RunFailed.
+    An error that not all of them share names the rank. A file that cannot be fetched, or read by some of them only, is RunFailed.
     """
-    own: ValueError | OSError | None = None
+    own: UserError | OSError | None = None
     try:
         yield
-    except (ValueError, OSError) as error:
+    except (UserError, OSError) as error:
         own = error
-    found: list[tuple[str, bool] | None] = gather_object([None if own is None else (str(own), isinstance(own, SourceError))])
+    found: list[tuple[str, bool] | None] = gather_object([None if own is None else (str(own), isinstance(own, OSError))])
     first = next((rank for rank, trouble in enumerate(found) if trouble is not None), None)
     if first is None or (trouble := found[first]) is None:
         return
     text, lost = trouble
     shared = len(set(found)) == 1
-    if own is not None and shared and not lost:
+    if own is not None and shared and not isinstance(own, SourceError):
         raise own
-    raise (RunFailed if lost else ValueError)(text if shared else f"rank {first}: {text}")
+    raise (RunFailed if lost else UserError)(text if shared else f"rank {first}: {text}") from own
 
 
 @contextmanager
 def one_line_errors(rank: int, world: int) -> Iterator[None]:
-    """Errors of data, disk, network, loaders and other ranks as ValueError or RunFailed with one line; what is a fault of this software passes as it is.
+    """Errors of data, disk, network, loaders and other ranks as UserError or RunFailed with one line; what is a fault of this software passes as it is.
 
     With several processes the line begins with the rank, unless it tells of another rank's end.
     """
@@ -57,9 +58,9 @@ def one_line_errors(rank: int, world: int) -> Iterator[None]:
     except (RunFailed, TooManyBadImages):
         # All processes find too many bad images at once, in the same words.
         raise
-    except ValueError as error:
+    except UserError as error:
         # One process's data may be at fault; the others end without a word of their own.
-        raise ValueError(f"{where}{error}") from None
+        raise UserError(f"{where}{error}") from error
     except SourceError as error:
         raise RunFailed(f"{where}{error}") from None
     except OSError as error:

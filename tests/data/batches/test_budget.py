@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from multidomain_cct.data.batches.budget import labelled_subset
+from multidomain_cct.errors import UserError
 
 KEYS = [f"image_{n:03d}" for n in range(64)]
 
@@ -28,7 +29,7 @@ def test_a_list_file_takes_its_keys(tmp_path: Path) -> None:
     path.write_text("image_003\n\nimage_001\n")
     assert labelled_subset(KEYS, str(path), seed=0, where="x") == ["image_001", "image_003"]
     path.write_text("image_999\n")
-    with pytest.raises(ValueError, match="lists the key 'image_999'"):
+    with pytest.raises(UserError, match="lists the key 'image_999'"):
         labelled_subset(KEYS, str(path), seed=0, where="x")
 
 
@@ -37,6 +38,6 @@ def test_a_list_file_takes_its_keys(tmp_path: Path) -> None:
     [("65", "asks for 65 labelled images; there are 64"), ("3/2", "at most 1"), ("many", "a number, a share such as 1/16"), ("1/0", "at most 1")],
 )
 def test_a_budget_that_cannot_be_met_is_refused(budget: str, message: str) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         labelled_subset(KEYS, budget, seed=0, where="domains.camvid.labelled")
     assert str(error.value).startswith("domains.camvid.labelled")

@@ -23,6 +23,7 @@ from multidomain_cct.data.batches.views import PAD, Augment
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.errors import UserError
 
 # torch warns of more workers than cores; on a machine of one core these tests still want two.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -274,7 +275,7 @@ def test_masks_of_unlabelled_images_are_never_read(tmp_path: Path) -> None:
     (batch,) = (step["d0"] for step in run(training_set(streams(tmp_path, ["d0"], asked, unlabelled_batch=5)), 0, 1))
     assert {key for key in unlabelled_keys(batch)} == {"train_3", "train_4", "train_5", "more_0", "more_1"}
     chosen.write_text("train_3\n")  # with its label asked for, it is noticed
-    with pytest.raises(ValueError, match="key 'train_3': the mask cannot be read"):
+    with pytest.raises(UserError, match="key 'train_3': the mask cannot be read"):
         run(training_set(streams(tmp_path, ["d0"], DomainSettings(labelled=str(chosen), unlabelled="none"))), 0, 1)
 
 
@@ -325,7 +326,7 @@ def test_a_batch_of_a_domain_without_labelled_images_keeps_its_shapes(shards: Pa
 
 
 def test_a_run_without_any_image_is_refused() -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         training_set([])
     assert str(caught.value) == "domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled images."
 
@@ -333,7 +334,7 @@ def test_a_run_without_any_image_is_refused() -> None:
 @pytest.mark.parametrize(("kind", "world", "accumulation", "multiple"), [("labelled_batch", 4, 1, 4), ("unlabelled_batch", 2, 3, 6)])
 def test_a_batch_that_does_not_divide_names_domain_key_and_multiple(shards: Path, kind: str, world: int, accumulation: int, multiple: int) -> None:
     sizes = {"labelled_batch": 12, "unlabelled_batch": 12} | {kind: 10}
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         training_set(streams(shards, ["d1"], **sizes), world=world, accumulation=accumulation)
     assert str(caught.value) == (
         f"d1: {kind} is 10, which {world} process(es) x {accumulation} accumulated micro-batches do not divide. Use a multiple of {multiple}."
@@ -351,7 +352,7 @@ def test_a_batch_that_does_not_divide_names_domain_key_and_multiple(shards: Path
 def test_an_unusable_sample_stops_the_run_with_one_line_that_names_shard_and_key(tmp_path: Path, workers: int, mask: bytes, message: str) -> None:
     path = write(tmp_path, "d0", "train", [*good_masks(2), mask, *good_masks(1)])
     data = training_set(streams(tmp_path, ["d0"], DomainSettings(labelled="all", unlabelled="none"), labelled_batch=1))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         run(data, 0, 4, workers)
     text = str(caught.value)
     assert text.startswith(f"{path}: key 'train_2': {message}")
@@ -362,14 +363,14 @@ def test_steps_before_an_unusable_sample_are_seen(tmp_path: Path) -> None:
     write(tmp_path, "d0", "train", [png(np.full((SIZE[1], SIZE[0]), 2)), *good_masks(3)])
     data = training_set(streams(tmp_path, ["d0"], DomainSettings(labelled="all", unlabelled="none"), labelled_batch=1))
     seen = []
-    with pytest.raises(ValueError):
+    with pytest.raises(UserError):
         for step in steps(data, 0, 4, workers=2):
             seen.append(step["d0"].keys[0])
     reached = 0
     while True:
         try:
             (step,) = run(data, reached, reached + 1)
-        except ValueError:
+        except UserError:
             break
         assert seen[reached] == step["d0"].keys[0]
         reached += 1
@@ -395,7 +396,7 @@ def test_scored_images_are_whole_each_once_with_masks_at_their_own_size(tmp_path
 
 def test_scoring_an_image_without_a_mask_names_it(tmp_path: Path) -> None:
     path = write(tmp_path, "d0", "val", [*good_masks(1), None])
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         list(scored_images(Shards.open(tmp_path / "d0", "val"), domain("d0"), range(2), workers=0))
     assert str(caught.value) == f"{path}: key 'val_1' has no mask. Only labelled splits can be scored."
 

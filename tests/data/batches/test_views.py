@@ -13,6 +13,7 @@ from multidomain_cct.data.batches.views import PAD, Augment, View, decode, train
 from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.images import decode_smaller, decoded, open_image
 from multidomain_cct.data.shards.reader import Record
+from multidomain_cct.errors import UserError
 
 DOMAIN = Domain("two", "folder", {"train": Split("*.jpg")}, (LabelClass("a", (255, 0, 0)), LabelClass("b", (0, 255, 0))))
 
@@ -220,7 +221,7 @@ def test_images_of_other_formats_are_turned_upright_too(kind: str, orientation: 
 def test_an_image_whose_pixels_are_not_of_the_size_in_its_header_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multidomain_cct.data.batches.views.upright_size", lambda image, name: (99, 48))
     monkeypatch.setattr("multidomain_cct.data.batches.views.decode_smaller", lambda image, name, wanted: (99, 48))
-    with pytest.raises(ValueError, match=r"s.tar: key 'key': the image was to be 99x48 by its header, but its pixels are others \(64x48\)."):
+    with pytest.raises(UserError, match=r"s.tar: key 'key': the image was to be 99x48 by its header, but its pixels are others \(64x48\)."):
         exact_view(picture()[0], None, Augment(), (16, 16))
 
 
@@ -231,7 +232,7 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def test_image_and_mask_of_different_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"s.tar: key 'key': the mask is 64x48 but the image is 32x48. Pack the split again."):
+    with pytest.raises(UserError, match=r"s.tar: key 'key': the mask is 64x48 but the image is 32x48. Pack the split again."):
         exact_view(Image.new("RGB", (32, 48)), Image.new("L", (64, 48)), Augment(), (16, 16))
 
 
@@ -258,12 +259,12 @@ def test_palette_masks_are_read_as_indices() -> None:
 def test_unusable_bytes_are_named_by_shard_and_key(image: bytes | None, mask: bytes | None, message: str) -> None:
     record = Record("street_7", Path("data/train-00000.tar"), image or encoded(picture()[0], "JPEG"), mask)
     for use in (lambda: decode(record, DOMAIN), lambda: training_view(record, DOMAIN, Augment(), (16, 16), np.random.default_rng(0))):
-        with pytest.raises(ValueError, match=message) as error:
+        with pytest.raises(UserError, match=message) as error:
             use()
         assert str(error.value).startswith("data/train-00000.tar: key 'street_7'")
 
 
 @pytest.mark.parametrize("impossible", [{"scale": [2.0, 1.0]}, {"scale": [1.0]}, {"flip": 1.5}, {"long_side": [0, 5]}])
 def test_impossible_settings_are_refused(impossible: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="augment"):
+    with pytest.raises(UserError, match="augment"):
         Augment(**impossible)  # type: ignore[arg-type]

@@ -14,9 +14,10 @@ from PIL import Image
 
 from multidomain_cct.data.domain import LAYOUTS, Domain, LabelClass, Split
 from multidomain_cct.data.packing.layouts import _LAYOUTS, raw_samples
-from multidomain_cct.data.packing.raw_files import LONGEST_KEY, RawSample
+from multidomain_cct.data.packing.raw_files import LONGEST_KEY, MissingRawFiles, RawSample
 from multidomain_cct.data.packing.raw_masks import read_mask
 from multidomain_cct.data.specification import find_domain
+from multidomain_cct.errors import UserError
 
 SHIPPED = Path(__file__).parents[3] / "domains"
 
@@ -53,14 +54,14 @@ def refused(kind: type[Exception], domain: Domain, raw: Path, split: str = "trai
 
 
 def test_a_split_that_the_domain_does_not_have_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         raw_samples(published("cityscapes"), tmp_path, "trian")
     assert str(caught.value) == 'cityscapes has no split "trian". Its splits: train, val, train_extra. Did you mean "train"?'
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "camvid", "sun_rgbd", "pascal_voc", "toy_street"])
 def test_a_raw_folder_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
-    message = refused(FileNotFoundError, published(name), tmp_path / "absent")
+    message = refused(MissingRawFiles, published(name), tmp_path / "absent")
     assert message == f"{tmp_path / 'absent'}: there is no such folder. Give the folder that holds the raw files of {name}."
 
 
@@ -75,14 +76,14 @@ def test_a_raw_folder_that_is_not_there_is_named(tmp_path: Path, name: str) -> N
     ],
 )
 def test_a_raw_folder_without_the_split_is_told_what_it_lacks(tmp_path: Path, name: str, needed: str) -> None:
-    message = refused(FileNotFoundError, published(name), tmp_path)
+    message = refused(MissingRawFiles, published(name), tmp_path)
     assert message.startswith(str(tmp_path)) and message.endswith(needed)
 
 
 def test_a_folder_without_images_is_no_split(tmp_path: Path) -> None:
     (tmp_path / "leftImg8bit" / "train" / "aachen").mkdir(parents=True)
     (tmp_path / "leftImg8bit" / "train" / "aachen" / "notes.txt").touch()
-    assert refused(FileNotFoundError, published("cityscapes"), tmp_path).endswith("needs */*_leftImg8bit.png in it, and no image there matches that.")
+    assert refused(MissingRawFiles, published("cityscapes"), tmp_path).endswith("needs */*_leftImg8bit.png in it, and no image there matches that.")
 
 
 # Keys
@@ -109,7 +110,7 @@ def test_a_key_that_no_file_system_holds_is_refused(tmp_path: Path) -> None:
     domain = folder_domain(train=Split("images/*.png"))
     assert len(raw_samples(domain, tmp_path, "train")[0].key) == LONGEST_KEY
     draw(tmp_path, f"images/{'b' * LONGEST_KEY}b.png")
-    assert "bbb: gives a sample key of 201 characters; at most 200 fit." in refused(ValueError, domain, tmp_path)
+    assert "bbb: gives a sample key of 201 characters; at most 200 fit." in refused(UserError, domain, tmp_path)
 
 
 # folder
@@ -140,7 +141,7 @@ def test_the_exact_name_comes_before_a_usual_ending(tmp_path: Path) -> None:
 
 def test_an_image_never_takes_the_mask_of_another(tmp_path: Path) -> None:
     draw(tmp_path, "images/one.jpg", "images/one_gt.jpg", "masks/one_gt.png")
-    message = refused(ValueError, folder_domain(train=Split("images/*.jpg", "masks/*.png")), tmp_path)
+    message = refused(UserError, folder_domain(train=Split("images/*.jpg", "masks/*.png")), tmp_path)
     assert message.startswith(f"{tmp_path}/images/one.jpg: has no mask; expected the name one in masks/*.png. ")
 
 
@@ -175,33 +176,33 @@ def test_hidden_and_other_files_do_not_count(tmp_path: Path) -> None:
 def test_an_image_without_mask_is_named_with_what_was_expected(tmp_path: Path) -> None:
     domain = folder_domain(train=Split("images/*.jpg", "masks/*.png"))
     draw(tmp_path, "images/one.jpg", "images/two.jpg", "images/zoo.jpg", "masks/one.png", "masks/zoo.png")
-    message = refused(ValueError, domain, tmp_path)
+    message = refused(UserError, domain, tmp_path)
     assert message == (f"{tmp_path}/images/two.jpg: has no mask; expected the name two in masks/*.png. Add the masks, or take the images out of the split.")
     draw(tmp_path, "images/six.jpg")
-    assert "images/six.jpg: has no mask; expected the name six in masks/*.png (2 of 4 images have none)." in refused(ValueError, domain, tmp_path)
+    assert "images/six.jpg: has no mask; expected the name six in masks/*.png (2 of 4 images have none)." in refused(UserError, domain, tmp_path)
 
 
 def test_a_mask_without_image_is_named(tmp_path: Path) -> None:
     draw(tmp_path, "images/one.jpg", "masks/one.png", "masks/two.png")
-    message = refused(ValueError, folder_domain(train=Split("images/*.jpg", "masks/*.png")), tmp_path)
+    message = refused(UserError, folder_domain(train=Split("images/*.jpg", "masks/*.png")), tmp_path)
     assert message.startswith(f"{tmp_path}/masks/two.png: has no image; expected the name two.")
 
 
 def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
     draw(tmp_path, "images/one.jpg", "images/one.png")
-    message = refused(ValueError, folder_domain(train=Split("images/*")), tmp_path)
+    message = refused(UserError, folder_domain(train=Split("images/*")), tmp_path)
     assert message == f"{tmp_path}/images/one.png: goes by the name one, as {tmp_path}/images/one.jpg does. Keep one, or rename one."
 
 
 def test_two_masks_that_could_belong_to_an_image_are_refused(tmp_path: Path) -> None:
     draw(tmp_path, "images/one.jpg", "masks/one_gt.png", "masks/one_mask.png")
-    message = refused(ValueError, folder_domain(train=Split("images/*.jpg", "masks/*.png")), tmp_path)
+    message = refused(UserError, folder_domain(train=Split("images/*.jpg", "masks/*.png")), tmp_path)
     assert message == f"{tmp_path}/images/one.jpg: has 2 masks, one_mask.png and one_gt.png; keep one."
 
 
 @pytest.mark.parametrize("pattern", ["/etc/*.png", "../*.png", "images/**.png", "."])
 def test_a_glob_that_leaves_the_raw_folder_or_is_none_is_refused(tmp_path: Path, pattern: str) -> None:
-    message = refused(ValueError, folder_domain(train=Split(pattern)), tmp_path)
+    message = refused(UserError, folder_domain(train=Split(pattern)), tmp_path)
     assert message.startswith(f"mine: splits.train.images is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a whole folder.")
 
 
@@ -251,13 +252,13 @@ def test_cityscapes_label_ids_come_before_train_ids(tmp_path: Path) -> None:
 def test_cityscapes_train_ids_are_refused_for_another_class_table(tmp_path: Path) -> None:
     draw_cityscapes(tmp_path, "labelTrainIds")
     domain = replace(published("cityscapes"), classes=published("cityscapes").classes[::-1])
-    assert "has labelTrainIds only, numbered as the 19 usual classes; cityscapes has others." in refused(ValueError, domain, tmp_path)
+    assert "has labelTrainIds only, numbered as the 19 usual classes; cityscapes has others." in refused(UserError, domain, tmp_path)
 
 
 def test_a_cityscapes_frame_without_labels_is_named_with_its_label_file(tmp_path: Path) -> None:
     draw_cityscapes(tmp_path)
     (tmp_path / "gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png").unlink()
-    message = refused(ValueError, published("cityscapes"), tmp_path)
+    message = refused(UserError, published("cityscapes"), tmp_path)
     assert message.startswith(
         f"{tmp_path}/leftImg8bit/train/ulm/ulm_000000_000019_leftImg8bit.png: has no mask; "
         f"expected {tmp_path}/gtFine/train/ulm/ulm_000000_000019_gtFine_labelIds.png."
@@ -304,7 +305,7 @@ def test_camvid_reads_the_tutorials_folders(tmp_path: Path) -> None:
     }
     (tmp_path / "trainannot/0001TP_006690.png").unlink()
     assert f"{tmp_path}/train/0001TP_006690.png: has no mask; expected the name 0001TP_006690 in trainannot/*." in refused(
-        ValueError, published("camvid"), tmp_path
+        UserError, published("camvid"), tmp_path
     )
 
 
@@ -332,21 +333,21 @@ def test_camvid_lists_in_the_raw_folder_come_before_the_usual_split(tmp_path: Pa
 def test_camvid_frames_of_no_known_sequence_need_a_list(tmp_path: Path) -> None:
     draw(tmp_path, "701_StillsRaw_full/mine.png", "LabeledApproved_full/mine_L.png")
     assert "mine.png: is in no sequence of CamVid's usual split. Name the frames of each split in train.txt" in refused(
-        ValueError, published("camvid"), tmp_path
+        UserError, published("camvid"), tmp_path
     )
 
 
 def test_a_camvid_list_that_names_a_frame_twice_or_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
     draw(tmp_path, "701_StillsRaw_full/mine.png", "LabeledApproved_full/mine_L.png")
     (tmp_path / "train.txt").write_text("mine\nyours\n")
-    assert f"train.txt: names yours, and {tmp_path}/701_StillsRaw_full has no such image." in refused(ValueError, published("camvid"), tmp_path)
+    assert f"train.txt: names yours, and {tmp_path}/701_StillsRaw_full has no such image." in refused(UserError, published("camvid"), tmp_path)
     (tmp_path / "train.txt").write_text("mine\nmine\n")
-    assert "train.txt: names mine 2 times; keep one." in refused(ValueError, published("camvid"), tmp_path)
+    assert "train.txt: names mine 2 times; keep one." in refused(UserError, published("camvid"), tmp_path)
 
 
 def test_a_camvid_split_without_frames_is_refused(tmp_path: Path) -> None:
     draw(tmp_path, "701_StillsRaw_full/0001TP_006690.png", "LabeledApproved_full/0001TP_006690_L.png")
-    assert "split val of camvid has no image" in refused(FileNotFoundError, published("camvid"), tmp_path, "val")
+    assert "split val of camvid has no image" in refused(MissingRawFiles, published("camvid"), tmp_path, "val")
 
 
 # sun_rgbd
@@ -374,12 +375,12 @@ def test_repacked_sun_rgbd_test_images_keep_their_numbers(tmp_path: Path) -> Non
 
 def test_repacked_sun_rgbd_errors_name_the_file(tmp_path: Path) -> None:
     draw(tmp_path, "image/train/img-000001.jpg", "image/train/img-000002.jpg", "label37/train/img37labels-005052.png")
-    message = refused(ValueError, published("sun_rgbd"), tmp_path)
+    message = refused(UserError, published("sun_rgbd"), tmp_path)
     assert message.startswith(f"{tmp_path}/image/train/img-000001.jpg: has no mask; expected its number in {tmp_path}/label37/train.")
     draw(tmp_path, "image/train/1.jpg")
-    assert "goes by the name img-005051" in refused(ValueError, published("sun_rgbd"), tmp_path)
+    assert "goes by the name img-005051" in refused(UserError, published("sun_rgbd"), tmp_path)
     draw(tmp_path, "image/train/img.jpg")
-    assert "image/train/img.jpg: SUN RGB-D is paired by number, and this name does not end in one." in refused(ValueError, published("sun_rgbd"), tmp_path)
+    assert "image/train/img.jpg: SUN RGB-D is paired by number, and this name does not end in one." in refused(UserError, published("sun_rgbd"), tmp_path)
 
 
 SCENES = ["kv2/kinect2data/000002_a", "xtion/sun3ddata/b/0001", "realsense/lg/c", "kv1/NYUdata/NYU0001"]
@@ -424,25 +425,23 @@ def test_official_sun_rgbd_takes_order_and_splits_from_its_tables(tmp_path: Path
 def test_official_sun_rgbd_names_what_was_not_unpacked(tmp_path: Path) -> None:
     draw_official_sun(tmp_path)
     (tmp_path / "SUNRGBD/realsense/lg/c/image/2.jpg").unlink()
-    message = refused(FileNotFoundError, published("sun_rgbd"), tmp_path)
+    message = refused(MissingRawFiles, published("sun_rgbd"), tmp_path)
     assert message.startswith(f"{tmp_path}/SUNRGBD/realsense/lg/c/image/2.jpg: there is no such file, but SUNRGBDMeta.mat names it in split train.")
     (tmp_path / "SUNRGBDtoolbox/Metadata/SUNRGBD2Dseg.mat").unlink()
-    assert "SUNRGBD2Dseg.mat: there is no such file. Unpack SUNRGBDtoolbox.zip" in refused(FileNotFoundError, published("sun_rgbd"), tmp_path)
+    assert "SUNRGBD2Dseg.mat: there is no such file. Unpack SUNRGBDtoolbox.zip" in refused(MissingRawFiles, published("sun_rgbd"), tmp_path)
 
 
 def test_official_sun_rgbd_has_no_validation_split(tmp_path: Path) -> None:
     draw_official_sun(tmp_path)
     domain = replace(published("sun_rgbd"), splits={"val": Split()})
-    assert "allsplit.mat: has no list allval for the split val of sun_rgbd. SUN RGB-D has train and test." in refused(
-        FileNotFoundError, domain, tmp_path, "val"
-    )
+    assert "allsplit.mat: has no list allval for the split val of sun_rgbd. SUN RGB-D has train and test." in refused(MissingRawFiles, domain, tmp_path, "val")
 
 
 @pytest.mark.parametrize("package", ["h5py", "scipy.io"])
 def test_official_sun_rgbd_names_the_extra_that_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     (tmp_path / "SUNRGBDtoolbox").mkdir()
     monkeypatch.setitem(sys.modules, package, None)
-    assert refused(ValueError, published("sun_rgbd"), tmp_path).endswith("To read them: pip install multidomain-cct[sun_rgbd]")
+    assert refused(UserError, published("sun_rgbd"), tmp_path).endswith("To read them: pip install multidomain-cct[sun_rgbd]")
 
 
 # voc
@@ -472,7 +471,7 @@ def test_voc_reads_any_list_that_the_domain_names(tmp_path: Path) -> None:
     draw_voc(tmp_path, trainval=["0", "1", "2", "3"])
     domain = replace(published("pascal_voc"), splits={"trainval": Split(), "mine": Split()})
     assert len(raw_samples(domain, tmp_path, "trainval")) == 4
-    assert "Segmentation/mine.txt: there is no such file." in refused(FileNotFoundError, domain, tmp_path, "mine")
+    assert "Segmentation/mine.txt: there is no such file." in refused(MissingRawFiles, domain, tmp_path, "mine")
 
 
 @pytest.mark.parametrize("listed", ["trainaug", "train_aug", None])
@@ -490,7 +489,7 @@ def test_voc_augmented_masks_are_their_list_or_all_but_validation(tmp_path: Path
 
 def test_voc_without_the_augmented_masks_says_so(tmp_path: Path) -> None:
     draw_voc(tmp_path)
-    message = refused(FileNotFoundError, published("pascal_voc"), tmp_path, "train_aug")
+    message = refused(MissingRawFiles, published("pascal_voc"), tmp_path, "train_aug")
     assert message == f"{tmp_path}/SegmentationClassAug: there is no such folder; split train_aug of pascal_voc needs it."
 
 
@@ -499,15 +498,15 @@ def test_voc_unlabelled_images_are_those_that_no_list_names(tmp_path: Path) -> N
     assert pairs(raw_samples(published("pascal_voc"), tmp_path, "unlabelled"), tmp_path) == {"2007_000005": ("JPEGImages/2007_000005.jpg", None)}
     (tmp_path / "ImageSets" / "Segmentation" / "val.txt").unlink()
     # Without the list, validation images would be taken for unlabelled ones.
-    assert "Segmentation/val.txt: there is no such file." in refused(FileNotFoundError, published("pascal_voc"), tmp_path, "unlabelled")
+    assert "Segmentation/val.txt: there is no such file." in refused(MissingRawFiles, published("pascal_voc"), tmp_path, "unlabelled")
 
 
 def test_a_voc_list_that_the_files_do_not_bear_out_is_refused(tmp_path: Path) -> None:
     draw_voc(tmp_path, train=["0", "4"])
-    message = refused(ValueError, published("pascal_voc"), tmp_path)
+    message = refused(UserError, published("pascal_voc"), tmp_path)
     assert message.startswith(f"{tmp_path}/JPEGImages/2007_000004.jpg: has no mask; expected {tmp_path}/SegmentationClass/2007_000004.png.")
     (tmp_path / "JPEGImages" / "2007_000004.jpg").unlink()
-    assert "train.txt: names 2007_000004, and " in refused(ValueError, published("pascal_voc"), tmp_path)
+    assert "train.txt: names 2007_000004, and " in refused(UserError, published("pascal_voc"), tmp_path)
 
 
 def test_every_layout_that_a_specification_may_name_can_be_read() -> None:

@@ -24,6 +24,7 @@ from multidomain_cct.data.packing.encode import JPEG_QUALITY, fitted_size
 from multidomain_cct.data.packing.pack import Summary, ignored_share, pack
 from multidomain_cct.data.shards.index import index_path, shard_paths
 from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.errors import UserError
 
 CLASSES = (LabelClass("road", (200, 40, 40), ids=(7,)), LabelClass("car", (40, 180, 60), ids=(3, 26)))
 SPLITS = {"train": Split("images/train/*", "masks/train/*.png"), "val": Split("images/val/*", "masks/val/*.png"), "more": Split("images/more/*")}
@@ -81,7 +82,7 @@ def members(out: Path, split: str = "train") -> dict[str, bytes]:
 
 def refused(*arguments: object, **options: object) -> str:
     """What is said about raw data that cannot be packed."""
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         pack(*arguments, **options)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     return str(caught.value)

@@ -13,6 +13,7 @@ from PIL import Image
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
 from multidomain_cct.data.packing.raw_files import MaskFile
 from multidomain_cct.data.packing.raw_masks import mask_picture, read_mask
+from multidomain_cct.errors import UserError
 
 IDS = np.array([[0, 1, 2], [3, 4, 255]])
 """Raw ids with one of each kind: 0 ignored, 1 and 2 the first class, 3 the second, 4 unknown, 255 ignored."""
@@ -158,7 +159,7 @@ def test_the_labels_of_a_matlab_table_are_turned_upright(tmp_path: Path) -> None
     train_ids, unknown = read_mask(MaskFile(path, cell=0), domain())
     assert (train_ids.tolist(), unknown) == (TRAIN_IDS, {"4": 1})
     assert read_mask(MaskFile(path, cell=1), domain())[0].shape == (2, 2)
-    with pytest.raises(ValueError, match=r"SUNRGBD2Dseg.mat: the labels of image 3 cannot be read .* Fetch SUNRGBDtoolbox.zip again"):
+    with pytest.raises(UserError, match=r"SUNRGBD2Dseg.mat: the labels of image 3 cannot be read .* Fetch SUNRGBDtoolbox.zip again"):
         read_mask(MaskFile(path, cell=2), domain())
 
 
@@ -166,7 +167,7 @@ def test_an_unknown_id_is_an_error_where_the_domain_says_so(tmp_path: Path) -> N
     path = tmp_path / "mask.png"
     Image.fromarray(np.array([[0, 255, 9, 9, 9, 12]], dtype=np.uint8)).save(path)
     message = r"mask.png: 3 pixels have the id 9, which no class of street names, and 1 more such values. Add it to a class or to ignore_ids."
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         read(path, unknown="error")
     assert read(path, unknown="error", ignore_ids=(0, 9, 12, 255)) == ([[IGNORE] * 6], {})
 
@@ -174,21 +175,21 @@ def test_an_unknown_id_is_an_error_where_the_domain_says_so(tmp_path: Path) -> N
 def test_an_unknown_colour_is_an_error_where_the_domain_says_so(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     Image.fromarray(np.full((2, 2, 3), 200, dtype=np.uint8)).save(path)
-    with pytest.raises(ValueError, match="mask.png: 4 pixels have the colour #c8c8c8, which no class of street names. Add it to a class or to ignore_colors."):
+    with pytest.raises(UserError, match="mask.png: 4 pixels have the colour #c8c8c8, which no class of street names. Add it to a class or to ignore_colors."):
         read(path, unknown="error")
 
 
 def test_jpeg_masks_are_refused_whatever_their_name(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     Image.fromarray(IDS.astype(np.uint8)).save(path, "JPEG")
-    with pytest.raises(ValueError, match="mask.png: the mask is JPEG-compressed, which changes labels along every border. Export it as PNG."):
+    with pytest.raises(UserError, match="mask.png: the mask is JPEG-compressed, which changes labels along every border. Export it as PNG."):
         read(path)
 
 
 def test_tiff_masks_with_jpeg_inside_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "mask.tif"
     Image.fromarray(np.zeros((16, 16), dtype=np.uint8)).save(path, compression="jpeg")
-    with pytest.raises(ValueError, match="JPEG-compressed"):
+    with pytest.raises(UserError, match="JPEG-compressed"):
         read(path)
 
 
@@ -196,7 +197,7 @@ def test_tiff_masks_with_jpeg_inside_are_refused(tmp_path: Path) -> None:
 def test_pixels_that_are_neither_ids_nor_colours_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "mask.tif"
     Image.new(mode, (4, 4)).save(path)
-    with pytest.raises(ValueError, match=f"mask.tif: the mask has pixels of Pillow's mode {mode}. Export it as 8- or 16-bit ids"):
+    with pytest.raises(UserError, match=f"mask.tif: the mask has pixels of Pillow's mode {mode}. Export it as 8- or 16-bit ids"):
         read(path)
 
 
@@ -208,9 +209,9 @@ def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
     flipped = content[:60] + bytes([content[60] ^ 0xFF]) + content[61:]
     for damage in (b"", b"no picture", content[: len(content) // 2], content[:20], flipped):
         broken.write_bytes(damage)
-        with pytest.raises(ValueError, match=r"broken.png: the mask cannot be read \(.*Masks are PNG, BMP, TIFF or GIF files"):
+        with pytest.raises(UserError, match=r"broken.png: the mask cannot be read \(.*Masks are PNG, BMP, TIFF or GIF files"):
             read(broken)
-    with pytest.raises(ValueError, match=r"absent.png: the mask cannot be read"):
+    with pytest.raises(UserError, match=r"absent.png: the mask cannot be read"):
         read(tmp_path / "absent.png")
 
 
@@ -219,7 +220,7 @@ def test_a_mask_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatc
     Image.fromarray(np.zeros((10, 15), dtype=np.uint8)).save(path)
     for limit in (100, 70):  # Pillow warns above its limit, and raises above twice that.
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(ValueError, match=r"mask.png: the mask is too large to be read safely .*Cut image and mask into tiles"):
+        with pytest.raises(UserError, match=r"mask.png: the mask is too large to be read safely .*Cut image and mask into tiles"):
             read(path)
 
 

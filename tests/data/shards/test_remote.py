@@ -29,6 +29,7 @@ from multidomain_cct.data.shards.download import Patience, SourceError, download
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.sources import RemoteFolder
 from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.errors import UserError
 
 QUICK = Patience(attempts=5, wait=0.01, stall=0.5, grace=2.0)
 DOMAIN = Domain("yard", "folder", {"train": Split("*.jpg")}, (LabelClass("ground", (0, 0, 0)),))
@@ -125,7 +126,7 @@ def test_the_cache_stays_within_its_size_and_fetches_again_what_it_let_go(server
         assert contents(shards) == local
         shards._descriptors.clear()
         assert sum(path.stat().st_size for path in cache.iterdir()) <= 3 * size
-    with pytest.raises(ValueError, match="data.cache_gib is"):
+    with pytest.raises(UserError, match="data.cache_gib is"):
         opened(server, tmp_path / "small", max_bytes=size - 1).read(0)
 
 
@@ -177,7 +178,7 @@ def test_a_run_reads_remote_shards_in_windows_and_sees_every_sample_once(server:
     ],
 )
 def test_an_address_that_is_not_plain_or_not_allowed_is_refused_without_repeating_it(address: str, allowed: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         require_address(address, allowed, "domains.yard.remote")
     assert "hunter2" not in str(error.value)
 
@@ -252,5 +253,5 @@ def test_what_s3_will_not_give_is_asked_for_once(bucket: type[Bucket], tmp_path:
 
 def test_s3_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(ValueError, match=r"s3 needs packages that are not installed.*pip install 'multidomain-cct\[remote\]'"):
+    with pytest.raises(UserError, match=r"s3 needs packages that are not installed.*pip install 'multidomain-cct\[remote\]'"):
         download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)

@@ -15,6 +15,7 @@ from multidomain_cct.data.shards.index import ShardIndex, index_path
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.scan import Extensions, index_shard, scan_shard
 from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.errors import UserError
 
 
 def jpeg(shade: int) -> bytes:
@@ -135,7 +136,7 @@ def damaged(tmp_path: Path, trouble: str) -> Path:
 )
 def test_what_a_streaming_reader_would_swallow_is_refused(tmp_path: Path, trouble: str, message: str) -> None:
     path = damaged(tmp_path, trouble)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         scan_shard(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
@@ -146,33 +147,33 @@ def test_bytes_that_changed_after_indexing_are_named(tmp_path: Path) -> None:
     content[700] ^= 1
     path.write_bytes(content)
     shards = Shards.of([path])
-    with pytest.raises(ValueError, match="key 'image_0': the bytes differ"):
+    with pytest.raises(UserError, match="key 'image_0': the bytes differ"):
         shards.read(0)
 
 
 def test_a_shard_without_index_names_the_command(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     index_path(path).unlink()
-    with pytest.raises(FileNotFoundError, match=r"python -m multidomain_cct index .*train-00000.tar"):
+    with pytest.raises(UserError, match=r"python -m multidomain_cct index .*train-00000.tar"):
         Shards.of([path])
 
 
 def test_an_index_of_another_file_is_refused(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     path.write_bytes(path.read_bytes() + b"\0" * 512)
-    with pytest.raises(ValueError, match="its index was made for"):
+    with pytest.raises(UserError, match="its index was made for"):
         Shards.of([path])
 
 
 def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     index_path(path).write_bytes(index_path(path).read_bytes()[:50])
-    with pytest.raises(ValueError, match="index is damaged"):
+    with pytest.raises(UserError, match="index is damaged"):
         Shards.of([path])
 
 
 def test_absent_shards_name_the_pack_command(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"has no val shards. Make them: python -m multidomain_cct pack camvid --raw FOLDER --split val"):
+    with pytest.raises(UserError, match=r"has no val shards. Make them: python -m multidomain_cct pack camvid --raw FOLDER --split val"):
         Shards.open(tmp_path / "camvid", "val")
 
 
@@ -180,7 +181,7 @@ def test_a_key_in_two_shards_is_refused(tmp_path: Path) -> None:
     paths = [write_tar(tmp_path / f"train-0000{n}.tar", [("a.jpg", b"1")]) for n in range(2)]
     for path in paths:
         index_shard(path)
-    with pytest.raises(ValueError, match="'a' is in more than one shard"):
+    with pytest.raises(UserError, match="'a' is in more than one shard"):
         Shards.of(paths)
 
 
@@ -195,7 +196,7 @@ def test_the_shards_of_an_interrupted_packing_are_refused_with_the_command_that_
     with ShardWriter(tmp_path / "yard", "train", note=lambda: {"total": 5}) as writer:
         for number in range(3):
             writer.write(f"image_{number}", image=jpeg(number), mask=None, meta=b"{}")
-    with pytest.raises(ValueError, match=r"hold 3 of 5 images; packing was interrupted.*python -m multidomain_cct pack yard --raw FOLDER --split train"):
+    with pytest.raises(UserError, match=r"hold 3 of 5 images; packing was interrupted.*python -m multidomain_cct pack yard --raw FOLDER --split train"):
         Shards.open(tmp_path / "yard", "train")
 
 
@@ -226,10 +227,10 @@ def test_a_catalogue_of_other_shards_is_refused(tmp_path: Path) -> None:
     write_tar(paths[1], [("b.jpg", jpeg(1))])
     index_shard(paths[1])
     shards = Shards.open(tmp_path, "train")
-    with pytest.raises(ValueError, match=r"train-00001.tar.idx is not the index that was counted .*index --catalogue"):
+    with pytest.raises(UserError, match=r"train-00001.tar.idx is not the index that was counted .*index --catalogue"):
         shards.read(2)
     paths[2].unlink()
-    with pytest.raises(ValueError, match=r"train.catalogue lists other shards than there are \(train-00002.tar\)"):
+    with pytest.raises(UserError, match=r"train.catalogue lists other shards than there are \(train-00002.tar\)"):
         Shards.open(tmp_path, "train")
 
 
@@ -263,6 +264,6 @@ def test_an_index_of_an_earlier_version_is_refused_and_made_again_with_its_notes
     facts = {"schema": "multidomain_cct.index.1", "shard_bytes": index.shard_bytes, "notes": index.notes}
     arrays = {"keys": np.frombuffer(b"a", dtype=np.uint8), "offset": index.offset, "size": index.size, "crc32": index.crc32}
     index_path(path).write_bytes(save(arrays, metadata={"index": json.dumps(facts)}))
-    with pytest.raises(ValueError, match=r"has the schema 'multidomain_cct.index.1'.*python -m multidomain_cct index"):
+    with pytest.raises(UserError, match=r"has the schema 'multidomain_cct.index.1'.*python -m multidomain_cct index"):
         Shards.of([path])
     assert index_shard(path).notes == {"plan": "abc"} and len(Shards.of([path])) == 1

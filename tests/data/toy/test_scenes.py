@@ -11,6 +11,7 @@ from PIL import Image
 from multidomain_cct.data.specification import read_domain
 from multidomain_cct.data.toy.painter import HEIGHT, WIDTH
 from multidomain_cct.data.toy.scenes import CLASSES, SPLITS, render_toy
+from multidomain_cct.errors import UserError
 
 DOMAINS = Path(__file__).resolve().parents[3] / "domains"
 
@@ -110,6 +111,6 @@ def test_missing_files_come_back_with_the_same_bytes(rendered: tuple[str, Path])
 
 
 def test_a_name_that_is_no_toy_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='can draw toy_street and toy_room, not "toy_garden"'):
+    with pytest.raises(UserError, match='can draw toy_street and toy_room, not "toy_garden"'):
         render_toy("toy_garden", tmp_path)
     assert not list(tmp_path.iterdir())

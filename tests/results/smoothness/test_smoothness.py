@@ -21,6 +21,7 @@ from multidomain_cct.commands.smoothness import print_diagnosis
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.encoder import Encoder, EncoderSettings, encoder_stages, model_stages
 from multidomain_cct.results.smoothness.diagnosis import (
     Diagnosis,
@@ -326,7 +327,7 @@ def test_mistakes_are_one_line(tiny_run: Path, two_domains: Path, tmp_path: Path
     assert "--limit is 0; it is at least 1" in mistake(capsys, *plain, *fields, "--limit", "0")
     assert "a file that ends in .png" in mistake(capsys, *plain, "--domain", "fields", *shards, "--out", tmp_path / "a.jpg")
     assert not (tmp_path / "a.png").exists()
-    with pytest.raises(ValueError, match="--borders is 'edges'; it is one of labels, prediction"):
+    with pytest.raises(UserError, match="--borders is 'edges'; it is one of labels, prediction"):
         DiagnosisSettings(borders="edges")
 
 
@@ -334,7 +335,7 @@ def test_features_that_are_not_finite_are_named(fields: Domain, two_domains: Pat
     def features(image: Tensor) -> list[Tensor]:
         return [torch.full((1, 3, image.shape[2] // 8, image.shape[3] // 8), torch.nan)]
 
-    with pytest.raises(ValueError, match=r"val-00000.tar: key 'val_0.*': the features of mean are not finite"):
+    with pytest.raises(UserError, match=r"val-00000.tar: key 'val_0.*': the features of mean are not finite"):
         diagnose(replace(MEAN, features=features), fields, shards=Shards.open(two_domains / "fields", "val"), settings=DiagnosisSettings())
 
 

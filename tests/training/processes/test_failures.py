@@ -7,14 +7,16 @@ from accelerate import Accelerator
 
 from multidomain_cct.data.batches.bad_images import TooManyBadImages
 from multidomain_cct.data.shards.download import SourceError
+from multidomain_cct.errors import UserError
 from multidomain_cct.training.processes.failures import RunFailed, mistakes_in_common, no_process_left, one_line_errors
 
 
 @pytest.mark.parametrize(
     ("error", "world", "kind", "message"),
     [
-        (ValueError("a.tar: bad"), 1, ValueError, "^a.tar: bad$"),
-        (ValueError("a.tar: bad"), 2, ValueError, "^rank 1: a.tar: bad$"),
+        (UserError("a.tar: bad"), 1, UserError, "^a.tar: bad$"),
+        (UserError("a.tar: bad"), 2, UserError, "^rank 1: a.tar: bad$"),
+        (ValueError("zip() argument 2 is longer than argument 1"), 2, ValueError, "^zip"),
         (OSError(errno.ENOSPC, "No space left on device", "/runs/x"), 2, RunFailed, "^rank 1: /runs/x: No space left on device. Make room"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
@@ -36,8 +38,13 @@ def test_errors_become_one_line_and_faults_of_the_software_stay_what_they_are(er
 
 
 def test_a_mistake_of_a_single_process_stays_as_it_is() -> None:
-    with pytest.raises(FileNotFoundError, match="^no such recipe$"), mistakes_in_common(Accelerator(cpu=True)):
-        raise FileNotFoundError("no such recipe")
+    with pytest.raises(UserError, match="^no such recipe$"), mistakes_in_common(Accelerator(cpu=True)):
+        raise UserError("no such recipe")
+
+
+def test_a_fault_of_a_single_process_stays_what_it_is() -> None:
+    with pytest.raises(ValueError, match="^zip"), mistakes_in_common(Accelerator(cpu=True)):
+        raise ValueError("zip() argument 2 is longer than argument 1")
 
 
 def test_processes_that_an_error_leaves_are_ended_and_those_from_before_stay() -> None:
