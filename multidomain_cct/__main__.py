@@ -13,7 +13,18 @@ import traceback
 from collections.abc import Sequence
 
 from multidomain_cct import __version__
-from multidomain_cct.commands import compare, domains, evaluate, index, pack, predict, report, smoothness, train, weaklabels
+from multidomain_cct.commands import (
+    compare,
+    domains,
+    evaluate,
+    index,
+    pack,
+    predict,
+    report,
+    smoothness,
+    train,
+    weaklabels,
+)
 from multidomain_cct.commands.kept_memory import keep_freed_memory
 from multidomain_cct.commands.terminal import FAILED, MISTAKE, complain, speaks
 from multidomain_cct.data.shards.download import SourceError
@@ -51,20 +62,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return FAILED
     except OSError as error:
         # A full disk, a folder that may not be written: not what was asked, but where.
-        complain(f"{error.filename or 'input or output'}: {error.strerror or error}. Make room or choose another place, then give the same command again.")
+        complain(
+            f"{error.filename or 'input or output'}: {error.strerror or error}. Make room or choose another place, "
+            "then give the same command again."
+        )
         return FAILED
     except KeyboardInterrupt:
-        complain("stopped. A training run goes on from its last checkpoint with resume=auto; packing goes on with the same command.")
+        complain(
+            "stopped. A training run goes on from its last checkpoint with resume=auto; packing goes on with the same "
+            "command."
+        )
         return 130
 
 
 def build_parser() -> tuple[argparse.ArgumentParser, set[str]]:
     """The parser and the words that are commands."""
     parser = argparse.ArgumentParser(
-        prog="multidomain_cct", description="Semi-supervised semantic segmentation over many domains. A bare recipe path trains it."
+        prog="multidomain_cct",
+        description="Semi-supervised semantic segmentation over many domains. A bare recipe path trains it.",
     )
     # `main` takes it out before the command is known, so that it may be anywhere.
-    parser.add_argument(TRACEBACK, action="store_true", help="also show where a mistake was found (or set MDCCT_TRACEBACK=1)")
+    parser.add_argument(
+        TRACEBACK, action="store_true", help="also show where a mistake was found (or set MDCCT_TRACEBACK=1)"
+    )
     parser.add_argument("--version", action="version", version=f"multidomain_cct {__version__}")
     parser.set_defaults(takes_overrides=False)
     words = parser.add_subparsers(required=True, metavar="COMMAND")

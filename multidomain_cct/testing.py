@@ -1,13 +1,15 @@
 """assert_resumes_exactly: a test for transforms, methods and recipes of your own.
 
-A run that is killed and goes on must end with the bytes of one that was not. It does when everything random hangs on the step or on the sample: a transform
-that draws from numpy's or Python's global generator, counts its calls or reads the clock breaks that, and this is how to find out:
+A run that is killed and goes on must end with the bytes of one that was not. It does when everything random hangs on
+the step or on the sample: a transform that draws from numpy's or Python's global generator, counts its calls or reads
+the clock breaks that, and this is how to find out:
 
+    from multidomain_cct.testing import assert_resumes_exactly
     from multidomain_cct.training.recipe import read_recipe
-    from multidomain_cct.training.resuming import assert_resumes_exactly
 
     def test_my_recipe_resumes_exactly(tmp_path):
-        assert_resumes_exactly(read_recipe(Path("recipes/mine.yaml"), ["training.steps=8"]), [Path("domains")], tmp_path)
+        recipe = read_recipe(Path("recipes/mine.yaml"), ["training.steps=8"])
+        assert_resumes_exactly(recipe, [Path("domains")], tmp_path)
 """
 
 from __future__ import annotations
@@ -31,18 +33,25 @@ from multidomain_cct.training.runlog import read_metrics
 Train = Callable[[Recipe, Sequence[Path]], object]
 
 
-def assert_resumes_exactly(recipe: Recipe, folders: Sequence[Path], workspace: Path, *, start: Train = train, timeout: float = 600) -> None:
-    """Train the recipe in `workspace` without interruption, and again with a SIGKILL half-way and resume=auto, and compare.
+def assert_resumes_exactly(
+    recipe: Recipe, folders: Sequence[Path], workspace: Path, *, start: Train = train, timeout: float = 600
+) -> None:
+    """Train the recipe in `workspace` without interruption, and again with a SIGKILL half-way and resume=auto, and
+    compare.
 
-    `folders` hold domain files. `start` trains: `train`, or a function of an importable module that sets up what is your own and then calls it. Each run
-    has a process of its own, in which nothing of an earlier one is left, and `timeout` seconds. Raises AssertionError that names the first step whose losses
-    differ, or the checkpoint's file; and RuntimeError when a run fails. Only as many steps as needed: give the recipe few.
+    `folders` hold domain files. `start` trains: `train`, or a function of an importable module that sets up what is
+    your own and then calls it. Each run has a process of its own, in which nothing of an earlier one is left, and
+    `timeout` seconds. Raises AssertionError that names the first step whose losses differ, or the checkpoint's file;
+    and RuntimeError when a run fails. Only as many steps as needed: give the recipe few.
     """
     half = recipe.training.steps // 2
     if half < 1:
         raise UserError(f"training.steps is {recipe.training.steps}; a run that is interrupted needs 2 or more.")
     training = replace(recipe.training, log_every=1, save_every=half, keep=recipe.training.steps)
-    straight, killed = (replace(recipe, runs=str(workspace), name=name, training=training, resume="auto") for name in ("straight", "killed"))
+    straight, killed = (
+        replace(recipe, runs=str(workspace), name=name, training=training, resume="auto")
+        for name in ("straight", "killed")
+    )
     for each in (straight, killed):
         if each.folder.exists():
             raise UserError(f"{each.folder} exists. Give a workspace without the runs of an earlier comparison.")
@@ -91,16 +100,22 @@ def _compare(straight: Path, killed: Path) -> None:
     for step in sorted(before.keys() | after.keys()):
         values, others = before.get(step, {}), after.get(step, {})
         for key in values | others:
-            assert values.get(key) == others.get(key), f"step {step}: {key} is {others.get(key)} after the interruption, {values.get(key)} without it."
+            assert values.get(key) == others.get(key), (
+                f"step {step}: {key} is {others.get(key)} after the interruption, {values.get(key)} without it."
+            )
     last = checkpoints(straight / "checkpoints")[-1].name
     for name in ("model.safetensors", "optimiser.safetensors"):
         contents = [(run / "checkpoints" / last / name).read_bytes() for run in (straight, killed)]
-        assert contents[0] == contents[1], f"{name} of {last} has other bytes after the interruption, although all losses agree."
+        assert contents[0] == contents[1], (
+            f"{name} of {last} has other bytes after the interruption, although all losses agree."
+        )
 
 
 def _logged(run: Path) -> dict[int, dict[str, Any]]:
     """Losses, scores and learning rate by step."""
     found: dict[int, dict[str, Any]] = {}
     for line in read_metrics(run / "metrics.jsonl"):
-        found.setdefault(line["step"], {}).update({key: value for key, value in line.items() if not key.startswith("sys/")})
+        found.setdefault(line["step"], {}).update(
+            {key: value for key, value in line.items() if not key.startswith("sys/")}
+        )
     return found

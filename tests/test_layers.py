@@ -8,7 +8,16 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "multidomain_cct"
-FLOORS = (("errors", "files"), ("data",), ("model",), ("methods", "evaluation", "weak"), ("training",), ("results",), ("commands", "testing"), ("__main__",))
+FLOORS = (
+    ("errors", "files"),
+    ("data",),
+    ("model",),
+    ("methods", "evaluation", "weak"),
+    ("training",),
+    ("results",),
+    ("commands", "testing"),
+    ("__main__",),
+)
 MAY_KNOW = {
     ("data/packing", "data/shards"),
     ("data/batches", "data/shards"),
@@ -30,7 +39,9 @@ def imports(path: Path) -> set[str]:
             found |= {node.module or ""} | {f"{node.module}.{name.name}" for name in node.names}
         elif isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
-    below = {name.removeprefix("multidomain_cct.").replace(".", "/") for name in found if name.startswith("multidomain_cct.")}
+    below = {
+        name.removeprefix("multidomain_cct.").replace(".", "/") for name in found if name.startswith("multidomain_cct.")
+    }
     return {name for name in below if (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file()}
 
 
@@ -39,7 +50,9 @@ def floor(name: str) -> int:
 
 
 def wing(name: str) -> str:
-    """The wing of a file or folder; of one directly on a floor of a single folder that folder, of one beside the floor's folders nothing."""
+    """The wing of a file or folder; of one directly on a floor of a single folder that folder, of one beside the
+    floor's folders nothing.
+    """
     first, *others = name.split("/")
     if (PACKAGE / f"{first}.py").is_file():
         return ""
@@ -66,10 +79,16 @@ def test_a_file_imports_from_its_wing_its_floor_and_below(name: str) -> None:
 
 def test_the_rule_knows_floors_and_wings() -> None:
     assert may_import("data/batches/loader", "data/shards/reader") and may_import("data/packing/pack", "data/domain")
-    assert not may_import("data/batches/loader", "data/packing/encode") and not may_import("data/packing/pack", "data/batches/order")
-    assert not may_import("data/shards/reader", "data/batches/order") and not may_import("data/domain", "data/shards/reader")
+    assert not may_import("data/batches/loader", "data/packing/encode") and not may_import(
+        "data/packing/pack", "data/batches/order"
+    )
+    assert not may_import("data/shards/reader", "data/batches/order") and not may_import(
+        "data/domain", "data/shards/reader"
+    )
     assert not may_import("weak/cams", "evaluation/inference") and not may_import("model/network", "training/recipe")
-    assert not may_import("training/checkpoints/checkpoint", "training/processes/failures") and may_import("training/loop", "training/processes/failures")
+    assert not may_import("training/checkpoints/checkpoint", "training/processes/failures") and may_import(
+        "training/loop", "training/processes/failures"
+    )
     assert may_import("files/strict_yaml", "errors") and not may_import("errors", "files/seeds")
 
 
@@ -102,13 +121,17 @@ def test_no_two_files_import_each_other() -> None:
 def test_the_tree_in_the_docs_is_the_package() -> None:
     shown, floors = tree_in_the_docs()
     files = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*") if path.suffix in (".py", ".jinja")]
-    assert sorted(shown) == sorted(str(path) for path in files if path.name != "__init__.py" or path.parent == Path("."))
+    assert sorted(shown) == sorted(
+        str(path) for path in files if path.name != "__init__.py" or path.parent == Path(".")
+    )
     assert floors == {room: number for number, rooms in enumerate(FLOORS) for room in rooms if room != "__main__"}
 
 
 def tree_in_the_docs() -> tuple[list[str], dict[str, int]]:
     """The files in the tree of docs/design.md, and the floor of each entry at its top."""
-    text = re.search(r"^```\nmultidomain_cct/\n(.*?)^```$", (ROOT / "docs/design.md").read_text(encoding="utf-8"), flags=re.S | re.M)
+    text = re.search(
+        r"^```\nmultidomain_cct/\n(.*?)^```$", (ROOT / "docs/design.md").read_text(encoding="utf-8"), flags=re.S | re.M
+    )
     assert text is not None
     shown: list[str] = []
     floors: dict[str, int] = {}
@@ -129,7 +152,9 @@ def tree_in_the_docs() -> tuple[list[str], dict[str, int]]:
 
 def test_no_file_says_its_floor() -> None:
     for path in FILES:
-        assert not re.search(r"\b[Ff]loor \d", path.read_text(encoding="utf-8")), f"{path} says a floor's number; docs/design.md does"
+        assert not re.search(r"\b[Ff]loor \d", path.read_text(encoding="utf-8")), (
+            f"{path} says a floor's number; docs/design.md does"
+        )
 
 
 def test_nothing_in_the_package_can_execute_data() -> None:
@@ -137,15 +162,24 @@ def test_nothing_in_the_package_can_execute_data() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
-                assert not names & {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}, f"{path.name} imports {names}"
+                assert not names & {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}, (
+                    f"{path.name} imports {names}"
+                )
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
-                assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), f"{path.name} calls {name}"
+                assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen"), (
+                    f"{path.name} calls {name}"
+                )
                 assert not name.endswith(("load_state", "save_state")), f"{path.name} calls {name}"
                 keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 assert keywords.get("shell", "False") == "False", f"{path.name} runs a shell"
                 assert keywords.get("allow_pickle", "False") == "False", f"{path.name} reads pickled arrays"
-                assert name not in ("yaml.unsafe_load", "yaml.full_load", "yaml.unsafe_load_all", "yaml.full_load_all"), f"{path.name} calls {name}"
+                assert name not in (
+                    "yaml.unsafe_load",
+                    "yaml.full_load",
+                    "yaml.unsafe_load_all",
+                    "yaml.full_load_all",
+                ), f"{path.name} calls {name}"
                 if name in ("yaml.load", "yaml.load_all"):
                     assert keywords.get("Loader") == "StrictLoader", f"{path.name} reads YAML that can execute"
                 if name == "torch.load":

@@ -52,7 +52,11 @@ def test_every_image_is_in_the_shards_with_its_mask(shards: Path) -> None:
 
 
 def test_three_real_domains_make_batches_from_yaml_alone(shards: Path) -> None:
-    overrides = [f"data.shards={shards}", "domains.ccp.unlabelled_splits=[unlabelled]", *(f"domains.{name}.labelled=50" for name in COUNTS)]
+    overrides = [
+        f"data.shards={shards}",
+        "domains.ccp.unlabelled_splits=[unlabelled]",
+        *(f"domains.{name}.labelled=50" for name in COUNTS),
+    ]
     recipe = read_recipe(ROOT / "recipes" / "real_small.yaml", overrides)
     folders = domain_folders([ROOT / "domains"])
     streams = [open_streams(find_domain(name, folders), choice, recipe.data) for name, choice in recipe.domains.items()]

@@ -15,7 +15,9 @@ from multidomain_cct.errors import UserError
 
 
 def register(words: Words) -> None:
-    command = words.add_parser("domains", parents=[domain_options()], help="what domains are known, and whether their shards are there")
+    command = words.add_parser(
+        "domains", parents=[domain_options()], help="what domains are known, and whether their shards are there"
+    )
     command.add_argument("--shards", type=Path, default=Path(SHARDS), metavar="DIR")
     command.set_defaults(run=run)
 
@@ -32,8 +34,14 @@ def run(options: argparse.Namespace) -> int:
         except UserError as error:
             broken.append(str(error))
             continue
-        packed = [f"{split} ({len(shard_paths(options.shards / name, split))})" for split in domain.splits if shard_paths(options.shards / name, split)]
-        table.add_row(name, str(domain.num_classes), escape(domain.title), ", ".join(packed) or "none", escape(str(path)))
+        packed = [
+            f"{split} ({len(shard_paths(options.shards / name, split))})"
+            for split in domain.splits
+            if shard_paths(options.shards / name, split)
+        ]
+        table.add_row(
+            name, str(domain.num_classes), escape(domain.title), ", ".join(packed) or "none", escape(str(path))
+        )
     Console().print(table)
     for line in broken:
         complain(line)

@@ -13,9 +13,17 @@ def register(words: Words) -> None:
     command = words.add_parser("index", help="index WebDataset shards that somebody else wrote")
     command.add_argument("shards", nargs="+", type=Path, metavar="SHARD")
     command.add_argument("--image", default="jpg", metavar="ENDING", help="ending of the images (default: jpg)")
-    command.add_argument("--mask", default="png", metavar="ENDING", help="ending of the masks, 8-bit train ids (default: png)")
-    command.add_argument("--verify", action="store_true", help="read the shards whole and compare every byte with their index")
-    command.add_argument("--catalogue", action="store_true", help="list the shards' splits in catalogues: for very many shards, or to offer them at an address")
+    command.add_argument(
+        "--mask", default="png", metavar="ENDING", help="ending of the masks, 8-bit train ids (default: png)"
+    )
+    command.add_argument(
+        "--verify", action="store_true", help="read the shards whole and compare every byte with their index"
+    )
+    command.add_argument(
+        "--catalogue",
+        action="store_true",
+        help="list the shards' splits in catalogues: for very many shards, or to offer them at an address",
+    )
     command.set_defaults(run=run)
 
 

@@ -23,9 +23,19 @@ if TYPE_CHECKING:
 def register(words: Words) -> None:
     command = words.add_parser("pack", parents=[domain_options()], help="raw data set -> shards")
     command.add_argument("domain", metavar="DOMAIN")
-    command.add_argument("--raw", type=Path, metavar="DIR", help="folder of the raw data set (not needed for toy domains)")
-    command.add_argument("--split", action="append", default=[], metavar="S", help="split to pack; may be repeated (default: all)")
-    command.add_argument("--out", type=Path, default=Path(SHARDS), metavar="DIR", help=f"folder with one folder of shards per domain (default: {SHARDS})")
+    command.add_argument(
+        "--raw", type=Path, metavar="DIR", help="folder of the raw data set (not needed for toy domains)"
+    )
+    command.add_argument(
+        "--split", action="append", default=[], metavar="S", help="split to pack; may be repeated (default: all)"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path(SHARDS),
+        metavar="DIR",
+        help=f"folder with one folder of shards per domain (default: {SHARDS})",
+    )
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     command.set_defaults(run=run)
 
@@ -38,7 +48,9 @@ def run(options: argparse.Namespace) -> int:
     if options.workers is not None and options.workers < 1:
         raise UserError(f"--workers is {options.workers}; it is at least 1.")
     if options.raw is None and domain.layout != "toy":
-        raise UserError(f"--raw is missing: name the folder of the raw data set {domain.name} (layout {domain.layout}).")
+        raise UserError(
+            f"--raw is missing: name the folder of the raw data set {domain.name} (layout {domain.layout})."
+        )
     with tempfile.TemporaryDirectory() as folder:
         raw = options.raw or Path(folder)
         if domain.layout == "toy":
@@ -75,9 +87,12 @@ def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -
     from multidomain_cct.data.packing.pack import ignored_share
 
     console = Console(highlight=False)
-    sizes = ", ".join(f"{count} of {size}" for size, count in summary.sizes.most_common(3)) + (", ..." if len(summary.sizes) > 3 else "")
+    sizes = ", ".join(f"{count} of {size}" for size, count in summary.sizes.most_common(3)) + (
+        ", ..." if len(summary.sizes) > 3 else ""
+    )
     console.print(
-        f"{domain.name}/{split}: {summary.images} images ({summary.labelled} labelled) in {summary.shards} shard(s) under {folder}; {sizes} pixels, "
+        f"{domain.name}/{split}: {summary.images} images ({summary.labelled} labelled) in {summary.shards} shard(s) "
+        f"under {folder}; {sizes} pixels, "
         f"{summary.image_bytes / max(1, summary.images) / 1024:.0f} KiB an image",
         markup=False,
         soft_wrap=True,
@@ -91,5 +106,7 @@ def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -
     table.add_row(str(IGNORE), "ignored", f"{100 * ignored_share(summary):.2f} %")
     console.print(table)
     if summary.unknown:
-        values = ", ".join(f"{value} ({count} px)" for value, count in summary.unknown.most_common(8)) + (" ..." if len(summary.unknown) > 8 else "")
+        values = ", ".join(f"{value} ({count} px)" for value, count in summary.unknown.most_common(8)) + (
+            " ..." if len(summary.unknown) > 8 else ""
+        )
         console.print(f"raw values that no class names, now {IGNORE}: {values}", markup=False, soft_wrap=True)

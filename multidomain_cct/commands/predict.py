@@ -28,7 +28,9 @@ def run(options: argparse.Namespace) -> int:
     settings = override(trained.recipe.evaluation, window=options.window, scales=options.scales, flip=options.flip)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress_bar("predict") as progress:
-        summary = predict(trained, options.domain, options.images, options.out, settings, device=device, progress=progress)
+        summary = predict(
+            trained, options.domain, options.images, options.out, settings, device=device, progress=progress
+        )
     for line in summary.unreadable:
         complain(f"skipped {line}")
     unreadable = f", {len(summary.unreadable)} skipped" if summary.unreadable else ""

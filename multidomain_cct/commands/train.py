@@ -29,7 +29,9 @@ def run(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides)
     command = shlex.join(["multidomain_cct", *sys.argv[1:]])
     try:
-        folder = train(recipe, domain_folders(options.domains, options.recipe), command=command, named_by=str(options.recipe))
+        folder = train(
+            recipe, domain_folders(options.domains, options.recipe), command=command, named_by=str(options.recipe)
+        )
     except (RunFailed, RunStopped) as error:
         if speaks(error):
             complain(str(error))

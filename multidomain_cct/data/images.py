@@ -1,4 +1,7 @@
-"""Image files, decoded safely: which formats, how large, upright. Imports no torch, so that a packing worker starts quickly."""
+"""Image files, decoded safely: which formats, how large, upright.
+
+Imports no torch, so that a packing worker starts quickly.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,39 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from multidomain_cct.errors import UserError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
-"""What an image may be, whatever its name says. Pillow knows others that start programs (EPS) or have seldom been attacked in earnest."""
-_UNREADABLE = (Image.DecompressionBombWarning, OSError, SyntaxError, ValueError, RuntimeError, AttributeError, struct.error, Image.DecompressionBombError)
+"""What an image may be, whatever its name says. Pillow knows others that start programs (EPS) or have seldom been
+attacked in earnest.
+"""
+_UNREADABLE = (
+    Image.DecompressionBombWarning,
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
 """What Pillow raises for damaged files, found by damaging files of every format."""
 _GREY_STEPS: dict[Any, int] = {"L;2": 85, "L;4": 17}
 """Pillow stretches grey values of 2 and 4 bits to the range of 8; dividing by the step gives the stored ids back."""
 
 
 def load_image(source: bytes | Path, name: str) -> Image.Image:
-    """The image as 8-bit RGB, turned upright as its EXIF tag asks. Raises UserError, starting with `name`, when it cannot be read."""
+    """The image as 8-bit RGB, turned upright as its EXIF tag asks.
+
+    Raises UserError, starting with `name`, when it cannot be read.
+    """
     # Loaded, it outlives its file.
     with open_image(source, name) as image:
         return decoded(image, name)
 
 
 def open_image(source: bytes | Path, name: str) -> Image.Image:
-    """The image with its header read and its pixels not yet, for `decoded`. Raises UserError, starting with `name`, when it cannot be read."""
+    """The image with its header read and its pixels not yet, for `decoded`.
+
+    Raises UserError, starting with `name`, when it cannot be read.
+    """
     with _errors_that_name(name):
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
 
@@ -45,8 +65,9 @@ def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
 def decode_smaller(image: Image.Image, name: str, wanted: tuple[int, int]) -> tuple[float, float]:
     """Let an opened JPEG be decoded at a half, a quarter or an eighth of its size when that is still at least `wanted`.
 
-    Gives (width, height) of the whole picture in decoded pixels. They are not whole numbers where the factor does not divide the size; the last column or
-    row then shows the picture only in part. A JPEG that has to be turned is left alone: its part of a pixel would lie on another side.
+    Gives (width, height) of the whole picture in decoded pixels. They are not whole numbers where the factor does not
+    divide the size; the last column or row then shows the picture only in part. A JPEG that has to be turned is left
+    alone: its part of a pixel would lie on another side.
     """
     if image.format == "JPEG" and _orientation(image, name) == 1 and (drafted := image.draft(None, wanted)) is not None:
         return drafted[1][2], drafted[1][3]

@@ -28,7 +28,9 @@ class InferenceSettings:
     flip: bool = False
     """Average with the mirrored image."""
     batch: int = 1
-    """Images that `evaluate` predicts at once; one of another size than the one before it begins a new batch. More fill a GPU with small images."""
+    """Images that `evaluate` predicts at once; one of another size than the one before it begins a new batch. More fill
+    a GPU with small images.
+    """
 
     def __post_init__(self) -> None:
         if self.window is not None and (len(self.window) != 2 or min(self.window) < 1):
@@ -41,13 +43,19 @@ class InferenceSettings:
             raise UserError(f"the scales are {self.scales}; at least one, each above 0.")
 
 
-def predict_probabilities(model: Segmenter, image: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings) -> Tensor:
+def predict_probabilities(
+    model: Segmenter, image: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings
+) -> Tensor:
     """(C, H', W') class probabilities of a (3, H, W) uint8 image, at `size` = (H', W')."""
     return batch_probabilities(model, image[None], domain, size, settings)[0]
 
 
-def batch_probabilities(model: Segmenter, images: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings) -> Tensor:
-    """(B, C, H', W') class probabilities of (B, 3, H, W) uint8 images, at `size` = (H', W'): what each has alone, up to rounding."""
+def batch_probabilities(
+    model: Segmenter, images: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings
+) -> Tensor:
+    """(B, C, H', W') class probabilities of (B, 3, H, W) uint8 images, at `size` = (H', W'): what each has alone, up to
+    rounding.
+    """
     total: Tensor | None = None
     for scale in settings.scales:
         scaled = images
@@ -78,7 +86,11 @@ def _window_logits(model: Segmenter, images: Tensor, domain: str, settings: Infe
     seen = torch.zeros(1, 1, height, width, device=images.device)
     for top in rows:
         for left in columns:
-            place = (..., slice(top, min(top + settings.window[1], height)), slice(left, min(left + settings.window[0], width)))
+            place = (
+                ...,
+                slice(top, min(top + settings.window[1], height)),
+                slice(left, min(left + settings.window[0], width)),
+            )
             logits = model.logits(images[place], domain).float()
             if total is None:
                 total = logits.new_zeros(len(images), logits.shape[1], height, width)

@@ -52,18 +52,29 @@ class Score:
     @property
     def protocol(self) -> str:
         """How the number was made, in one line."""
-        window = "whole image" if self.settings.window is None else f"window {self.settings.window[0]}x{self.settings.window[1]}"
+        window = (
+            "whole image"
+            if self.settings.window is None
+            else f"window {self.settings.window[0]}x{self.settings.window[1]}"
+        )
         extras = f", scales {self.settings.scales}" if self.settings.scales != [1.0] else ""
         extras += ", flip" if self.settings.flip else ""
         counted = sum(value is not None for value in self.iou.values())
         sizes = self.sizes[0] if len(self.sizes) == 1 else f"{len(self.sizes)} sizes"
         return (
-            f"{self.domain.name}/{self.split}: {self.images} images at label resolution ({sizes}), {window}{extras}, mean over {counted} of"
+            f"{self.domain.name}/{self.split}: {self.images} images at label resolution ({sizes}), {window}{extras}, "
+            f"mean over {counted} of"
             f" {self.domain.num_classes} classes"
         )
 
     def as_json(self) -> dict[str, Any]:
-        plain = {"split": self.split, "images": self.images, "miou": self.miou, "pixel_accuracy": self.pixel_accuracy, "iou": self.iou}
+        plain = {
+            "split": self.split,
+            "images": self.images,
+            "miou": self.miou,
+            "pixel_accuracy": self.pixel_accuracy,
+            "iou": self.iou,
+        }
         return plain | {"confusion": self.confusion.tolist(), "protocol": self.protocol}
 
 
@@ -81,10 +92,11 @@ def mean_iou(confusion: np.ndarray) -> float:
 
 
 def confusion_of(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
-    """(C, C) int64: pixels by truth and prediction, of uint8 train ids of any one shape; ignored pixels do not count, whatever they are predicted as.
+    """(C, C) int64: pixels by truth and prediction, of uint8 train ids of any one shape; ignored pixels do not count,
+    whatever they are predicted as.
 
-    One count of truth x C + prediction. Ignored pixels are not taken out, which costs more than all the rest, but counted in row 255 and left there. In 16
-    bits, where they suffice, it takes half the time of 64.
+    One count of truth x C + prediction. Ignored pixels are not taken out, which costs more than all the rest, but
+    counted in row 255 and left there. In 16 bits, where they suffice, it takes half the time of 64.
     """
     dtype = torch.int16 if IGNORE * (num_classes + 1) <= torch.iinfo(torch.int16).max else torch.int32
     # Each is narrowed by itself: adding different types converts value by value.
@@ -106,10 +118,14 @@ def _each_after(call: Callable[[], None], items: Iterable[ScoredImage]) -> Itera
 
 
 def _batches(images: Iterable[ScoredImage], size: int) -> Iterator[list[ScoredImage]]:
-    """The images in their order, up to `size` together; one whose picture or labels measure other than the last one's begins a new batch."""
+    """The images in their order, up to `size` together; one whose picture or labels measure other than the last one's
+    begins a new batch.
+    """
     batch: list[ScoredImage] = []
     for item in images:
-        if batch and (len(batch) == size or (item.image.shape, item.mask.shape) != (batch[0].image.shape, batch[0].mask.shape)):
+        if batch and (
+            len(batch) == size or (item.image.shape, item.mask.shape) != (batch[0].image.shape, batch[0].mask.shape)
+        ):
             yield batch
             batch = []
         batch.append(item)
@@ -135,8 +151,9 @@ def score(
 ) -> Score:
     """Score every image of a split once.
 
-    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told each key. `between` is called before
-    each image, equally often in every process; it may raise to end the scoring. The model is left in the mode it was in.
+    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told
+    each key. `between` is called before each image, equally often in every process; it may raise to end the scoring.
+    The model is left in the mode it was in.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""YAML files as plain values: nothing in them can execute, replace a key in silence, or be another type than it looks."""
+"""YAML files as plain values: nothing in them executes, replaces a key in silence, or is another type than it looks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ from multidomain_cct.errors import UserError
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without executable tags, aliases and keys that silently replace each other, and with `no` as the word it is (only true and false are booleans)."""
+    """YAML without executable tags, aliases and keys that silently replace each other, and with `no` as the word it is
+    (only true and false are booleans).
+    """
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
@@ -25,7 +27,10 @@ class StrictLoader(yaml.SafeLoader):
         # A few lines of aliases of aliases unfold into more than any memory holds.
         if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
             event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise UserError(f"line {event.start_mark.line + 1}: the alias *{event.anchor}; aliases are not read here. Write the value out.")
+            raise UserError(
+                f"line {event.start_mark.line + 1}: the alias *{event.anchor}; aliases are not read here. Write the "
+                "value out."
+            )
         node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         return node
 
@@ -34,7 +39,9 @@ class StrictLoader(yaml.SafeLoader):
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
             if not isinstance(key, Hashable):
-                raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} is no word; in front of a colon stands one.")
+                raise UserError(
+                    f"line {key_node.start_mark.line + 1}: the key {key!r} is no word; in front of a colon stands one."
+                )
             if key in seen:
                 raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} appears twice; keep one.")
             seen.add(key)
@@ -56,7 +63,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
-        raise UserError(f"{path}: {line}this is not valid YAML: {getattr(error, 'problem', 'it holds control characters')}.") from None
+        raise UserError(
+            f"{path}: {line}this is not valid YAML: {getattr(error, 'problem', 'it holds control characters')}."
+        ) from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}; a mapping of keys to values is expected.")
     return content

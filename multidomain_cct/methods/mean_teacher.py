@@ -1,4 +1,5 @@
-"""Mean teacher: a running average of the model predicts the weak view, the model itself the strong one (Tarvainen and Valpola 2017).
+"""Mean teacher: a running average of the model predicts the weak view, the model itself the strong one (Tarvainen and
+Valpola 2017).
 
 Shapes: U unlabelled images, H W image size.
 """
@@ -25,7 +26,9 @@ class MeanTeacherSettings:
     """Only `method: mean_teacher` reads them; weight, distance, confidence and ramp are those of `consistency`."""
 
     decay: float = 0.99
-    """Share of the teacher that stays at a step, 0 to below 1; in the first steps less, so that it forgets its random start."""
+    """Share of the teacher that stays at a step, 0 to below 1; in the first steps less, so that it forgets its random
+    start.
+    """
     cutmix: float = 0.5
     """Probability that a strong view has a rectangle of another image (French et al. 2020)."""
 
@@ -45,7 +48,9 @@ class MeanTeacher(Segmenter):
         super().__init__(*arguments, **options)
         self.settings = settings
         # One deep copy of both, so that what they share stays shared.
-        self.teacher = copy.deepcopy(nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})).requires_grad_(False)
+        self.teacher = copy.deepcopy(nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})).requires_grad_(
+            False
+        )
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
 
     def train(self, mode: bool = True) -> MeanTeacher:
@@ -54,11 +59,15 @@ class MeanTeacher(Segmenter):
         return self
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses: supervised, and `<domain>/consistency` of the model's strong view with the teacher's weak one."""
+        """The step's losses: supervised, and `<domain>/consistency` of the model's strong view with the teacher's weak
+        one.
+        """
         if not self.updates:
             # The model may have been given weights since the teacher was copied from it.
             self._follow(decay=0.0)
-        mixes = {name: draw_cutmix(batch.unlabelled, probability=self.settings.cutmix) for name, batch in batches.items()}
+        mixes = {
+            name: draw_cutmix(batch.unlabelled, probability=self.settings.cutmix) for name, batch in batches.items()
+        }
         strong = {(name, "strong"): mixes[name](strong_view(batch.unlabelled)) for name, batch in batches.items()}
         features = self.encode(labelled_images(batches) | strong)
         losses = self.supervised_losses(features, batches, progress)
@@ -68,7 +77,9 @@ class MeanTeacher(Segmenter):
                 with torch.no_grad():
                     target = mix(at_least_float32(self.logits(batch.unlabelled, name)).softmax(dim=1))
                 counted = confident(target, mix(batch.valid), settings.confidence)
-                distance = differentiable(DISTANCES[settings.distance](target, counted), self.head(name).main(features[name, "strong"]))
+                distance = differentiable(
+                    DISTANCES[settings.distance](target, counted), self.head(name).main(features[name, "strong"])
+                )
                 weight = settings.weight_per_pixel(task.num_classes) * settings.ramp_at(progress)
                 losses[f"{name}/consistency"] = task.weight * weight * distance
         return losses

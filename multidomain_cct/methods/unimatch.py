@@ -1,4 +1,5 @@
-"""UniMatch: two strong views and one view of perturbed features are to agree with the confident predictions of the weak view (Yang et al., CVPR 2023).
+"""UniMatch: two strong views and one view of perturbed features are to agree with the confident predictions of the weak
+view (Yang et al., CVPR 2023).
 
 Shapes: U unlabelled images, C classes of the domain, D feature channels, H W image size, h w feature size.
 """
@@ -51,7 +52,9 @@ class UniMatch(Segmenter):
         self.settings = settings
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses: supervised, and `<domain>/strong` and `<domain>/feature`, half of the unsupervised weight each."""
+        """The step's losses: supervised, and `<domain>/strong` and `<domain>/feature`, half of the unsupervised weight
+        each.
+        """
         mixes: dict[tuple[str, str], CutMix] = {}
         images = labelled_images(batches)
         for name, batch in batches.items():
@@ -76,6 +79,8 @@ class UniMatch(Segmenter):
         return losses
 
     def _agreement(self, logits: Tensor, ids: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
-        """Scalar: cross-entropy on the confident pixels, as a mean over all valid ones: the more are confident, the more the term weighs."""
+        """Scalar: cross-entropy on the confident pixels, as a mean over all valid ones: the more are confident, the
+        more the term weighs.
+        """
         pixels = pixel_cross_entropy(logits, ids)
         return mean_over_valid(pixels * (confidence >= self.settings.confidence), valid)

@@ -51,9 +51,9 @@ def predict(
 ) -> PredictSummary:
     """Predict the classes of `domain` for images and folders of images.
 
-    `a/b.jpg` in the folder source `a` becomes `b.png` in `out/index` (palette PNG; indices are train ids), `out/color` and `out/overlay`; index and color
-    have the size of the image turned upright. Images that would meet under one name keep their ending in it: `b.jpg.png`. `progress(images, total)` wraps
-    the iteration.
+    `a/b.jpg` in the folder source `a` becomes `b.png` in `out/index` (palette PNG; indices are train ids), `out/color`
+    and `out/overlay`; index and color have the size of the image turned upright. Images that would meet under one name
+    keep their ending in it: `b.jpg.png`. `progress(images, total)` wraps the iteration.
 
     Raises UserError, before anything is written, for a domain without a head, a source without images, names that meet
     nevertheless, and an output in place of an input.
@@ -73,16 +73,22 @@ def predict(
             summary.unreadable.append(str(error))
             continue
         ids = predicted_ids(model, image, domain, settings, device)
-        for kind, picture in zip(KINDS, (indexed(ids, classes), colored(ids, classes), _labelled_overlay(image, ids, classes)), strict=True):
+        for kind, picture in zip(
+            KINDS, (indexed(ids, classes), colored(ids, classes), _labelled_overlay(image, ids, classes)), strict=True
+        ):
             _write_png(picture, out / kind / name)
         summary.written += 1
     return summary
 
 
 @torch.inference_mode()
-def predicted_ids(model: Segmenter, image: Image.Image, domain: str, settings: InferenceSettings, device: torch.device) -> np.ndarray:
+def predicted_ids(
+    model: Segmenter, image: Image.Image, domain: str, settings: InferenceSettings, device: torch.device
+) -> np.ndarray:
     """(H, W) uint8 train ids of an RGB image, at its size."""
-    probabilities = predict_probabilities(model, image_tensor(image).to(device), domain, (image.height, image.width), settings)
+    probabilities = predict_probabilities(
+        model, image_tensor(image).to(device), domain, (image.height, image.width), settings
+    )
     ids: np.ndarray = probabilities.argmax(dim=0).to(torch.uint8).cpu().numpy()
     return ids
 
@@ -102,7 +108,9 @@ def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
     for source in sources:
         images = list(_images_in(source, out)) if source.is_dir() else [(source, PurePath(source.name))]
         if not images:
-            raise UserError(f"{source} holds no images. Images end in {', '.join(ENDINGS)}; hidden files and folders are left out.")
+            raise UserError(
+                f"{source} holds no images. Images end in {', '.join(ENDINGS)}; hidden files and folders are left out."
+            )
         for path, relative in images:
             found.setdefault(_place(path), (path, relative))
     meeting = Counter(relative.with_suffix(".png") for _, relative in found.values())
@@ -111,17 +119,25 @@ def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
         short = relative.with_suffix(".png")
         name = short if meeting[short] == 1 else relative.with_name(relative.name + ".png")
         if name in names:
-            raise UserError(f"{names[name]} and {path} would both be written as {name}. Predict them one after the other, each with its own --out.")
+            raise UserError(
+                f"{names[name]} and {path} would both be written as {name}. Predict them one after the other, each "
+                "with its own --out."
+            )
         names[name] = path
     return names
 
 
 def _images_in(folder: Path, out: Path) -> Iterator[tuple[Path, PurePath]]:
-    """The images below a folder, with their path relative to it, in order. What an earlier prediction wrote to `out` is left out."""
+    """The images below a folder, with their path relative to it, in order.
+
+    What an earlier prediction wrote to `out` is left out.
+    """
     written = {(out / kind).resolve() for kind in KINDS}
     earlier = written if all(path.is_dir() for path in written) else set()
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() not in earlier)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() not in earlier
+        )
         for name in sorted(files):
             path = Path(parent) / name
             if not name.startswith(".") and path.suffix.lower() in ENDINGS and path.is_file():

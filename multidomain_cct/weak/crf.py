@@ -1,10 +1,11 @@
 """A dense conditional random field over the pixels of one image: mean field, in torch, on any device.
 
-Energy: unary terms -log p, and between every two pixels a Potts penalty weighted by kernel(pixel i, pixel j), a sum of two Gaussians: one of the positions
-("smoothness"), one of positions and colours ("appearance"). Kraehenbuehl and Koltun 2011, "Efficient Inference in Fully Connected CRFs with Gaussian Edge
-Potentials".
+Energy: unary terms -log p, and between every two pixels a Potts penalty weighted by kernel(pixel i, pixel j), a sum of
+two Gaussians: one of the positions ("smoothness"), one of positions and colours ("appearance"). Kraehenbuehl and Koltun
+2011, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials".
 
-Shapes: C classes, H W image size, N = H W pixels, d dimensions of the appearance kernel (2 positions, 3 colours), M points of its lattice.
+Shapes: C classes, H W image size, N = H W pixels, d dimensions of the appearance kernel (2 positions, 3 colours), M
+points of its lattice.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ class CrfSettings:
         for name in ("smooth_position", "color_position", "color_value"):
             # Smaller ones separate every pixel from every other, and cost a lattice point for each.
             if not getattr(self, name) >= 1:
-                raise UserError(f"crf.{name} is {getattr(self, name)}; a deviation is at least 1, in pixels or steps of colour.")
+                raise UserError(
+                    f"crf.{name} is {getattr(self, name)}; a deviation is at least 1, in pixels or steps of colour."
+                )
         for name in ("smooth_weight", "color_weight"):
             if getattr(self, name) < 0:
                 raise UserError(f"crf.{name} is {getattr(self, name)}; it is 0 or more.")
@@ -61,9 +64,9 @@ def dense_crf(probabilities: Tensor, image: Tensor, settings: CrfSettings) -> Te
 class DenseCrf:
     """The kernels of one image, built once for any number of refinements.
 
-    They are normalised as pydensecrf does by default (NORMALIZE_SYMMETRIC): with n = K 1, messages are K_ij / sqrt(n_i n_j). As there, a pixel's own term is
-    part of the sum. Departures: the smoothness kernel is exact, where pydensecrf runs it through a lattice too; the lattice of the appearance kernel includes
-    its gaps (see Lattice).
+    They are normalised as pydensecrf does by default (NORMALIZE_SYMMETRIC): with n = K 1, messages are K_ij / sqrt(n_i
+    n_j). As there, a pixel's own term is part of the sum. Departures: the smoothness kernel is exact, where pydensecrf
+    runs it through a lattice too; the lattice of the appearance kernel includes its gaps (see Lattice).
     """
 
     @torch.no_grad()
@@ -71,12 +74,16 @@ class DenseCrf:
         """`image` is (3, H, W) uint8, on the device where the refinements run."""
         assert image.dtype == torch.uint8 and len(image) == 3
         self.settings = settings
-        self.smooth = Smoothness(image.shape[1:], settings.smooth_position, image.device) if settings.smooth_weight else None
+        self.smooth = (
+            Smoothness(image.shape[1:], settings.smooth_position, image.device) if settings.smooth_weight else None
+        )
         self.appearance = Lattice(appearance_features(image, settings)) if settings.color_weight else None
 
     @torch.no_grad()
     def __call__(self, probabilities: Tensor) -> Tensor:
-        """(..., C, H, W) float32 probabilities after mean field, from (..., C, H, W) probabilities; leading dimensions are refined apart, but in one pass."""
+        """(..., C, H, W) float32 probabilities after mean field, from (..., C, H, W) probabilities; leading dimensions
+        are refined apart, but in one pass.
+        """
         unary = probabilities.float().clamp_min(_TINY).log()  # (..., C, H, W)
         belief = unary.softmax(dim=-3)
         for _ in range(self.settings.iterations):
@@ -84,7 +91,8 @@ class DenseCrf:
             if self.smooth is not None:
                 score.add_(self.smooth(planes).view_as(score), alpha=self.settings.smooth_weight)
             if self.appearance is not None:
-                # The lattice works on whole rows of classes, (N, C); softmax over a last dimension that short is ten times slower than over the first.
+                # The lattice works on whole rows of classes, (N, C); softmax over a last dimension that short is ten
+                # times slower than over the first.
                 message = self.appearance(planes.flatten(1).T.contiguous()).T
                 score.add_(message.reshape(score.shape), alpha=self.settings.color_weight)
             belief = score.softmax(dim=-3)
@@ -94,7 +102,9 @@ class DenseCrf:
 def appearance_features(image: Tensor, settings: CrfSettings) -> Tensor:
     """(5, N) float32: columns, rows, red, green, blue of the pixels, in deviations of the appearance kernel."""
     height, width = image.shape[-2:]
-    rows, columns = torch.meshgrid(torch.arange(height, device=image.device), torch.arange(width, device=image.device), indexing="ij")
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=image.device), torch.arange(width, device=image.device), indexing="ij"
+    )
     positions = torch.stack([columns, rows]).flatten(1) / settings.color_position
     return torch.cat([positions, image.flatten(1).float() / settings.color_value])
 
@@ -125,11 +135,13 @@ class Smoothness:
 
 
 class Lattice:
-    """A Gaussian filter of deviation 1 over N points in d dimensions, symmetrically normalised, by a permutohedral lattice (Adams, Baek and Davis 2010).
+    """A Gaussian filter of deviation 1 over N points in d dimensions, symmetrically normalised, by a permutohedral
+    lattice (Adams, Baek and Davis 2010).
 
-    Each point lies in a simplex of d + 1 lattice points. Values are spread to these by barycentric weights, blurred with (1/2, 1, 1/2) along the d + 1
-    directions of the lattice, and gathered back. All three are weighted sums of rows, which is what `embedding_bag` does. The well-known version blurs among
-    the points that values were spread to; here the gaps between two of them belong to the lattice too, which halves the error.
+    Each point lies in a simplex of d + 1 lattice points. Values are spread to these by barycentric weights, blurred
+    with (1/2, 1, 1/2) along the d + 1 directions of the lattice, and gathered back. All three are weighted sums of
+    rows, which is what `embedding_bag` does. The well-known version blurs among the points that values were spread to;
+    here the gaps between two of them belong to the lattice too, which halves the error.
     """
 
     def __init__(self, features: Tensor) -> None:
@@ -159,14 +171,18 @@ class Lattice:
 
     def __call__(self, values: Tensor) -> Tensor:
         """(N, C) filtered values of (N, C) values."""
-        points = F.embedding_bag(self.spread_index, values, self.spread_start, mode="sum", per_sample_weights=self.spread_weight)  # (M + 1, C)
+        points = F.embedding_bag(
+            self.spread_index, values, self.spread_start, mode="sum", per_sample_weights=self.spread_weight
+        )  # (M + 1, C)
         for neighbours in self.neighbours:
             points = F.embedding_bag(neighbours, points, mode="sum", per_sample_weights=self.blur)
         return F.embedding_bag(self.gather_index, points, mode="sum", per_sample_weights=self.gather_weight)
 
 
 def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The simplex that encloses each point: its remainder-0 vertex and the rank of each coordinate, both (d + 1, N), and the (d + 1, N) barycentric weights."""
+    """The simplex that encloses each point: its remainder-0 vertex and the rank of each coordinate, both (d + 1, N),
+    and the (d + 1, N) barycentric weights.
+    """
     d, num = features.shape
     # Rows of E span the plane whose coordinates sum to 0; scaled so that the blur's variance is 1.
     scale = torch.arange(1, d + 1, device=features.device, dtype=torch.float32)
@@ -203,7 +219,9 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _vertex_keys(zero: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """(d + 1, N) int64 keys of the simplices' vertices, and the (d,) strides by which a vertex's first d coordinates make its key."""
+    """(d + 1, N) int64 keys of the simplices' vertices, and the (d,) strides by which a vertex's first d coordinates
+    make its key.
+    """
     d = len(zero) - 1
     low = zero[:d].amin(dim=1) - 2 * (d + 1)
     span = (zero[:d].amax(dim=1) + 2 * (d + 1) - low + 1).long()
@@ -211,7 +229,9 @@ def _vertex_keys(zero: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     strides = torch.cat([span.new_ones(1), span.flip(0).cumprod(0)[:-1]]).flip(0)
     base = ((zero[:d] - low[:, None]) * strides[:, None]).sum(dim=0)  # (N,)
     # The vertex of remainder k adds k to every coordinate, less d + 1 where the coordinate's rank is above d - k.
-    keys = torch.stack([base + k * strides.sum() - ((rank[:d] > d - k) * (d + 1) * strides[:, None]).sum(dim=0) for k in range(d + 1)])
+    keys = torch.stack(
+        [base + k * strides.sum() - ((rank[:d] > d - k) * (d + 1) * strides[:, None]).sum(dim=0) for k in range(d + 1)]
+    )
     return keys, strides
 
 
@@ -222,7 +242,9 @@ def _steps(strides: Tensor) -> list[Tensor]:
 
 
 def _with_gaps(vertices: Tensor, strides: Tensor) -> Tensor:
-    """The sorted keys, with those that at least two of them have for a neighbour: what is blurred into a gap comes out on its other side."""
+    """The sorted keys, with those that at least two of them have for a neighbour: what is blurred into a gap comes out
+    on its other side.
+    """
     beside = torch.cat([vertices + sign * step for step in _steps(strides) for sign in (1, -1)])
     candidates, counts = torch.unique_consecutive(_sorted(beside), return_counts=True)
     joined: Tensor = torch.unique_consecutive(_sorted(torch.cat([vertices, candidates[counts > 1]])))
@@ -235,7 +257,9 @@ def _sorted(keys: Tensor) -> Tensor:
 
 
 def _neighbours(vertices: Tensor, strides: Tensor) -> list[Tensor]:
-    """For each direction, (M + 1, 3) int32: the vertex before, the vertex itself, the one behind; M where there is none."""
+    """For each direction, (M + 1, 3) int32: the vertex before, the vertex itself, the one behind; M where there is
+    none.
+    """
     num = len(vertices)
     own = torch.arange(num + 1, device=vertices.device, dtype=torch.int32)
     tables = []

@@ -37,7 +37,9 @@ class TaggedImages:
     classes: Mapping[str, frozenset[int]]
     """Train ids of the classes that the image shows, by key; the background is not among them."""
     listed: tuple[str, ...]
-    """Keys of the images that have image-level labels of their own, in the order of the shards. The others are in the labelled budget: masks tell theirs."""
+    """Keys of the images that have image-level labels of their own, in the order of the shards. The others are in the
+    labelled budget: masks tell theirs.
+    """
 
     def shares(self) -> np.ndarray:
         """(K,) share of the images, 0 to 1, that show each of the classified classes."""
@@ -61,7 +63,10 @@ class TaggedImages:
 
 
 def background_class(domain: Domain) -> int | None:
-    """The train id of the background: the one class that is no `thing`. None when there is no such class, or several."""
+    """The train id of the background: the one class that is no `thing`.
+
+    None when there is no such class, or several.
+    """
     stuff = [train_id for train_id, label in enumerate(domain.classes) if not label.thing]
     return stuff[0] if len(stuff) == 1 else None
 
@@ -75,8 +80,8 @@ def classified(domain: Domain) -> tuple[int, ...]:
 def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, least_share: float) -> TaggedImages:
     """The images with image-level labels, and those of the labelled budget, whose classes are read from their masks.
 
-    A class counts as shown by a mask when it has at least `least_share` of its pixels. Raises UserError, naming file, key and class, for a list that does
-    not fit the domain, and when the list or the shards are missing.
+    A class counts as shown by a mask when it has at least `least_share` of its pixels. Raises UserError, naming file,
+    key and class, for a list that does not fit the domain, and when the list or the shards are missing.
     """
     trained = open_streams(domain, choice, data, use_unlabelled=False)
     train = trained.sources[0]
@@ -88,12 +93,18 @@ def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, l
     if choice.image_labels == FROM_MASKS:
         numbers = np.flatnonzero(train.labelled).tolist()
         if not numbers:
-            raise UserError(f"domains.{domain.name}.image_labels is `masks`, but the split {choice.train_split!r} has none. Name a list instead.")
+            raise UserError(
+                f"domains.{domain.name}.image_labels is `masks`, but the split {choice.train_split!r} has none. Name "
+                "a list instead."
+            )
         shown = classes_of_masks(train, domain, numbers, least_share=least_share)
     else:
         path = Path(choice.image_labels)
         if not path.is_file():
-            raise UserError(f"domains.{domain.name}.image_labels is {choice.image_labels!r}; it is `masks`, or a text or JSON file that is there.")
+            raise UserError(
+                f"domains.{domain.name}.image_labels is {choice.image_labels!r}; it is `masks`, or a text or JSON "
+                "file that is there."
+            )
         shown = read_image_labels(path, domain, places)
     budget = [number for _, number in trained.labelled if train.keys[number] not in shown]
     known = shown | classes_of_masks(train, domain, budget, least_share=least_share)
@@ -107,7 +118,9 @@ def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, l
     )
 
 
-def classes_of_masks(shards: Shards, domain: Domain, numbers: Sequence[int], *, least_share: float) -> dict[str, frozenset[int]]:
+def classes_of_masks(
+    shards: Shards, domain: Domain, numbers: Sequence[int], *, least_share: float
+) -> dict[str, frozenset[int]]:
     """By key, the train ids that have at least `least_share` of the pixels of the mask, of these samples."""
     shown = {}
     for number in numbers:
@@ -123,13 +136,17 @@ def classes_of_masks(shards: Shards, domain: Domain, numbers: Sequence[int], *, 
 def read_image_labels(path: Path, domain: Domain, keys: Collection[str]) -> dict[str, frozenset[int]]:
     """The train ids of the classes that each listed image shows.
 
-    A text list has one image a line, `key class [class ...]`; what follows a word that begins with # is a comment, and names with spaces stand in double
-    quotes. A JSON list is {key: [class, ...]}. `keys` are those of the images that there are.
+    A text list has one image a line, `key class [class ...]`; what follows a word that begins with # is a comment, and
+    names with spaces stand in double quotes. A JSON list is {key: [class, ...]}. `keys` are those of the images that
+    there are.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise UserError(f"{path}: this is not text in UTF-8. Image-level labels are a text list (`key class class`) or JSON ({{key: [class]}}).") from None
+        raise UserError(
+            f"{path}: this is not text in UTF-8. Image-level labels are a text list (`key class class`) or JSON "
+            f"({{key: [class]}})."
+        ) from None
     rows = _json_rows(path, text) if path.suffix.lower() == ".json" else _text_rows(path, text)
     ids = {label.name: train_id for train_id, label in enumerate(domain.classes)}
     shown: dict[str, frozenset[int]] = {}
@@ -138,18 +155,29 @@ def read_image_labels(path: Path, domain: Domain, keys: Collection[str]) -> dict
             raise UserError(f"{where}: the key {key!r} is listed twice. An image has one line with all its classes.")
         if key not in keys:
             raise UserError(
-                f"{where}: the key {key!r} is none of the {len(keys)} images in the training and unlabelled splits of {domain.name}.{did_you_mean(key, keys)}"
+                f"{where}: the key {key!r} is none of the {len(keys)} images in the training and unlabelled splits of "
+                f"{domain.name}.{did_you_mean(key, keys)}"
             )
         if not names:
-            raise UserError(f"{where}: the key {key!r} has no class. Name the classes that the image shows, or leave the image out.")
+            raise UserError(
+                f"{where}: the key {key!r} has no class. Name the classes that the image shows, or leave the image out."
+            )
         for name in names:
             if name not in ids:
                 # Without quotes, a name with spaces falls apart.
-                quotes = ' Names with spaces stand in double quotes: "a name".' if any(" " in known for known in ids) else ""
-                raise UserError(f"{where}: the key {key!r} has the class {name!r}. Known: {', '.join(ids)}.{quotes}{did_you_mean(name, ids)}")
+                quotes = (
+                    ' Names with spaces stand in double quotes: "a name".' if any(" " in known for known in ids) else ""
+                )
+                raise UserError(
+                    f"{where}: the key {key!r} has the class {name!r}. Known: "
+                    f"{', '.join(ids)}.{quotes}{did_you_mean(name, ids)}"
+                )
         shown[key] = frozenset(ids[name] for name in names)
     if not shown:
-        raise UserError(f"{path}: no image is listed. Image-level labels are a text list (`key class class`) or JSON ({{key: [class]}}).")
+        raise UserError(
+            f"{path}: no image is listed. Image-level labels are a text list (`key class class`) or JSON ({{key: "
+            f"[class]}})."
+        )
     return shown
 
 

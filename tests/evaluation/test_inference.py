@@ -17,9 +17,13 @@ CLASSES = 3
 
 
 def network(*, local: bool = False) -> Segmenter:
-    """A network for the domain `room`; a local one sees at each position of its features the pixels of that position only."""
+    """A network for the domain `room`; a local one sees at each position of its features the pixels of that position
+    only.
+    """
     encoder = EncoderSettings(name="test_convnext", stride=32, context="none", width=32)
-    model = Segmenter(encoder, {"room": Task((False,) * CLASSES)}, decoder="pixelshuffle" if local else "bilinear").eval()
+    model = Segmenter(
+        encoder, {"room": Task((False,) * CLASSES)}, decoder="pixelshuffle" if local else "bilinear"
+    ).eval()
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Conv2d):
@@ -37,12 +41,20 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
 
 def predict(model: Segmenter, image: Tensor, size: tuple[int, int] | None = None, **settings: object) -> Tensor:
     with torch.no_grad():
-        return predict_probabilities(model, image, "room", size or tuple(image.shape[1:]), InferenceSettings(**settings))  # type: ignore[arg-type]
+        return predict_probabilities(
+            model, image, "room", size or tuple(image.shape[1:]), InferenceSettings(**settings)
+        )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"window": [64, 32]}, {"flip": True}, {"scales": [0.5, 1.0, 1.75]}, {"window": [40, 40], "overlap": 0.5, "flip": True, "scales": [1.0, 1.5]}],
+    [
+        {},
+        {"window": [64, 32]},
+        {"flip": True},
+        {"scales": [0.5, 1.0, 1.75]},
+        {"window": [40, 40], "overlap": 0.5, "flip": True, "scales": [1.0, 1.5]},
+    ],
     ids=str,
 )
 def test_probabilities_have_the_size_that_was_asked_for_and_sum_to_one(settings: dict[str, object]) -> None:
@@ -70,14 +82,22 @@ def test_a_window_as_large_as_the_image_is_the_whole_image(window: list[int]) ->
 
 
 @pytest.mark.parametrize(("window", "overlap"), [([64, 64], 0.5), ([32, 96], 0.0), ([64, 32], 0.0), ([96, 96], 2 / 3)])
-def test_windows_give_what_the_whole_image_gives_when_the_network_sees_no_further(window: list[int], overlap: float) -> None:
+def test_windows_give_what_the_whole_image_gives_when_the_network_sees_no_further(
+    window: list[int], overlap: float
+) -> None:
     model, image = network(local=True), picture(128, 192)
     assert predict(model, image).std() > 0.01
-    torch.testing.assert_close(predict(model, image, window=window, overlap=overlap), predict(model, image), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        predict(model, image, window=window, overlap=overlap), predict(model, image), rtol=1e-4, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("size", "window", "overlap"), [((70, 101), (40, 32), 1 / 3), ((30, 101), (40, 64), 0.0), ((64, 65), (64, 48), 0.9)])
-def test_logits_are_averaged_over_the_windows_that_see_a_pixel(size: tuple[int, int], window: tuple[int, int], overlap: float) -> None:
+@pytest.mark.parametrize(
+    ("size", "window", "overlap"), [((70, 101), (40, 32), 1 / 3), ((30, 101), (40, 64), 0.0), ((64, 65), (64, 48), 0.9)]
+)
+def test_logits_are_averaged_over_the_windows_that_see_a_pixel(
+    size: tuple[int, int], window: tuple[int, int], overlap: float
+) -> None:
     model, image = network(), picture(*size)
     found = predict(model, image, window=list(window), overlap=overlap)
     starts = []
@@ -126,7 +146,9 @@ def test_a_batch_gives_what_its_images_give_alone(settings: dict[str, object]) -
     with torch.no_grad():
         found = batch_probabilities(model, images, "room", (50, 100), InferenceSettings(**settings))  # type: ignore[arg-type]
     assert found.shape == (3, CLASSES, 50, 100)
-    torch.testing.assert_close(found, torch.stack([predict(model, image, (50, 100), **settings) for image in images]), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        found, torch.stack([predict(model, image, (50, 100), **settings) for image in images]), rtol=1e-4, atol=1e-5
+    )
     assert not torch.allclose(found[0], found[1], atol=1e-3)
 
 

@@ -25,14 +25,20 @@ def counted(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.n
     return reference
 
 
-@given(seed=st.integers(0, 1000), num_classes=st.sampled_from([1, 2, 5, 19, 127, 128, 255]), kind=st.sampled_from([np.int64, np.uint8]))
+@given(
+    seed=st.integers(0, 1000),
+    num_classes=st.sampled_from([1, 2, 5, 19, 127, 128, 255]),
+    kind=st.sampled_from([np.int64, np.uint8]),
+)
 def test_confusion_counts_every_labelled_pixel_by_truth_and_prediction(seed: int, num_classes: int, kind: type) -> None:
     rng = np.random.default_rng(seed)
     truth = rng.choice([*range(num_classes), 255, 255], (3, 7, 9)).astype(np.uint8)
     prediction = rng.integers(0, num_classes, (3, 7, 9)).astype(kind)
     found = confusion_of(torch.from_numpy(truth), torch.from_numpy(prediction), num_classes)
     assert found.dtype == torch.int64
-    assert np.array_equal(found.numpy(), sum(counted(t, p, num_classes) for t, p in zip(truth, prediction, strict=True)))
+    assert np.array_equal(
+        found.numpy(), sum(counted(t, p, num_classes) for t, p in zip(truth, prediction, strict=True))
+    )
 
 
 @pytest.mark.parametrize("num_classes", [2, 127, 128, 200])
@@ -67,7 +73,15 @@ def test_a_split_is_scored_once_whole_and_at_the_labels_resolution(tiny_run: Pat
     run = load_run(tiny_run)
     seen: list[str] = []
     shards = Shards.open(two_domains / "shapes", "val")
-    result = score(run.model, shards, run.domains["shapes"], "val", run.recipe.evaluation, device=torch.device("cpu"), seen=seen.append)
+    result = score(
+        run.model,
+        shards,
+        run.domains["shapes"],
+        "val",
+        run.recipe.evaluation,
+        device=torch.device("cpu"),
+        seen=seen.append,
+    )
     assert sorted(seen) == sorted(shards.keys) and result.images == 5
     assert result.sizes == ("96x72",) and result.confusion.sum() == 5 * 94 * 72
     assert "5 images" in result.protocol and "96x72" in result.protocol and "whole image" in result.protocol
@@ -107,7 +121,9 @@ def test_an_image_of_another_size_begins_a_new_batch(tiny_run: Path, tiny_shards
         index_path(shard).rename(index_path(mixed / f"val-{number:05d}.tar"))
         shard.rename(mixed / f"val-{number:05d}.tar")
         expected += (size[0] - 2) * size[1]
-    result = score(run.model, Shards.open(mixed, "val"), domain, "val", InferenceSettings(batch=8), device=torch.device("cpu"))
+    result = score(
+        run.model, Shards.open(mixed, "val"), domain, "val", InferenceSettings(batch=8), device=torch.device("cpu")
+    )
     assert sizes == [2, 1, 1] and result.images == 4
     assert result.confusion.sum() == expected and set(result.sizes) == {"96x72", "64x96"}
 
@@ -124,6 +140,26 @@ def test_parts_of_a_split_add_up_to_the_whole(tiny_run: Path, two_domains: Path)
         return tensor if len(counts) <= 2 else tensor + counts[len(counts) - 3]
 
     with pytest.raises(AssertionError, match="3 of 5 images were scored"):
-        score(run.model, shards, run.domains["shapes"], "val", run.recipe.evaluation, device=torch.device("cpu"), rank=0, world=2, total=add)
-    both = score(run.model, shards, run.domains["shapes"], "val", run.recipe.evaluation, device=torch.device("cpu"), rank=1, world=2, total=add)
+        score(
+            run.model,
+            shards,
+            run.domains["shapes"],
+            "val",
+            run.recipe.evaluation,
+            device=torch.device("cpu"),
+            rank=0,
+            world=2,
+            total=add,
+        )
+    both = score(
+        run.model,
+        shards,
+        run.domains["shapes"],
+        "val",
+        run.recipe.evaluation,
+        device=torch.device("cpu"),
+        rank=1,
+        world=2,
+        total=add,
+    )
     assert np.array_equal(both.confusion, whole.confusion) and both.images == 5

@@ -18,9 +18,13 @@ def test_a_recipe_as_it_should_be_passes(tiny_recipe: TinyRecipe, two_domains: P
         assert_resumes_exactly(recipe, [two_domains / "domains"], tmp_path / "comparison")
 
 
-def test_a_transform_with_a_state_of_its_own_is_found(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
+def test_a_transform_with_a_state_of_its_own_is_found(
+    tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path
+) -> None:
     with pytest.raises(AssertionError, match=r"step 3: train/\w+/\w+ is .* after the interruption, .* without it"):
-        assert_resumes_exactly(tiny_recipe(training__steps=4), [two_domains / "domains"], tmp_path, start=train_with_a_forgetful_transform)
+        assert_resumes_exactly(
+            tiny_recipe(training__steps=4), [two_domains / "domains"], tmp_path, start=train_with_a_forgetful_transform
+        )
 
 
 def test_runs_that_cannot_be_compared_say_why(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:

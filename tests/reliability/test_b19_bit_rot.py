@@ -67,11 +67,17 @@ def test_b19_every_changed_byte_of_a_shard_is_seen(shard: Path, record_property:
                     shards.read(number)
         seen[where] += 1
     assert seen["header"] and seen["image"] and seen["mask"]
-    record_property("B19", f"{seen.total()} of {FLIPS} flips in a shard seen ({', '.join(f'{count} {name}' for name, count in sorted(seen.items()))})")
+    record_property(
+        "B19",
+        f"{seen.total()} of {FLIPS} flips in a shard seen "
+        f"({', '.join(f'{count} {name}' for name, count in sorted(seen.items()))})",
+    )
 
 
 @pytest.mark.parametrize("what", ["index", "catalogue"])
-def test_b19_a_changed_byte_of_an_index_or_catalogue_never_changes_what_it_says(shard: Path, what: str, record_property: Callable[[str, object], None]) -> None:
+def test_b19_a_changed_byte_of_an_index_or_catalogue_never_changes_what_it_says(
+    shard: Path, what: str, record_property: Callable[[str, object], None]
+) -> None:
     path = index_path(shard) if what == "index" else catalogue_path(shard.parent, "train")
     if what == "catalogue":
         Catalogue.of([shard]).save(path)

@@ -19,7 +19,25 @@ from multidomain_cct.data.shards.reader import BadSample, Shards
 from multidomain_cct.data.shards.scan import Extensions, index_shard
 from multidomain_cct.errors import UserError
 
-ENDINGS = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "so", "dill", "joblib", "PKL", "Pth", "pkl.gz", "jpg.gz", "jpg.pkl", "py", "")
+ENDINGS = (
+    "pkl",
+    "pickle",
+    "pyd",
+    "pth",
+    "pt",
+    "npy",
+    "npz",
+    "so",
+    "dill",
+    "joblib",
+    "PKL",
+    "Pth",
+    "pkl.gz",
+    "jpg.gz",
+    "jpg.pkl",
+    "py",
+    "",
+)
 DOMAIN = Domain("yard", "folder", {}, (LabelClass("ground", (0, 0, 0)),))
 
 
@@ -46,7 +64,9 @@ def jpeg() -> bytes:
     return buffer.getvalue()
 
 
-def test_b22_members_that_could_be_run_are_refused_by_name(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_b22_members_that_could_be_run_are_refused_by_name(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     canary = tmp_path / "canary"
     tried = 0
     for kind, content in payloads(canary).items():
@@ -64,7 +84,9 @@ def test_b22_members_that_could_be_run_are_refused_by_name(tmp_path: Path, recor
 
 
 @pytest.mark.parametrize("ending", ["jpg", "pkl", "npy"])
-def test_b22_a_member_that_is_taken_for_an_image_or_mask_is_only_ever_decoded_as_one(tmp_path: Path, ending: str) -> None:
+def test_b22_a_member_that_is_taken_for_an_image_or_mask_is_only_ever_decoded_as_one(
+    tmp_path: Path, ending: str
+) -> None:
     canary = tmp_path / "canary"
     for content in payloads(canary).values():
         for image, mask in ((content, jpeg()), (jpeg(), content)):

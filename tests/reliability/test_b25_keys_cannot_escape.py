@@ -100,7 +100,9 @@ def test_b25_predictions_stay_in_their_folder_and_print_nothing_raw(
     source.mkdir()
     for number, name in enumerate(file_names()):
         # Every other one cannot be read, and is complained of by name.
-        Path(os.fsdecode(os.fsencode(str(source)) + b"/" + os.fsencode(name + ".jpg"))).write_bytes(picture("JPEG") if number % 2 else b"none")
+        Path(os.fsdecode(os.fsencode(str(source)) + b"/" + os.fsencode(name + ".jpg"))).write_bytes(
+            picture("JPEG") if number % 2 else b"none"
+        )
     before = {path for path in tmp_path.rglob("*") if out not in path.parents and path != out}
     assert main(["predict", str(tiny_run), "--domain", "fields", "--out", str(out), str(source)]) == 1
     said = "".join(capsys.readouterr())
@@ -108,7 +110,11 @@ def test_b25_predictions_stay_in_their_folder_and_print_nothing_raw(
     assert {path for path in tmp_path.rglob("*") if out not in path.parents and path != out} == before
     written = len(list((out / "index").iterdir()))
     assert written == len(file_names()) // 2
-    record_property("B25", f"{len(KEYS)} keys: refused or harmless; {written} predictions, 0 outside the folder; 0 unescaped characters printed or in a report")
+    record_property(
+        "B25",
+        f"{len(KEYS)} keys: refused or harmless; {written} predictions, 0 outside the folder; 0 unescaped characters "
+        "printed or in a report",
+    )
 
 
 def test_b25_a_report_shows_names_as_text(tiny_training: Callable[..., Path], tmp_path: Path) -> None:
@@ -129,7 +135,9 @@ def test_b25_a_report_shows_names_as_text(tiny_training: Callable[..., Path], tm
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_b25_the_terminal_and_the_log_show_any_name_and_never_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+def test_b25_the_terminal_and_the_log_show_any_name_and_never_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
     complain(f"{key}: trouble")
     say(f"{key}: fine")
     out, err = capsys.readouterr()

@@ -29,10 +29,14 @@ def test_any_labelled_split_and_one_domain_can_be_scored(tiny_run: Path) -> None
 def test_what_the_command_line_asks_for_replaces_the_recipe(tiny_run: Path) -> None:
     settings = load_run(tiny_run).recipe.evaluation
     assert override(settings, window=None, scales=None, flip=False) == settings
-    assert override(settings, window=[64, 64], scales=[0.5, 1.0], flip=True) == replace(settings, window=[64, 64], scales=[0.5, 1.0], flip=True)
+    assert override(settings, window=[64, 64], scales=[0.5, 1.0], flip=True) == replace(
+        settings, window=[64, 64], scales=[0.5, 1.0], flip=True
+    )
 
 
-def test_a_domain_without_val_split_is_left_out_or_asked_for(tiny_training: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_domain_without_val_split_is_left_out_or_asked_for(
+    tiny_training: Callable[..., Path], tmp_path: Path
+) -> None:
     domains = {"fields": {"labelled": "2"}, "shapes": {"labelled": "2", "val_split": ""}}
     run = load_run(tiny_training(tmp_path, "half", domains=domains))
     assert [result.domain.name for result in evaluate(run, [], None)] == ["fields"]

@@ -45,7 +45,9 @@ def test_a_folder_is_mirrored_into_index_color_and_overlay(run: LoadedRun, tmp_p
         draw(tmp_path / "in" / name)
     summary = segment(run, [tmp_path / "in"], tmp_path / "out")
     names = ("a.png", "deep/er/b.png", "c.png", "d.png", "e.png", "f.png", "g.png")
-    assert files_below(tmp_path / "out") == {f"{kind}/{name}" for kind in ("index", "color", "overlay") for name in names}
+    assert files_below(tmp_path / "out") == {
+        f"{kind}/{name}" for kind in ("index", "color", "overlay") for name in names
+    }
     assert summary == PredictSummary(written=7)
 
 
@@ -53,7 +55,11 @@ def test_indices_are_the_train_ids_of_the_most_probable_classes(run: LoadedRun, 
     path = draw(tmp_path / "a.png", size=(61, 43))
     segment(run, [path], tmp_path / "out")
     with Image.open(path) as image, torch.inference_mode():
-        expected = predict_probabilities(run.model, image_tensor(image), "fields", (43, 61), InferenceSettings()).argmax(dim=0).numpy()
+        expected = (
+            predict_probabilities(run.model, image_tensor(image), "fields", (43, 61), InferenceSettings())
+            .argmax(dim=0)
+            .numpy()
+        )
     with Image.open(tmp_path / "out/index/a.png") as index, Image.open(tmp_path / "out/color/a.png") as color:
         assert index.mode == "P" and index.size == color.size == (61, 43)
         assert np.array_equal(np.asarray(index), expected)
@@ -88,7 +94,10 @@ def test_unreadable_images_are_skipped_and_named(run: LoadedRun, tmp_path: Path)
     (tmp_path / "in/cut.png").write_bytes(whole[: len(whole) // 2])
     summary = segment(run, [tmp_path / "in"], tmp_path / "out")
     assert summary.written == 1
-    assert [line.split(": ")[0] for line in summary.unreadable] == [str(tmp_path / "in/cut.png"), str(tmp_path / "in/text.jpg")]
+    assert [line.split(": ")[0] for line in summary.unreadable] == [
+        str(tmp_path / "in/cut.png"),
+        str(tmp_path / "in/text.jpg"),
+    ]
     assert all("cannot be read" in line and "\n" not in line for line in summary.unreadable)
     assert files_below(tmp_path / "out") == {"index/good.png", "color/good.png", "overlay/good.png"}
 
@@ -152,15 +161,23 @@ def test_a_link_out_of_the_output_folder_is_replaced_not_followed(run: LoadedRun
 
 
 @pytest.mark.parametrize("source", ["../in/a.jpg", "../in/../in", "."])
-def test_nothing_is_written_outside_the_output_folder(run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+def test_nothing_is_written_outside_the_output_folder(
+    run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
     draw(tmp_path / "in/a.jpg"), draw(tmp_path / "here/a.jpg")
     monkeypatch.chdir(tmp_path / "here")
     segment(run, [Path(source)], Path("../out"))
-    assert files_below(tmp_path) == {"in/a.jpg", "here/a.jpg", *(f"out/{kind}/a.png" for kind in ("index", "color", "overlay"))}
+    assert files_below(tmp_path) == {
+        "in/a.jpg",
+        "here/a.jpg",
+        *(f"out/{kind}/a.png" for kind in ("index", "color", "overlay")),
+    }
 
 
 def test_a_domain_without_a_head_is_refused_with_those_there_are(run: LoadedRun, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r'no head for the domain "feilds"\. It has: fields, shapes\. Did you mean "fields"\?'):
+    with pytest.raises(
+        UserError, match=r'no head for the domain "feilds"\. It has: fields, shapes\. Did you mean "fields"\?'
+    ):
         segment(run, [draw(tmp_path / "a.jpg")], tmp_path / "out", domain="feilds")
     assert not (tmp_path / "out").exists()
 

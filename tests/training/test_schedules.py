@@ -9,8 +9,12 @@ from multidomain_cct.training.schedules import OptimiserSettings, build_optimise
 
 def test_learning_rates_follow_their_formulas() -> None:
     for step in (0, 100, 599):
-        assert learning_rate(OptimiserSettings(lr=0.02), step, 600) == pytest.approx(0.02 * (1 - step / 600) ** 0.9, abs=1e-15)
-        assert learning_rate(OptimiserSettings(lr=0.02, schedule="cosine"), step, 600) == pytest.approx(0.01 * (1 + math.cos(math.pi * step / 600)), abs=1e-15)
+        assert learning_rate(OptimiserSettings(lr=0.02), step, 600) == pytest.approx(
+            0.02 * (1 - step / 600) ** 0.9, abs=1e-15
+        )
+        assert learning_rate(OptimiserSettings(lr=0.02, schedule="cosine"), step, 600) == pytest.approx(
+            0.01 * (1 + math.cos(math.pi * step / 600)), abs=1e-15
+        )
         assert learning_rate(OptimiserSettings(lr=0.02, schedule="constant"), step, 600) == 0.02
 
 

@@ -9,14 +9,25 @@ from torch import Tensor
 
 from multidomain_cct.errors import UserError
 from multidomain_cct.model.encoder import EncoderSettings
-from multidomain_cct.weak.cams import Classifier, PseudoLabelSettings, activation_maps, confident_labels, multilabel_loss, pseudo_labels
+from multidomain_cct.weak.cams import (
+    Classifier,
+    PseudoLabelSettings,
+    activation_maps,
+    confident_labels,
+    multilabel_loss,
+    pseudo_labels,
+)
 from multidomain_cct.weak.crf import CrfSettings
 
 TINY = EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32)
 
 
 def classifier(**domains: int) -> Classifier:
-    return Classifier(TINY, {name: [0.5] * count for name, count in (domains or {"fields": 3}).items()}, seed=1).eval().requires_grad_(False)
+    return (
+        Classifier(TINY, {name: [0.5] * count for name, count in (domains or {"fields": 3}).items()}, seed=1)
+        .eval()
+        .requires_grad_(False)
+    )
 
 
 def pictures(count: int = 2, height: int = 32, width: int = 48, seed: int = 0) -> Tensor:
@@ -42,7 +53,9 @@ def test_padding_is_left_out_of_the_average() -> None:
     inside[:, 16:] = False
     features = model.encoder(images, [("fields", 1)]).double().numpy()[0, :, :2]
     weights = model.heads["fields"].maps.weight[:, :, 0, 0].double().numpy()
-    assert np.allclose(model({"fields": images}, {"fields": inside})["fields"].numpy(), weights @ features.mean(axis=(1, 2)), atol=1e-5)
+    assert np.allclose(
+        model({"fields": images}, {"fields": inside})["fields"].numpy(), weights @ features.mean(axis=(1, 2)), atol=1e-5
+    )
 
 
 def test_each_domain_has_a_head_and_crops_may_differ() -> None:
@@ -58,7 +71,9 @@ def test_a_class_starts_from_the_log_odds_of_its_share() -> None:
     model, images = Classifier(TINY, {"fields": [0.9, 0.2, 1.0]}, seed=1).eval().requires_grad_(False), pictures()
     model.heads["fields"].maps.weight.zero_()
     wanted = [np.log(0.9 / 0.1), np.log(0.2 / 0.8), np.log(0.99 / 0.01)]
-    assert model({"fields": images}, {"fields": everywhere(images)})["fields"].numpy() == pytest.approx(np.array([wanted] * 2), abs=1e-4)
+    assert model({"fields": images}, {"fields": everywhere(images)})["fields"].numpy() == pytest.approx(
+        np.array([wanted] * 2), abs=1e-4
+    )
 
 
 def test_the_loss_is_the_binary_cross_entropy_in_float64() -> None:
@@ -73,7 +88,9 @@ def test_the_same_seed_builds_the_same_classifier_and_leaves_the_generator_alone
     before = torch.random.get_rng_state()
     first, second = classifier(), classifier()
     assert torch.equal(before, torch.random.get_rng_state())
-    assert all(torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 def test_activations_are_those_of_the_present_classes_with_one_as_their_largest() -> None:
@@ -114,7 +131,9 @@ def test_sure_positions_are_labelled_and_the_others_are_255() -> None:
 
 
 def test_without_a_background_class_low_positions_are_255() -> None:
-    assert confident_labels(ACTIVATIONS, [4, 7], PseudoLabelSettings(), background=None).tolist() == [[4, 7, 255, 255, 255]]
+    assert confident_labels(ACTIVATIONS, [4, 7], PseudoLabelSettings(), background=None).tolist() == [
+        [4, 7, 255, 255, 255]
+    ]
 
 
 def test_the_thresholds_are_those_of_the_settings() -> None:
@@ -137,7 +156,9 @@ def test_without_iterations_the_random_field_changes_nothing() -> None:
 
 
 def test_the_random_field_fills_an_object_of_one_colour_up_to_its_border() -> None:
-    """The map covers the middle of a red box on green ground; what lies between the thresholds is the rest of the box and a rim around it."""
+    """The map covers the middle of a red box on green ground; what lies between the thresholds is the rest of the box
+    and a rim around it.
+    """
     image = torch.zeros(3, 40, 40, dtype=torch.uint8)
     image[1] = 200
     image[:, 8:32, 8:32] = torch.tensor([220, 0, 0], dtype=torch.uint8)[:, None, None]
@@ -166,7 +187,11 @@ def test_pseudo_labels_hold_only_the_present_classes_background_and_255() -> Non
         ({"lr": 0.0}, "pseudo_labels.lr is 0.0; it is above 0."),
         ({"least_share": 1.0}, "pseudo_labels.least_share is 1.0; it lies in 0 to below 1."),
         ({"scales": []}, "pseudo_labels.scales is []; at least one, each above 0."),
-        ({"foreground": 0.01}, "pseudo_labels.background is 0.05 and pseudo_labels.foreground 0.01; it is 0 < background <= foreground < 1."),
+        (
+            {"foreground": 0.01},
+            "pseudo_labels.background is 0.05 and pseudo_labels.foreground 0.01; it is 0 < background <= foreground < "
+            "1.",
+        ),
         ({"most_common": 0.0}, "pseudo_labels.most_common is 0.0; it lies above 0 and is at most 1."),
         ({"confidence": 1.0}, "pseudo_labels.confidence is 1.0; it lies between 0 and 1."),
     ],

@@ -48,7 +48,9 @@ def blurred_noise(rng: np.random.Generator, channels: int, size: tuple[int, int]
 
 
 def example(seed: int, size: tuple[int, int] = SIZE) -> tuple[np.ndarray, np.ndarray]:
-    """(4, H, W) uncertain probabilities, and a (3, H, W) image of three coloured regions with grain, whose borders the probabilities follow in part only."""
+    """(4, H, W) uncertain probabilities, and a (3, H, W) image of three coloured regions with grain, whose borders the
+    probabilities follow in part only.
+    """
     rng = np.random.default_rng(seed)
     regions = blurred_noise(rng, 3, size).argmax(axis=0)
     colors = np.array([[200, 60, 50], [60, 180, 70], [50, 80, 190]])[regions].transpose(2, 0, 1)
@@ -65,16 +67,22 @@ def refined(probabilities: np.ndarray, image: np.ndarray, settings: CrfSettings)
 def test_the_smoothness_kernel_alone_is_exact(seed: int) -> None:
     probabilities, image = example(seed)
     settings = CrfSettings(color_weight=0)
-    assert np.abs(refined(probabilities, image, settings) - direct_mean_field(probabilities, image, settings)).max() < 1e-5
+    assert (
+        np.abs(refined(probabilities, image, settings) - direct_mean_field(probabilities, image, settings)).max() < 1e-5
+    )
 
 
 @pytest.mark.parametrize(("size", "agreement", "difference"), [((24, 20), 0.97, 0.015), ((48, 40), 0.999, 0.001)])
 def test_labels_agree_with_the_direct_mean_field(size: tuple[int, int], agreement: float, difference: float) -> None:
-    """Over eight images. The lattice approximates: a region whose classes are about equal may tip over as a whole, so single pixels may differ by up to 1.
+    """Over eight images. The lattice approximates: a region whose classes are about equal may tip over as a whole, so
+    single pixels may differ by up to 1.
 
     On an image as small as the first, the 480 points lie thinly in the five dimensions; the second shows what is usual.
     """
-    pairs = [(refined(*case, CrfSettings()), direct_mean_field(*case, CrfSettings())) for case in (example(seed, size) for seed in range(8))]
+    pairs = [
+        (refined(*case, CrfSettings()), direct_mean_field(*case, CrfSettings()))
+        for case in (example(seed, size) for seed in range(8))
+    ]
     assert np.mean([found.argmax(axis=0) == exact.argmax(axis=0) for found, exact in pairs]) >= agreement
     assert np.mean([np.abs(found - exact) for found, exact in pairs]) < difference
 
@@ -127,7 +135,9 @@ def test_borders_snap_to_edges_of_colour() -> None:
 def test_no_iterations_and_no_kernels_leave_the_probabilities_as_they_are() -> None:
     probabilities, image = example(0)
     assert np.allclose(refined(probabilities, image, CrfSettings(iterations=0)), probabilities, atol=1e-6)
-    assert np.allclose(refined(probabilities, image, CrfSettings(smooth_weight=0, color_weight=0)), probabilities, atol=1e-6)
+    assert np.allclose(
+        refined(probabilities, image, CrfSettings(smooth_weight=0, color_weight=0)), probabilities, atol=1e-6
+    )
 
 
 def test_classes_of_probability_zero_stay_finite() -> None:
@@ -161,7 +171,10 @@ def test_images_of_one_row_or_column_are_refined(size: tuple[int, int]) -> None:
     ("settings", "message"),
     [
         ({"iterations": -1}, "crf.iterations is -1; it is at least 0."),
-        ({"smooth_position": 0.0}, "crf.smooth_position is 0.0; a deviation is at least 1, in pixels or steps of colour."),
+        (
+            {"smooth_position": 0.0},
+            "crf.smooth_position is 0.0; a deviation is at least 1, in pixels or steps of colour.",
+        ),
         ({"color_value": -5.0}, "crf.color_value is -5.0; a deviation is at least 1, in pixels or steps of colour."),
         ({"color_weight": -1.0}, "crf.color_weight is -1.0; it is 0 or more."),
     ],

@@ -15,14 +15,23 @@ from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.errors import UserError
-from multidomain_cct.weak.image_labels import background_class, classes_of_masks, classified, open_tagged, read_image_labels
+from multidomain_cct.weak.image_labels import (
+    background_class,
+    classes_of_masks,
+    classified,
+    open_tagged,
+    read_image_labels,
+)
 
 KEYS = ("a", "b", "street/c")
 
 
 def street(*, things: tuple[bool, ...] = (False, True, True)) -> Domain:
     names = ("road", "car", "traffic light")
-    classes = tuple(LabelClass(name, (10 * number, 0, 0), thing=thing) for number, (name, thing) in enumerate(zip(names, things, strict=True)))
+    classes = tuple(
+        LabelClass(name, (10 * number, 0, 0), thing=thing)
+        for number, (name, thing) in enumerate(zip(names, things, strict=True))
+    )
     return Domain("street", "folder", {"train": Split()}, classes)
 
 
@@ -38,7 +47,10 @@ def test_a_text_list_has_a_key_and_its_classes_on_each_line(tmp_path: Path) -> N
 
 
 def test_a_json_list_says_the_same(tmp_path: Path) -> None:
-    assert read(tmp_path, json.dumps({"a": ["car", "road"], "street/c": ["traffic light", "car"]}), "labels.json") == {"a": {0, 1}, "street/c": {1, 2}}
+    assert read(tmp_path, json.dumps({"a": ["car", "road"], "street/c": ["traffic light", "car"]}), "labels.json") == {
+        "a": {0, 1},
+        "street/c": {1, 2},
+    }
 
 
 def test_keys_with_spaces_stand_in_quotes(tmp_path: Path) -> None:
@@ -50,15 +62,33 @@ def test_keys_with_spaces_stand_in_quotes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a car\nq car\n", "labels.txt: line 2: the key 'q' is none of the 3 images in the training and unlabelled splits of street."),
-        ("street/d car\n", "line 1: the key 'street/d' is none of the 3 images in the training and unlabelled splits of street. Did you mean \"street/c\"?"),
-        ("a caar\n", "line 1: the key 'a' has the class 'caar'. Known: road, car, traffic light. Names with spaces stand in double quotes: \"a name\"."
-         " Did you mean \"car\"?"),
+        (
+            "a car\nq car\n",
+            "labels.txt: line 2: the key 'q' is none of the 3 images in the training and unlabelled splits of street.",
+        ),
+        (
+            "street/d car\n",
+            "line 1: the key 'street/d' is none of the 3 images in the training and unlabelled splits of street. Did "
+            'you mean "street/c"?',
+        ),
+        (
+            "a caar\n",
+            "line 1: the key 'a' has the class 'caar'. Known: road, car, traffic light. Names with spaces stand in "
+            'double quotes: "a name".'
+            ' Did you mean "car"?',
+        ),
         ("a car\nb road\na road\n", "line 3: the key 'a' is listed twice. An image has one line with all its classes."),
-        ("a car\nb # nothing\n", "line 2: the key 'b' has no class. Name the classes that the image shows, or leave the image out."),
-        ("# nothing\n", "labels.txt: no image is listed. Image-level labels are a text list (`key class class`) or JSON ({key: [class]})."),
+        (
+            "a car\nb # nothing\n",
+            "line 2: the key 'b' has no class. Name the classes that the image shows, or leave the image out.",
+        ),
+        (
+            "# nothing\n",
+            "labels.txt: no image is listed. Image-level labels are a text list (`key class class`) or JSON ({key: "
+            "[class]}).",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_text_list_that_does_not_fit_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         read(tmp_path, text)
@@ -103,14 +133,18 @@ def test_several_or_no_such_classes_are_all_classified(things: tuple[bool, ...])
     assert classified(street(things=things)) == (0, 1, 2)
 
 
-def test_masks_tell_the_classes_that_have_the_least_share_of_pixels(two_domains: Path, tiny_domain: Callable[..., Domain]) -> None:
+def test_masks_tell_the_classes_that_have_the_least_share_of_pixels(
+    two_domains: Path, tiny_domain: Callable[..., Domain]
+) -> None:
     domain = tiny_domain("fields", ("grass", "sky", "barn"))
     shards = Shards.open(two_domains / "fields", "train")
     for least_share in (0.001, 0.2):
         shown = classes_of_masks(shards, domain, range(len(shards)), least_share=least_share)
         for number in range(len(shards)):
             ids = mask_of(shards, number)
-            assert shown[shards.keys[number]] == {train_id for train_id in range(3) if (ids == train_id).mean() >= least_share}
+            assert shown[shards.keys[number]] == {
+                train_id for train_id in range(3) if (ids == train_id).mean() >= least_share
+            }
 
 
 def mask_of(shards: Shards, number: int) -> np.ndarray:
@@ -137,10 +171,17 @@ def test_with_masks_every_image_of_the_training_split_is_listed(two_domains: Pat
     assert tagged.listed == tuple(tagged.sources[0].keys) == tuple(tagged.samples)
 
 
-def test_images_of_the_labelled_budget_train_the_classifier_but_are_not_listed(two_domains: Path, fields: Domain, tmp_path: Path) -> None:
+def test_images_of_the_labelled_budget_train_the_classifier_but_are_not_listed(
+    two_domains: Path, fields: Domain, tmp_path: Path
+) -> None:
     path = tmp_path / "labels.txt"
     path.write_text("unlabelled_002 grass sky\nunlabelled_004 barn\n", encoding="utf-8")
-    tagged = open_tagged(fields, choose(image_labels=str(path), unlabelled_splits=["unlabelled"]), DataSettings(shards=str(two_domains)), least_share=0.001)
+    tagged = open_tagged(
+        fields,
+        choose(image_labels=str(path), unlabelled_splits=["unlabelled"]),
+        DataSettings(shards=str(two_domains)),
+        least_share=0.001,
+    )
     assert sorted(tagged.listed) == ["unlabelled_002", "unlabelled_004"]
     assert len(tagged.samples) == 3 + 2
     assert tagged.classes["unlabelled_002"] == {0, 1}
@@ -154,7 +195,9 @@ def test_the_background_is_not_among_the_classes_of_an_image(two_domains: Path, 
     grass, sky, barn = fields.classes
     backed = replace(fields, classes=(replace(grass, thing=True), replace(sky, thing=True), barn))
     tagged = open_tagged(backed, choose(image_labels="masks"), DataSettings(shards=str(two_domains)), least_share=0.001)
-    assert all(2 not in classes for classes in tagged.classes.values()) and any(classes for classes in tagged.classes.values())
+    assert all(2 not in classes for classes in tagged.classes.values()) and any(
+        classes for classes in tagged.classes.values()
+    )
 
 
 def test_the_loader_reads_them_without_masks(two_domains: Path, fields: Domain) -> None:
@@ -168,12 +211,20 @@ def test_the_loader_reads_them_without_masks(two_domains: Path, fields: Domain) 
 
 def test_a_list_that_is_not_there_is_named(two_domains: Path, fields: Domain) -> None:
     with pytest.raises(UserError) as error:
-        open_tagged(fields, choose(image_labels="nowhere.txt"), DataSettings(shards=str(two_domains)), least_share=0.001)
-    assert str(error.value) == "domains.fields.image_labels is 'nowhere.txt'; it is `masks`, or a text or JSON file that is there."
+        open_tagged(
+            fields, choose(image_labels="nowhere.txt"), DataSettings(shards=str(two_domains)), least_share=0.001
+        )
+    assert (
+        str(error.value)
+        == "domains.fields.image_labels is 'nowhere.txt'; it is `masks`, or a text or JSON file that is there."
+    )
 
 
 def test_masks_of_a_split_without_masks_are_refused(two_domains: Path, fields: Domain) -> None:
     choice = choose(image_labels="masks", labelled="none", train_split="unlabelled")
     with pytest.raises(UserError) as error:
         open_tagged(fields, choice, DataSettings(shards=str(two_domains)), least_share=0.001)
-    assert str(error.value) == "domains.fields.image_labels is `masks`, but the split 'unlabelled' has none. Name a list instead."
+    assert (
+        str(error.value)
+        == "domains.fields.image_labels is `masks`, but the split 'unlabelled' has none. Name a list instead."
+    )

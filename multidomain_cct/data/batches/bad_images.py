@@ -14,11 +14,16 @@ _LEAST_READ = 1000
 
 
 class TooManyBadImages(UserError):
-    """More of a domain's images cannot be used than data.max_bad_fraction allows. All processes of a run find it at the same micro-batch, in the same words."""
+    """More of a domain's images cannot be used than data.max_bad_fraction allows.
+
+    All processes of a run find it at the same micro-batch, in the same words.
+    """
 
 
 class BadImages:
-    """The images that a run has read so far of each domain where bad ones may be skipped, and those of them that were, over all its processes."""
+    """The images that a run has read so far of each domain where bad ones may be skipped, and those of them that were,
+    over all its processes.
+    """
 
     def __init__(self, data: TrainingSet, counts: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Goes on from the `counts` of an earlier part of the run."""
@@ -31,7 +36,8 @@ class BadImages:
         """A line for each image that was skipped; whoever tells it takes it away."""
 
     def count(self, batches: Mapping[str, Batch], skipped: Sequence[tuple[str, Skipped]]) -> None:
-        """Count one process's batches, which stand for those of the others, and the images that were skipped in all of them, each with its domain.
+        """Count one process's batches, which stand for those of the others, and the images that were skipped in all of
+        them, each with its domain.
 
         Raises TooManyBadImages. Only a bad image makes the share larger, so it is only judged then.
         """
@@ -51,7 +57,8 @@ class BadImages:
         if stream.max_bad is not None and total > stream.max_bad * max(read, least):
             reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(self._skipped[name].items()))
             raise TooManyBadImages(
-                f"{name}: {total} of {read} images cannot be used ({reasons}), more than data.max_bad_fraction {stream.max_bad} allows."
+                f"{name}: {total} of {read} images cannot be used ({reasons}), more than data.max_bad_fraction "
+                f"{stream.max_bad} allows."
                 f" The last: {last.message}"
             )
 
@@ -63,7 +70,11 @@ class BadImages:
     @property
     def metrics(self) -> dict[str, int]:
         """What goes into metrics.jsonl: the images skipped since the run's first step, by domain and reason."""
-        return {f"data/{name}/skipped/{reason}": count for name, reasons in self._skipped.items() for reason, count in reasons.items()}
+        return {
+            f"data/{name}/skipped/{reason}": count
+            for name, reasons in self._skipped.items()
+            for reason, count in reasons.items()
+        }
 
 
 def skipped_in(batches: Mapping[str, Batch]) -> list[tuple[str, Skipped]]:

@@ -10,10 +10,11 @@ from multidomain_cct.files.seeds import seed_from
 
 
 def labelled_subset(keys: Sequence[str], budget: str, *, seed: int, where: str) -> list[str]:
-    """The keys whose labels may be used: the first n of a fixed pseudo-random order, so that smaller budgets lie inside larger ones.
+    """The keys whose labels may be used: the first n of a fixed pseudo-random order, so that smaller budgets lie inside
+    larger ones.
 
-    `budget` is a number, a fraction such as 1/16, `all`, or a text file with one key a line. The order hangs on the keys alone, not on shards or listing.
-    Raises UserError, starting with `where`, for a budget that cannot be met.
+    `budget` is a number, a fraction such as 1/16, `all`, or a text file with one key a line. The order hangs on the
+    keys alone, not on shards or listing. Raises UserError, starting with `where`, for a budget that cannot be met.
     """
     if budget == "all":
         return sorted(keys)
@@ -27,7 +28,9 @@ def labelled_subset(keys: Sequence[str], budget: str, *, seed: int, where: str) 
     else:
         return _listed_keys(keys, Path(budget), where)
     if count > len(keys):
-        raise UserError(f"{where} asks for {count} labelled images; there are {len(keys)}. Ask for at most {len(keys)}, or `all`.")
+        raise UserError(
+            f"{where} asks for {count} labelled images; there are {len(keys)}. Ask for at most {len(keys)}, or `all`."
+        )
     return sorted(keys, key=lambda key: (seed_from(seed, key, "budget"), key))[:count]
 
 
@@ -37,7 +40,10 @@ def _is_number(text: str) -> bool:
 
 def _listed_keys(keys: Sequence[str], path: Path, where: str) -> list[str]:
     if not path.is_file():
-        raise UserError(f"{where} is {str(path)!r}; it is a number, a share such as 1/16, `all`, or a text file with one key a line.")
+        raise UserError(
+            f"{where} is {str(path)!r}; it is a number, a share such as 1/16, `all`, or a text file with one key a "
+            "line."
+        )
     try:
         listed = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError:
@@ -45,7 +51,9 @@ def _listed_keys(keys: Sequence[str], path: Path, where: str) -> list[str]:
     known = set(keys)
     for key in listed:
         if key not in known:
-            raise UserError(f"{where}: {path} lists the key {key!r}, which is not among the {len(keys)} labelled images.")
+            raise UserError(
+                f"{where}: {path} lists the key {key!r}, which is not among the {len(keys)} labelled images."
+            )
     if not listed:
         raise UserError(f"{where}: {path} lists no keys.")
     return sorted(set(listed))

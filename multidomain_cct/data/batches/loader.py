@@ -1,6 +1,7 @@
 """What a step sees: per-domain streams of labelled and unlabelled images, as batches.
 
-The whole input pipeline is a map-style data set from the number of a micro-batch to its content. Its only state is the step number.
+The whole input pipeline is a map-style data set from the number of a micro-batch to its content. Its only state is the
+step number.
 
 Shapes: B labelled images, U unlabelled images, H W crop size.
 """
@@ -62,7 +63,9 @@ class Batch:
     keys: tuple[str, ...] = ()
     """Keys of the labelled, then of the unlabelled images."""
     pseudo_labels: Tensor | None = None
-    """(U, H, W) uint8 train ids made from image-level labels, 255 = unsure or none; None in a domain that has no such images."""
+    """(U, H, W) uint8 train ids made from image-level labels, 255 = unsure or none; None in a domain that has no such
+    images.
+    """
     skipped: tuple[Skipped, ...] = ()
     """The images that could not be used, in whose places others stand."""
 
@@ -72,7 +75,15 @@ class Batch:
     def map_tensors(self, change: Callable[[Tensor], Any]) -> Batch:
         """The same with each tensor replaced."""
         pseudo_labels = None if self.pseudo_labels is None else change(self.pseudo_labels)
-        return Batch(change(self.images), change(self.masks), change(self.unlabelled), change(self.valid), self.keys, pseudo_labels, self.skipped)
+        return Batch(
+            change(self.images),
+            change(self.masks),
+            change(self.unlabelled),
+            change(self.valid),
+            self.keys,
+            pseudo_labels,
+            self.skipped,
+        )
 
 
 @dataclass(frozen=True)
@@ -86,25 +97,41 @@ class _Refused:
 class TrainingSet(Dataset[Any]):
     """Micro-batch number -> {domain name: Batch}, for one process.
 
-    A step has `accumulation` micro-batches. The global batch of a step is cut into accumulation x world equal parts; how many there are changes neither
-    which images a step sees nor their augmentation.
+    A step has `accumulation` micro-batches. The global batch of a step is cut into accumulation x world equal parts;
+    how many there are changes neither which images a step sees nor their augmentation.
     """
 
     def __init__(
-        self, streams: Sequence[DomainStreams], *, seed: int, augment: Augment, schedule: str = "together", rank: int = 0, world: int = 1, accumulation: int = 1
+        self,
+        streams: Sequence[DomainStreams],
+        *,
+        seed: int,
+        augment: Augment,
+        schedule: str = "together",
+        rank: int = 0,
+        world: int = 1,
+        accumulation: int = 1,
     ) -> None:
         self.streams = tuple(streams)
         self.seed, self.augment, self.schedule = seed, augment, schedule
         self.rank, self.world, self.accumulation = rank, world, accumulation
-        self._orders = {(stream.domain.name, kind): stream.order(kind, seed) for stream in self.streams for kind in ("labelled", "unlabelled")}
+        self._orders = {
+            (stream.domain.name, kind): stream.order(kind, seed)
+            for stream in self.streams
+            for kind in ("labelled", "unlabelled")
+        }
         parts = world * accumulation
         if not self.streams:
-            raise UserError("domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled images.")
+            raise UserError(
+                "domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled "
+                "images."
+            )
         for stream in self.streams:
             for kind, samples in (("labelled_batch", stream.labelled), ("unlabelled_batch", stream.unlabelled)):
                 if samples and getattr(stream, kind) % parts:
                     raise UserError(
-                        f"{stream.domain.name}: {kind} is {getattr(stream, kind)}, which {world} process(es) x {accumulation} accumulated micro-batches do not"
+                        f"{stream.domain.name}: {kind} is {getattr(stream, kind)}, which {world} process(es) x "
+                        f"{accumulation} accumulated micro-batches do not"
                         f" divide. Use a multiple of {parts}."
                     )
 
@@ -123,10 +150,17 @@ class TrainingSet(Dataset[Any]):
     def _batch(self, streams: DomainStreams, turn: int, part: int) -> Batch:
         parts = self.world * self.accumulation
         skipped: list[Skipped] = []
-        labelled, labelled_keys = self._views(streams, "labelled", batch_positions(turn, streams.labelled_batch, part=part, parts=parts), skipped)
-        unlabelled, unlabelled_keys = self._views(streams, "unlabelled", batch_positions(turn, streams.unlabelled_batch, part=part, parts=parts), skipped)
+        labelled, labelled_keys = self._views(
+            streams, "labelled", batch_positions(turn, streams.labelled_batch, part=part, parts=parts), skipped
+        )
+        unlabelled, unlabelled_keys = self._views(
+            streams, "unlabelled", batch_positions(turn, streams.unlabelled_batch, part=part, parts=parts), skipped
+        )
         width, height = streams.crop
-        no_images, no_ids = torch.empty(0, 3, height, width, dtype=torch.uint8), torch.empty(0, height, width, dtype=torch.uint8)
+        no_images, no_ids = (
+            torch.empty(0, 3, height, width, dtype=torch.uint8),
+            torch.empty(0, height, width, dtype=torch.uint8),
+        )
         return Batch(
             images=_stacked_images([view.image for view in labelled], no_images),
             masks=_stacked([view.ids for view in labelled], no_ids),
@@ -137,16 +171,27 @@ class TrainingSet(Dataset[Any]):
             skipped=tuple(skipped),
         )
 
-    def _views(self, streams: DomainStreams, kind: str, positions: range, skipped: list[Skipped]) -> tuple[tuple[View, ...], tuple[str, ...]]:
-        """The views at these positions and their keys; none of a stream without samples. What had to be skipped is added to `skipped`."""
+    def _views(
+        self, streams: DomainStreams, kind: str, positions: range, skipped: list[Skipped]
+    ) -> tuple[tuple[View, ...], tuple[str, ...]]:
+        """The views at these positions and their keys; none of a stream without samples.
+
+        What had to be skipped is added to `skipped`.
+        """
         order = self._orders[streams.domain.name, kind]
         if not order.num_samples:
             return (), ()
-        views, keys = zip(*(self._usable_view(streams, kind, *order.at(position), skipped) for position in positions), strict=True)
+        views, keys = zip(
+            *(self._usable_view(streams, kind, *order.at(position), skipped) for position in positions), strict=True
+        )
         return views, keys
 
-    def _usable_view(self, streams: DomainStreams, kind: str, epoch: int, chosen: int, skipped: list[Skipped]) -> tuple[View, str]:
-        """The view of a sample; where it cannot be used and others may stand in, of the next one in the shards that can: no position shifts for it."""
+    def _usable_view(
+        self, streams: DomainStreams, kind: str, epoch: int, chosen: int, skipped: list[Skipped]
+    ) -> tuple[View, str]:
+        """The view of a sample; where it cannot be used and others may stand in, of the next one in the shards that
+        can: no position shifts for it.
+        """
         samples = streams.labelled if kind == "labelled" else streams.unlabelled
         for step in range(min(_SUBSTITUTES + 1, len(samples))):
             place = samples[(chosen + step) % len(samples)]
@@ -156,7 +201,10 @@ class TrainingSet(Dataset[Any]):
                 if streams.max_bad is None:
                     raise
                 skipped.append(Skipped(streams.sources[place[0]].keys[place[1]], error.reason, str(error)))
-        raise UserError(f"{skipped[-1].message} It is the last of {step + 1} neighbouring samples that cannot be used; look at the shard.")
+        raise UserError(
+            f"{skipped[-1].message} It is the last of {step + 1} neighbouring samples that cannot be used; look at "
+            "the shard."
+        )
 
     def _view(self, streams: DomainStreams, kind: str, epoch: int, place: tuple[int, int]) -> tuple[View, str]:
         source, number = place
@@ -171,14 +219,20 @@ def _stacked(parts: Sequence[Tensor], none: Tensor) -> Tensor:
 
 
 def _stacked_images(parts: Sequence[Tensor], none: Tensor) -> Tensor:
-    """The same for images whose channels are last in memory, as those of the result are: torch.stack would put them first, pixel by pixel."""
+    """The same for images whose channels are last in memory, as those of the result are: torch.stack would put them
+    first, pixel by pixel.
+    """
     return torch.stack([part.permute(1, 2, 0) for part in parts]).permute(0, 3, 1, 2) if parts else none
 
 
-def steps(data: TrainingSet, start: int, stop: int, *, workers: int, prefetch: int = 2, pin_memory: bool = False) -> Iterator[dict[str, Batch]]:
-    """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of them.
+def steps(
+    data: TrainingSet, start: int, stop: int, *, workers: int, prefetch: int = 2, pin_memory: bool = False
+) -> Iterator[dict[str, Batch]]:
+    """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of
+    them.
 
-    Raises UserError with one line when a sample cannot be used and none stands in for it, and SourceError when its shard cannot be fetched.
+    Raises UserError with one line when a sample cannot be used and none stands in for it, and SourceError when its
+    shard cannot be fetched.
     """
     numbers = range(start * data.accumulation, stop * data.accumulation)
     return _loaded(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
@@ -219,10 +273,18 @@ def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, wor
     return _loaded(_ScoredSet(shards, domain), numbers, workers=workers, prefetch=4, pin_memory=False)
 
 
-def _loaded(data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetch: int, pin_memory: bool) -> Iterator[Any]:
-    if workers and sys.version_info < (3, 12) and torch.distributed.is_available() and torch.distributed.is_initialized():
-        # After a reduction a thread of gloo lets go of its tensors, and for that makes itself known to Python. What is forked while it holds the lock for that
-        # finds it locked for ever, and the run waits for it (https://github.com/python/cpython/issues/112275).
+def _loaded(
+    data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetch: int, pin_memory: bool
+) -> Iterator[Any]:
+    if (
+        workers
+        and sys.version_info < (3, 12)
+        and torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+    ):
+        # After a reduction a thread of gloo lets go of its tensors, and for that makes itself known to Python. What is
+        # forked while it holds the lock for that finds it locked for ever, and the run waits for it
+        # (https://github.com/python/cpython/issues/112275).
         time.sleep(_QUIET_SECONDS)
     # A range is a sampler of item numbers; batch_size=None because an item is a whole batch already.
     loader = DataLoader(
@@ -232,7 +294,8 @@ def _loaded(data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetc
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_leave_interrupts_to_the_parent,
-        # A loader draws a seed for its workers when it starts; from its own generator, or a resumed run would differ from an uninterrupted one.
+        # A loader draws a seed for its workers when it starts; from its own generator, or a resumed run would differ
+        # from an uninterrupted one.
         generator=torch.Generator().manual_seed(0),
     )
     for item in received(loader, pin_memory=pin_memory):

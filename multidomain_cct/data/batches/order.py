@@ -1,9 +1,11 @@
 """Which sample stands at which position: pure arithmetic, no state.
 
-A stream (the labelled or the unlabelled images of a domain) is an endless sequence of positions. Position p lies in epoch p // n at offset p % n, and each
-epoch is its own permutation of the n samples. Whoever knows the step knows every position in it, so resuming is a seek.
+A stream (the labelled or the unlabelled images of a domain) is an endless sequence of positions. Position p lies in
+epoch p // n at offset p % n, and each epoch is its own permutation of the n samples. Whoever knows the step knows every
+position in it, so resuming is a seek.
 
-No permutation is ever written down: `scatter` computes where one number goes, for a thousand samples as for a thousand million.
+No permutation is ever written down: `scatter` computes where one number goes, for a thousand samples as for a thousand
+million.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ _64_BITS = 2**64 - 1
 def scatter(number: int, size: int, seed: int) -> int:
     """Where a pseudo-random permutation of 0 ... size - 1, chosen by the seed, takes this number.
 
-    A Feistel network on pairs (left, right) that cover the range, each half added to modulo its own size, so that hardly any pair lies outside; one that does
-    is sent on until it comes back (cycle walking), which keeps the map one to one. Black and Rogaway, Ciphers with arbitrary finite domains, 2002.
+    A Feistel network on pairs (left, right) that cover the range, each half added to modulo its own size, so that
+    hardly any pair lies outside; one that does is sent on until it comes back (cycle walking), which keeps the map one
+    to one. Black and Rogaway, Ciphers with arbitrary finite domains, 2002.
     """
     sides, keys = _sides(size), _round_keys(seed)
     placed: int = _through_network(number, sides, keys)
@@ -83,12 +86,14 @@ class Stream:
     num_samples: int
     seed: int
     window: int = 0
-    """0: each epoch is one permutation of all samples. K: each epoch permutes the shards, and samples only within windows of K shards, so that K shards at a
-    time are in use.
+    """0: each epoch is one permutation of all samples. K: each epoch permutes the shards, and samples only within
+    windows of K shards, so that K shards at a time are in use.
     """
     shard_ends: np.ndarray | None = field(default=None, compare=False)
     """(s,) int64: the sample number at which each shard ends; the last is num_samples. Only a window needs it."""
-    _plans: dict[int, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _plans: dict[int, tuple[np.ndarray, np.ndarray]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def __post_init__(self) -> None:
         assert not self.window or (self.shard_ends is not None and self.shard_ends[-1] == self.num_samples)
@@ -101,7 +106,9 @@ class Stream:
         shards, ends = self._plan(epoch)
         window = int(np.searchsorted(ends, offset, side="right"))
         first = int(ends[window - 1]) if window else 0
-        placed = scatter(offset - first, int(ends[window]) - first, seed_from(self.seed, self.name, epoch, window, "order"))
+        placed = scatter(
+            offset - first, int(ends[window]) - first, seed_from(self.seed, self.name, epoch, window, "order")
+        )
         return epoch, self._in_shards(placed, shards[window * self.window : (window + 1) * self.window])
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
@@ -127,8 +134,8 @@ class Stream:
 def batch_positions(turn: int, global_batch: int, *, part: int, parts: int) -> range:
     """The positions that one of `parts` equal shares of the turn-th global batch holds.
 
-    The parts are processes and accumulated micro-batches: however many there are, together they see the same global batch in the same order. The caller
-    has checked that parts divides global_batch.
+    The parts are processes and accumulated micro-batches: however many there are, together they see the same global
+    batch in the same order. The caller has checked that parts divides global_batch.
     """
     share = global_batch // parts
     start = turn * global_batch + part * share

@@ -78,4 +78,6 @@ class Selection(Sequence[tuple[int, int]]):
     def shard_ends(self, sources: Sequence[Shards]) -> np.ndarray:
         """(s,) int64: how many of the samples come before the end of each shard."""
         before = self._ends - [len(part) for part in self.parts]
-        return np.concatenate([start + part.up_to(sources[part.source].ends) for start, part in zip(before, self.parts, strict=True)])
+        return np.concatenate(
+            [start + part.up_to(sources[part.source].ends) for start, part in zip(before, self.parts, strict=True)]
+        )

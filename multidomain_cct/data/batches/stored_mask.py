@@ -18,17 +18,24 @@ _ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 
 
 def stored_mask(content: bytes, domain: Domain, where: str) -> Image.Image:
-    """The train ids of a mask in a shard, as an 8-bit picture: grey values of 1 to 16 bits, or palette indices, whatever the palette.
+    """The train ids of a mask in a shard, as an 8-bit picture: grey values of 1 to 16 bits, or palette indices,
+    whatever the palette.
 
-    Raises BadSample, starting with `where`, for bytes that are no such PNG, for a picture too large to be safe, and for an id that the class table lacks.
+    Raises BadSample, starting with `where`, for bytes that are no such PNG, for a picture too large to be safe, and for
+    an id that the class table lacks.
     """
     try:
         with warnings.catch_warnings():
-            # The size is read before the pixels; Pillow only warns of a file that would fill the memory until it is twice as large.
+            # The size is read before the pixels; Pillow only warns of a file that would fill the memory until it is
+            # twice as large.
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(content), formats=("PNG",)) as mask:
                 if mask.mode not in _ID_MODES:
-                    raise BadSample(f"{where}: the mask has the mode {mask.mode}; a mask in a shard is a PNG of train ids in one channel.", "mask: wrong mode")
+                    raise BadSample(
+                        f"{where}: the mask has the mode {mask.mode}; a mask in a shard is a PNG of train ids in one "
+                        "channel.",
+                        "mask: wrong mode",
+                    )
                 step = grey_step(mask)
                 # In a palette PNG the indices are the ids; converting would give the brightness of their colours.
                 stored = np.asarray(mask)
@@ -40,7 +47,8 @@ def stored_mask(content: bytes, domain: Domain, where: str) -> Image.Image:
     if not _all_known(ids, domain.num_classes):
         wrong = ids[(ids >= domain.num_classes) & (ids != IGNORE)]
         raise BadSample(
-            f"{where}: the mask holds the train id {int(wrong[0])}, but {domain.name} has the classes 0 to {domain.num_classes - 1} and {IGNORE} for ignore. "
+            f"{where}: the mask holds the train id {int(wrong[0])}, but {domain.name} has the classes 0 to "
+            f"{domain.num_classes - 1} and {IGNORE} for ignore. "
             "The shard was made with another class table: pack it again.",
             "mask: id outside the class table",
         )
@@ -49,6 +57,7 @@ def stored_mask(content: bytes, domain: Domain, where: str) -> Image.Image:
 
 def _all_known(ids: np.ndarray, num_classes: int) -> bool:
     if ids.dtype == np.uint8:
-        # One more than each id, in 8 bits: 255 becomes 0, and the largest tells all. A third of the time of comparing every pixel twice.
+        # One more than each id, in 8 bits: 255 becomes 0, and the largest tells all. A third of the time of comparing
+        # every pixel twice.
         return int((ids + np.uint8(1)).max()) <= num_classes
     return not ((ids >= num_classes) & (ids != IGNORE)).any()

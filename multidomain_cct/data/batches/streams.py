@@ -25,7 +25,8 @@ UNLABELLED = ("rest", "all", "none")
 ON_BAD = ("fatal", "skip")
 _NONE = np.empty(0, dtype=np.int64)
 WEAK_ENDING = "_weak"
-"""How splits of pseudo-labels end, which `weaklabels` makes. A split of true masks cannot be taken for one by mistake."""
+"""How splits of pseudo-labels end, which `weaklabels` makes. A split of true masks cannot be taken for one by mistake.
+"""
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class DomainSettings:
     """What the recipe takes of one domain. Settings left out are those of `data`."""
 
     labelled: str = "all"
-    """How many labelled images are used: a number, a share such as 1/16, `all`, `none`, or a text file with one key a line. Smaller budgets lie inside larger
-    ones.
+    """How many labelled images are used: a number, a share such as 1/16, `all`, `none`, or a text file with one key a
+    line. Smaller budgets lie inside larger ones.
     """
     unlabelled: str = "rest"
     """Which images of the training split are used without labels: the `rest`, `all`, or `none`."""
@@ -43,11 +44,17 @@ class DomainSettings:
     unlabelled_splits: list[str] = field(default_factory=list)
     """Further splits whose images are used without labels; their masks, if any, are never read."""
     weak_split: str = ""
-    """Split of pseudo-labels that `weaklabels` made, such as train_weak: its images join the unlabelled ones, and auxiliary decoders learn from its masks."""
+    """Split of pseudo-labels that `weaklabels` made, such as train_weak: its images join the unlabelled ones, and
+    auxiliary decoders learn from its masks.
+    """
     image_labels: str = ""
-    """Where `weaklabels` finds image-level labels: a text or JSON list, or `masks` to take them from the masks of train_split."""
+    """Where `weaklabels` finds image-level labels: a text or JSON list, or `masks` to take them from the masks of
+    train_split.
+    """
     remote: str = ""
-    """Address of a folder with shards, such as https://HOST/FOLDER, from which training splits that are not in data.shards are read. See data.remote."""
+    """Address of a folder with shards, such as https://HOST/FOLDER, from which training splits that are not in
+    data.shards are read. See data.remote.
+    """
     val_split: str = "val"
     """Split that is scored during training and on which `best` is chosen; never the test split. Empty: none."""
     weight: float = 1.0
@@ -88,7 +95,9 @@ class DataSettings:
     augment: Augment = field(default_factory=Augment)
     """Random views."""
     budget_seed: int = 0
-    """Which labelled images a budget takes; apart from the run's seed, so that runs with different seeds share their labels."""
+    """Which labelled images a budget takes; apart from the run's seed, so that runs with different seeds share their
+    labels.
+    """
     workers: int = 2
     """Loader processes per training process; 0 loads in the training process."""
     prefetch: int = 2
@@ -100,9 +109,13 @@ class DataSettings:
     cache_gib: float = 50.0
     """Largest size of that folder, in GiB; what was used longest ago goes first."""
     window: int = 0
-    """0: an epoch is one permutation of all images. K: it permutes the shards, and images within windows of K shards only; for shards that are read slowly."""
+    """0: an epoch is one permutation of all images. K: it permutes the shards, and images within windows of K shards
+    only; for shards that are read slowly.
+    """
     on_bad: str = "fatal"
-    """What becomes of a training image that cannot be used: `fatal` ends the run, `skip` takes another in its place and counts it."""
+    """What becomes of a training image that cannot be used: `fatal` ends the run, `skip` takes another in its place and
+    counts it.
+    """
     max_bad_fraction: float = 0.01
     """With `skip`: the run ends when more than this share of a domain's images had to be skipped, 0 to 1."""
 
@@ -128,7 +141,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class DomainStreams:
-    """The training images of one domain: which samples are labelled, which are not, and how batches are cut from them."""
+    """The training images of one domain: which are labelled, which are not, and how batches are cut from them."""
 
     domain: Domain
     sources: tuple[Shards, ...]
@@ -157,7 +170,9 @@ class DomainStreams:
         return Stream(name, len(samples), seed)
 
 
-def open_streams(domain: Domain, settings: DomainSettings, data: DataSettings, *, use_unlabelled: bool = True) -> DomainStreams:
+def open_streams(
+    domain: Domain, settings: DomainSettings, data: DataSettings, *, use_unlabelled: bool = True
+) -> DomainStreams:
     """A domain's streams, from its shards and what the recipe says of them.
 
     Raises UserError, naming the recipe's key, when shards are missing and when the budget cannot be met.
@@ -169,7 +184,9 @@ def open_streams(domain: Domain, settings: DomainSettings, data: DataSettings, *
     sources, unlabelled, weak_source = [train], [], None
     if use_unlabelled:
         if settings.unlabelled != "none":
-            unlabelled.append(_complement(labelled, len(train)) if settings.unlabelled == "rest" else AllBut(0, len(train), _NONE))
+            unlabelled.append(
+                _complement(labelled, len(train)) if settings.unlabelled == "rest" else AllBut(0, len(train), _NONE)
+            )
         for split in settings.unlabelled_splits:
             sources.append(_open_split(domain, split, settings, data))
             unlabelled.append(AllBut(len(sources) - 1, len(sources[-1]), _NONE))
@@ -177,7 +194,11 @@ def open_streams(domain: Domain, settings: DomainSettings, data: DataSettings, *
             weak_source = len(sources)
             sources.append(_open_split(domain, settings.weak_split, settings, data))
             # Where pseudo-labels are all a domain has, main and auxiliary decoders learn from the same ones.
-            chosen = set() if settings.weak_split == settings.train_split else {train.keys[labelled.at(position)] for position in range(len(labelled))}
+            chosen = (
+                set()
+                if settings.weak_split == settings.train_split
+                else {train.keys[labelled.at(position)] for position in range(len(labelled))}
+            )
             unlabelled = _with_pseudo_labels(unlabelled, sources, chosen)
     crop = settings.crop or data.crop
     return DomainStreams(
@@ -204,14 +225,18 @@ def _open_split(domain: Domain, split: str, settings: DomainSettings, data: Data
 
 
 def _labelled(domain: Domain, train: Shards, settings: DomainSettings, seed: int) -> Only | AllBut:
-    """The samples whose masks are used. Keys are read only when a budget has to choose, and then only those of samples with a mask."""
+    """The samples whose masks are used.
+
+    Keys are read only when a budget has to choose, and then only those of samples with a mask.
+    """
     if settings.labelled == "none":
         return Only(0, _NONE)
     where = f"domains.{domain.name}.labelled"
     num_labelled = int(train.catalogue.labelled.sum())
     if not num_labelled and settings.labelled == "all":
         raise UserError(
-            f"{where}: the split {settings.train_split!r} has no labelled images. Pack it with masks, name another train_split, or write `none` when the domain"
+            f"{where}: the split {settings.train_split!r} has no labelled images. Pack it with masks, name another "
+            "train_split, or write `none` when the domain"
             " borrows its labels (labels_of)."
         )
     if settings.labelled == "all":
@@ -225,8 +250,12 @@ def _complement(part: Only | AllBut, total: int) -> Only | AllBut:
     return AllBut(part.source, total, part.numbers) if isinstance(part, Only) else Only(part.source, part.left_out)
 
 
-def _with_pseudo_labels(unlabelled: Sequence[Only | AllBut], sources: Sequence[Shards], chosen: set[str]) -> list[Only | AllBut]:
-    """The unlabelled samples with those of the last source, which has pseudo-labels: an image stands there once, and not when its true mask is used."""
+def _with_pseudo_labels(
+    unlabelled: Sequence[Only | AllBut], sources: Sequence[Shards], chosen: set[str]
+) -> list[Only | AllBut]:
+    """The unlabelled samples with those of the last source, which has pseudo-labels: an image stands there once, and
+    not when its true mask is used.
+    """
     weak = len(sources) - 1
     pseudo = {key: number for number, key in enumerate(sources[weak].keys) if key not in chosen}
     parts: list[Only | AllBut] = []

@@ -49,7 +49,8 @@ class Augment:
 def decode(record: Record, domain: Domain) -> tuple[Image.Image, Image.Image | None]:
     """A record's RGB image and its mask of train ids, both whole.
 
-    Raises BadSample, naming shard and key, for bytes that are not an image and for a train id that the class table does not have.
+    Raises BadSample, naming shard and key, for bytes that are not an image and for a train id that the class table does
+    not have.
     """
     where = _place(record)
     with _errors_of_the_image():
@@ -104,7 +105,9 @@ class _Cut:
         return cls((width, height), shown, (left, top), bool(rng.random() < augment.flip))
 
     def box(self, extent: tuple[float, float]) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom, in pixels of a picture, of the part that is shown; `extent` is what the whole image measures in these pixels."""
+        """Left, top, right and bottom, in pixels of a picture, of the part that is shown; `extent` is what the whole
+        image measures in these pixels.
+        """
         starts, ends = zip(*map(_whole_pixels, self.corner, self.shown, self.whole, extent), strict=True)
         return (*starts, *ends)
 
@@ -116,11 +119,14 @@ def _whole_pixels(corner: int, shown: int, whole: int, extent: float) -> tuple[i
     return start, start + count
 
 
-def training_view(record: Record, domain: Domain, augment: Augment, crop: tuple[int, int], rng: np.random.Generator) -> View:
-    """A random view of a record; crop is (width, height). Where the scaled image is smaller than the crop, the rest is padding.
+def training_view(
+    record: Record, domain: Domain, augment: Augment, crop: tuple[int, int], rng: np.random.Generator
+) -> View:
+    """A random view of a record; crop is (width, height). Where the scaled image is smaller than the crop, the rest is
+    padding.
 
-    What is shown is drawn before anything is decoded, so that a JPEG of which a smaller version will do is decoded as that. Raises BadSample as `decode`
-    does, and when image and mask differ in size.
+    What is shown is drawn before anything is decoded, so that a JPEG of which a smaller version will do is decoded as
+    that. Raises BadSample as `decode` does, and when image and mask differ in size.
     """
     where = _place(record)
     with _errors_of_the_image():
@@ -133,7 +139,8 @@ def training_view(record: Record, domain: Domain, augment: Augment, crop: tuple[
     if whole.size != tuple(map(math.ceil, extent)):
         # Pillow would fill what lies beyond the picture with black.
         message = (
-            f"{where}: the image was to be {size[0]}x{size[1]} by its header, but its pixels are others ({whole.width}x{whole.height}). Store it as a JPEG."
+            f"{where}: the image was to be {size[0]}x{size[1]} by its header, but its pixels are others "
+            f"({whole.width}x{whole.height}). Store it as a JPEG."
         )
         raise BadSample(message, "image: another size than its header says")
     box = cut.box(extent)
@@ -144,11 +151,16 @@ def training_view(record: Record, domain: Domain, augment: Augment, crop: tuple[
     if record.mask is not None:
         mask = stored_mask(record.mask, domain, where)
         if mask.size != size:
-            message = f"{where}: the mask is {mask.width}x{mask.height} but the image is {size[0]}x{size[1]}. Pack the split again."
+            message = (
+                f"{where}: the mask is {mask.width}x{mask.height} but the image is {size[0]}x{size[1]}. Pack the "
+                "split again."
+            )
             raise BadSample(message, "mask: another size than the image")
         # An image that is decoded smaller is so by a whole factor.
         left, top, right, bottom = (edge * round(size[0] / extent[0]) for edge in box)
-        ids[:height, :width] = mask_tensor(mask.resize(cut.shown, Image.Resampling.NEAREST, box=(left, top, right, bottom)))
+        ids[:height, :width] = mask_tensor(
+            mask.resize(cut.shown, Image.Resampling.NEAREST, box=(left, top, right, bottom))
+        )
     inside = torch.zeros(crop[1], crop[0], dtype=torch.bool)
     inside[:height, :width] = True
     view = View(_padded(part, crop), ids, inside)
@@ -169,7 +181,11 @@ def _padded(part: Tensor, crop: tuple[int, int]) -> Tensor:
 
 def image_tensor(image: Image.Image) -> Tensor:
     """(3, H, W) uint8, channels last in memory, of an RGB image."""
-    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3).permute(2, 0, 1)
+    return (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .view(image.height, image.width, 3)
+        .permute(2, 0, 1)
+    )
 
 
 def mask_tensor(mask: Image.Image) -> Tensor:

@@ -36,7 +36,9 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns raw samples of one split into what is written; calling it gives the error as text, so that it crosses process borders as one line."""
+    """Turns raw samples of one split into what is written; calling it gives the error as text, so that it crosses
+    process borders as one line.
+    """
 
     domain: Domain
     raw: Path
@@ -63,7 +65,8 @@ class Encoder:
             picture, unknown = mask_picture(sample.mask, self.domain)
             if picture.size != original:
                 raise UserError(
-                    f"{sample.mask.path}: the mask is {picture.width}x{picture.height} but its image {sample.image} is {original[0]}x{original[1]}. "
+                    f"{sample.mask.path}: the mask is {picture.width}x{picture.height} but its image {sample.image} "
+                    f"is {original[0]}x{original[1]}. "
                     "Export the mask at the image's size."
                 )
             if self.split not in self.domain.score_at_full_size and stored != original:
@@ -76,11 +79,21 @@ class Encoder:
             # A plain JPEG of the right size is kept byte for byte: no second loss.
             content = source if _is_plain_jpeg(source) else _jpeg(image)
         meta = {"size": list(original), "source": sample.image.relative_to(self.raw).as_posix()}
-        return Encoded(sample.key, content, mask, json.dumps(meta, sort_keys=True).encode(), pixels, unknown, f"{stored[0]}x{stored[1]}")
+        return Encoded(
+            sample.key,
+            content,
+            mask,
+            json.dumps(meta, sort_keys=True).encode(),
+            pixels,
+            unknown,
+            f"{stored[0]}x{stored[1]}",
+        )
 
 
 def fitted_size(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int, int]:
-    """The largest size with the same aspect ratio that fits the box and is not larger than the original; all are (width, height)."""
+    """The largest size with the same aspect ratio that fits the box and is not larger than the original; all are
+    (width, height).
+    """
     if box is None:
         return size
     ratio = min(1.0, box[0] / size[0], box[1] / size[1])
@@ -102,11 +115,13 @@ def _jpeg(image: Image.Image) -> bytes:
 def _png(mask: Image.Image) -> bytes:
     """A PNG of 8-bit grey values whose rows are stored as they are.
 
-    Pillow offers no choice of the rows' filters: its own make smaller files of label masks, which take several times as long to read
-    (benchmarks/loader.py).
+    Pillow offers no choice of the rows' filters: its own make smaller files of label masks, which take several times as
+    long to read (benchmarks/loader.py).
     """
     rows = np.zeros((mask.height, 1 + mask.width), dtype=np.uint8)
     rows[:, 1:] = np.asarray(mask)
     header = struct.pack(">IIBBBBB", mask.width, mask.height, 8, 0, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), level=3)), (b"IEND", b""))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )

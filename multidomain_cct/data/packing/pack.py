@@ -1,7 +1,8 @@
-"""Raw data set -> shards: every image decoded, fitted, encoded and written once, in a seeded order, with reproducible bytes.
+"""Raw data set -> shards: every image decoded, fitted, encoded and written once, in a seeded order, with reproducible
+bytes.
 
-Workers encode; the parent writes in order, so the bytes do not depend on the number of workers. A shard that is finished stays; packing again after an
-interruption goes on behind it.
+Workers encode; the parent writes in order, so the bytes do not depend on the number of workers. A shard that is
+finished stays; packing again after an interruption goes on behind it.
 """
 
 from __future__ import annotations
@@ -56,7 +57,12 @@ class Summary:
         self.sizes[encoded.stored_size] += 1
 
     def as_json(self) -> dict[str, Any]:
-        plain = {"images": self.images, "labelled": self.labelled, "image_bytes": self.image_bytes, "pixels": self.pixels.tolist()}
+        plain = {
+            "images": self.images,
+            "labelled": self.labelled,
+            "image_bytes": self.image_bytes,
+            "pixels": self.pixels.tolist(),
+        }
         return plain | {"unknown": dict(sorted(self.unknown.items())), "sizes": dict(sorted(self.sizes.items()))}
 
     def add_json(self, plain: dict[str, Any]) -> None:
@@ -80,8 +86,8 @@ def pack(
 ) -> Summary:
     """Write the shards of one split into `out/<domain>/` and return what lies in them.
 
-    `progress(samples, total)` wraps the iteration over finished samples. Raises UserError for raw data that cannot be used, and for shards that an
-    earlier packing with other settings left there; nothing that was there is changed then.
+    `progress(samples, total)` wraps the iteration over finished samples. Raises UserError for raw data that cannot be
+    used, and for shards that an earlier packing with other settings left there; nothing that was there is changed then.
     """
     samples = raw_samples(domain, raw, split)
     samples.sort(key=lambda sample: (seed_from(seed, sample.key, "pack"), sample.key))
@@ -110,7 +116,9 @@ def pack(
 
 
 def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_shard_bytes: int) -> str:
-    """Digest of everything that decides the bytes of the shards; raw files stand in it with their sizes, not their contents."""
+    """Digest of everything that decides the bytes of the shards; raw files stand in it with their sizes, not their
+    contents.
+    """
     labels = [(label.name, label.ids, label.colors, label.color) for label in domain.classes]
     facts: list[Any] = [
         domain.name,
@@ -127,7 +135,9 @@ def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_s
     facts += [JPEG_QUALITY, PIL.__version__]
     for sample in samples:
         mask = sample.mask
-        facts.append([sample.key, sample.image.stat().st_size, mask is not None and [mask.train_ids, mask.path.stat().st_size]])
+        facts.append(
+            [sample.key, sample.image.stat().st_size, mask is not None and [mask.train_ids, mask.path.stat().st_size]]
+        )
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
@@ -139,12 +149,16 @@ def _finished_part(folder: Path, split: str, plan: str, samples: list[RawSample]
         notes = ShardIndex.load(index_path(path)).notes if index_path(path).is_file() else {}
         if notes.get("plan") != plan:
             raise UserError(
-                f"{path} was packed from other raw files, another class table or other settings. Remove it to pack again, or choose another folder with --out."
+                f"{path} was packed from other raw files, another class table or other settings. Remove it to pack "
+                "again, or choose another folder with --out."
             )
         expected = folder / f"{split}-{number:05d}.tar"
         if path != expected:
             # The samples of a missing shard would be taken for those of the next one.
-            raise UserError(f"{path} is there, but {expected} before it is missing. Put that back, or remove the {split} shards to pack the split again.")
+            raise UserError(
+                f"{path} is there, but {expected} before it is missing. Put that back, or remove the {split} shards "
+                "to pack the split again."
+            )
         summary.add_json(notes["summary"])
     return summary, len(paths)
 
@@ -157,10 +171,14 @@ def _encode_all(encode: Encoder, samples: list[RawSample], workers: int) -> Iter
         return
     # Spawned, not forked: the parent draws its progress from a thread, and a fork would copy that thread's locks.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN))
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
+    )
     try:
         waiting = iter(_chunks(samples, size=8))
-        pending: deque[Future[list[Encoded | str]]] = deque(pool.submit(encode.encode_chunk, chunk) for chunk in islice(waiting, 3 * workers))
+        pending: deque[Future[list[Encoded | str]]] = deque(
+            pool.submit(encode.encode_chunk, chunk) for chunk in islice(waiting, 3 * workers)
+        )
         while pending:
             finished = pending.popleft().result()
             pending.extend(pool.submit(encode.encode_chunk, chunk) for chunk in islice(waiting, 1))

@@ -23,11 +23,13 @@ _COLOR_MODES = ("RGB", "RGBA")
 
 
 def read_mask(mask: MaskFile, domain: Domain) -> tuple[np.ndarray, dict[str, int]]:
-    """The (H, W) uint8 train ids of a mask, and the pixel count of each raw value that the class table does not name, by the value in print ("12", "#ff0080").
+    """The (H, W) uint8 train ids of a mask, and the pixel count of each raw value that the class table does not name,
+    by the value in print ("12", "#ff0080").
 
-    Single-channel images hold raw ids; palette images hold them as indices, whatever the palette; RGB images hold raw colours, and transparency is ignored.
-    Values without a class become IGNORE. Those in the domain's ignore_ids and ignore_colors are expected, and not counted. Raises UserError, naming the file,
-    when it cannot be read, when its format has changed the labels, and when the domain says `unknown: error` and there are such values.
+    Single-channel images hold raw ids; palette images hold them as indices, whatever the palette; RGB images hold raw
+    colours, and transparency is ignored. Values without a class become IGNORE. Those in the domain's ignore_ids and
+    ignore_colors are expected, and not counted. Raises UserError, naming the file, when it cannot be read, when its
+    format has changed the labels, and when the domain says `unknown: error` and there are such values.
     """
     values = _read_pixels(mask.path) if mask.cell is None else _read_cell(mask.path, mask.cell)
     if values.ndim == 3:
@@ -65,12 +67,18 @@ def _colors_to_train_ids(colors: np.ndarray, domain: Domain) -> tuple[np.ndarray
 def _count_unknown(values: np.ndarray, mask: MaskFile, domain: Domain) -> dict[str, int]:
     is_color = values.ndim == 2
     found, counts = np.unique(_codes(values) if is_color else values, return_counts=True)
-    unknown = {f"#{value:06x}" if is_color else str(value): int(count) for value, count in zip(found.tolist(), counts, strict=True)}
+    unknown = {
+        f"#{value:06x}" if is_color else str(value): int(count)
+        for value, count in zip(found.tolist(), counts, strict=True)
+    }
     if domain.unknown == "error":
         value, count = max(unknown.items(), key=lambda item: item[1])
         kind, field = ("colour", "ignore_colors") if is_color else ("id", "ignore_ids")
         others = f", and {len(unknown) - 1} more such values" if len(unknown) > 1 else ""
-        raise UserError(f"{mask.path}: {count} pixels have the {kind} {value}, which no class of {domain.name} names{others}. Add it to a class or to {field}.")
+        raise UserError(
+            f"{mask.path}: {count} pixels have the {kind} {value}, which no class of {domain.name} names{others}. Add "
+            f"it to a class or to {field}."
+        )
     return unknown
 
 
@@ -116,19 +124,27 @@ def _open(path: Path) -> tuple[Image.Image, int]:
                 step = grey_step(image)
                 image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"{path}: the mask is too large to be read safely ({error}). Cut image and mask into tiles.") from None
+        raise UserError(
+            f"{path}: the mask is too large to be read safely ({error}). Cut image and mask into tiles."
+        ) from None
     except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise UserError(f"{path}: the mask cannot be read ({error}). Masks are PNG, BMP, TIFF or GIF files; fetch or export it again.") from None
+        raise UserError(
+            f"{path}: the mask cannot be read ({error}). Masks are PNG, BMP, TIFF or GIF files; fetch or export it "
+            "again."
+        ) from None
     _refuse_unusable(image, path)
     return image, step
 
 
 def _refuse_unusable(image: Image.Image, path: Path) -> None:
     if image.format == "JPEG" or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
-        raise UserError(f"{path}: the mask is JPEG-compressed, which changes labels along every border. Export it as PNG.")
+        raise UserError(
+            f"{path}: the mask is JPEG-compressed, which changes labels along every border. Export it as PNG."
+        )
     if image.mode not in _ID_MODES + _COLOR_MODES:
         raise UserError(
-            f"{path}: the mask has pixels of Pillow's mode {image.mode}. Export it as 8- or 16-bit ids in one channel, palette indices or RGB colours."
+            f"{path}: the mask has pixels of Pillow's mode {image.mode}. Export it as 8- or 16-bit ids in one "
+            "channel, palette indices or RGB colours."
         )
 
 
@@ -141,6 +157,8 @@ def _read_cell(path: Path, cell: int) -> np.ndarray:
         with h5py.File(path, "r") as table:
             ids: np.ndarray = table[table["SUNRGBD2Dseg"]["seglabel"][cell][0]][()]
     except (OSError, KeyError, IndexError, ValueError) as error:
-        raise UserError(f"{path}: the labels of image {cell + 1} cannot be read ({error}). Fetch SUNRGBDtoolbox.zip again.") from None
+        raise UserError(
+            f"{path}: the labels of image {cell + 1} cannot be read ({error}). Fetch SUNRGBDtoolbox.zip again."
+        ) from None
     # MATLAB stores columns first.
     return np.ascontiguousarray(ids.T)

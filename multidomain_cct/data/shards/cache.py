@@ -19,14 +19,19 @@ _ABANDONED = 3600
 
 @dataclass(frozen=True)
 class FileCache:
-    """Files by their sha256. A file appears under its name only when it is whole and its checksum has been compared; the ones used longest ago go first."""
+    """Files by their sha256.
+
+    A file appears under its name only when it is whole and its checksum has been compared; the ones used longest ago go
+    first.
+    """
 
     folder: Path
     max_bytes: int
     patience: Patience = Patience()
 
     def descriptor(self, address: str, sha256: bytes, size: int | None = None) -> int:
-        """A descriptor of the file, fetched when it is not there; the caller closes it. Raises SourceError when it cannot be had.
+        """A descriptor of the file, fetched when it is not there; the caller closes it. Raises SourceError when it
+        cannot be had.
 
         What is open stays readable when another process removes the file to make room.
         """
@@ -40,7 +45,10 @@ class FileCache:
 
     def _fetch(self, address: str, path: Path, sha256: bytes, size: int | None) -> None:
         if size is not None and size > self.max_bytes:
-            raise UserError(f"data.cache_gib is {self.max_bytes / 2**30:g}, but {address} alone has {size / 2**30:.3g} GiB. Allow more.")
+            raise UserError(
+                f"data.cache_gib is {self.max_bytes / 2**30:g}, but {address} alone has {size / 2**30:.3g} GiB. Allow "
+                "more."
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(f"lock-{path.name[:2]}"):
             if path.exists():

@@ -1,4 +1,6 @@
-"""What is known of every shard of a split without opening its index: enough to number the samples and to tell one data set from another."""
+"""What is known of every shard of a split without opening its index: enough to number the samples and to tell one data
+set from another.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,13 @@ class Catalogue:
         return hashlib.sha256(self.digests.tobytes()).hexdigest()[:16]
 
     @classmethod
-    def of(cls, paths: Sequence[Path], *, seen: Callable[[int, ShardIndex], None] = lambda number, index: None) -> Catalogue:
+    def of(
+        cls, paths: Sequence[Path], *, seen: Callable[[int, ShardIndex], None] = lambda number, index: None
+    ) -> Catalogue:
         """Read the index of every shard once; `seen` is shown each.
 
-        Raises UserError when one is missing, for one that does not fit its shard, for a key that is in two shards and for a packing
-        that was not finished.
+        Raises UserError when one is missing, for one that does not fit its shard, for a key that is in two shards and
+        for a packing that was not finished.
         """
         rows: list[tuple[int, int, int, bytes, bytes, bytes]] = []
         hashes: list[np.ndarray] = []
@@ -53,7 +57,16 @@ class Catalogue:
             index = checked_index(path)
             checksum = hashlib.sha256(index_path(path).read_bytes()).digest()
             labelled = int((index.size[:, MASK] >= 0).sum())
-            rows.append((len(index.keys), labelled, index.shard_bytes, bytes.fromhex(index.shard_sha256), checksum, index.digest))
+            rows.append(
+                (
+                    len(index.keys),
+                    labelled,
+                    index.shard_bytes,
+                    bytes.fromhex(index.shard_sha256),
+                    checksum,
+                    index.digest,
+                )
+            )
             hashes.append(np.fromiter(map(hash, index.keys), dtype=np.int64, count=len(index.keys)))
             if "total" in index.notes:
                 totals.add(index.notes["total"])
@@ -61,12 +74,19 @@ class Catalogue:
         _require_different_keys(paths, hashes)
         _require_finished(paths, totals, sum(row[0] for row in rows))
         counts = np.array([row[:3] for row in rows], dtype=np.int64)
-        checksums = [np.frombuffer(b"".join(column), dtype=np.uint8).reshape(len(rows), -1) for column in list(zip(*rows, strict=True))[3:]]
+        checksums = [
+            np.frombuffer(b"".join(column), dtype=np.uint8).reshape(len(rows), -1)
+            for column in list(zip(*rows, strict=True))[3:]
+        ]
         return cls(tuple(path.name for path in paths), *counts.T.copy(), *checksums)
 
     def save(self, path: Path) -> None:
         arrays = {name: getattr(self, name) for name in _ARRAYS if name != "names"}
-        save_table(path, arrays | {"names": np.frombuffer("\n".join(self.names).encode(), dtype=np.uint8)}, {"schema": CATALOGUE_SCHEMA})
+        save_table(
+            path,
+            arrays | {"names": np.frombuffer("\n".join(self.names).encode(), dtype=np.uint8)},
+            {"schema": CATALOGUE_SCHEMA},
+        )
 
     @classmethod
     def load(cls, path: Path) -> Catalogue:
@@ -92,13 +112,17 @@ def checked_index(path: Path) -> ShardIndex:
     index = ShardIndex.load(index_path(path))
     if index.shard_bytes != path.stat().st_size:
         raise UserError(
-            f"{path} has {path.stat().st_size} bytes, but its index was made for {index.shard_bytes}. Build it again: python -m multidomain_cct index {path}"
+            f"{path} has {path.stat().st_size} bytes, but its index was made for {index.shard_bytes}. Build it again: "
+            f"python -m multidomain_cct index {path}"
         )
     return index
 
 
 def _require_different_keys(paths: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
-    """Refuse a key that is in two shards. Eight bytes a key are compared first, so that the keys themselves need not all be in memory."""
+    """Refuse a key that is in two shards.
+
+    Eight bytes a key are compared first, so that the keys themselves need not all be in memory.
+    """
     found, counts = np.unique(np.concatenate(hashes), return_counts=True)
     suspects = set(found[counts > 1].tolist())
     if not suspects:
@@ -110,7 +134,10 @@ def _require_different_keys(paths: Sequence[Path], hashes: Sequence[np.ndarray])
         keys = [key for key in ShardIndex.load(index_path(path)).keys if hash(key) in suspects]
         twice = seen.intersection(keys)
         if twice:
-            raise UserError(f"{path.parent}: the key {min(twice)!r} is in more than one shard of the split. Pack or number the shards again.")
+            raise UserError(
+                f"{path.parent}: the key {min(twice)!r} is in more than one shard of the split. Pack or number the "
+                "shards again."
+            )
         seen.update(keys)
 
 
@@ -119,6 +146,8 @@ def _require_finished(paths: Sequence[Path], totals: Iterable[int], found: int) 
     if totals and set(totals) != {found}:
         folder, split = paths[0].parent, paths[0].name.rpartition("-")[0]
         raise UserError(
-            f"{folder}: the {split} shards hold {found} of {max(totals)} images; packing was interrupted, or a shard is missing. "
-            f"Go on with it: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
+            f"{folder}: the {split} shards hold {found} of {max(totals)} images; packing was interrupted, or a shard "
+            "is missing. "
+            f"Go on with it: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out "
+            f"{folder.parent}"
         )

@@ -1,6 +1,7 @@
 """Files from http(s) and s3 addresses, on connections that break.
 
-http(s) is read with the standard library, which needs nothing installed and keeps no state that a fork would copy; s3 is read through fsspec.
+http(s) is read with the standard library, which needs nothing installed and keeps no state that a fork would copy; s3
+is read through fsspec.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ _MAX_UNKNOWN = 1 << 30
 
 
 class SourceError(OSError):
-    """A file that cannot be fetched: not the user's mistake. The message is one line: address, attempts, the last trouble."""
+    """A file that cannot be fetched: not the user's mistake.
+
+    The message is one line: address, attempts, the last trouble.
+    """
 
 
 @dataclass(frozen=True)
@@ -53,18 +57,39 @@ def require_address(address: str, allowed: list[str], where: str) -> None:
         parts = urlsplit(address)
     except ValueError:
         parts = urlsplit("")
-    if parts.scheme not in PROTOCOLS or not parts.hostname or not re.fullmatch(r"[\w.:/~%+-]+", address.partition("://")[2].replace("@", "")):
-        raise UserError(f"{where} is no address; it is like https://HOST/FOLDER and begins with {', '.join(f'{name}://' for name in PROTOCOLS)}.")
+    if (
+        parts.scheme not in PROTOCOLS
+        or not parts.hostname
+        or not re.fullmatch(r"[\w.:/~%+-]+", address.partition("://")[2].replace("@", ""))
+    ):
+        raise UserError(
+            f"{where} is no address; it is like https://HOST/FOLDER and begins with "
+            f"{', '.join(f'{name}://' for name in PROTOCOLS)}."
+        )
     if parts.username or parts.password or "@" in address:
-        raise UserError(f"{where} holds a user name or password, which would end up in logs. Use the environment or a credentials file of the service.")
+        raise UserError(
+            f"{where} holds a user name or password, which would end up in logs. Use the environment or a credentials "
+            "file of the service."
+        )
     if parts.scheme not in allowed:
-        raise UserError(f"{where} begins with {parts.scheme}://, which data.remote does not allow. To read from there, write data.remote=[{parts.scheme}].")
+        raise UserError(
+            f"{where} begins with {parts.scheme}://, which data.remote does not allow. To read from there, write "
+            f"data.remote=[{parts.scheme}]."
+        )
 
 
-def download(address: str, target: Path, *, sha256: bytes | None = None, size: int | None = None, patience: Patience | None = None) -> None:
+def download(
+    address: str,
+    target: Path,
+    *,
+    sha256: bytes | None = None,
+    size: int | None = None,
+    patience: Patience | None = None,
+) -> None:
     """Fetch a file whole, going on from what `target` already holds of it.
 
-    Raises SourceError when it cannot be had in a bounded number of attempts, or is not the file that was meant, and UserError when a package is missing.
+    Raises SourceError when it cannot be had in a bounded number of attempts, or is not the file that was meant, and
+    UserError when a package is missing.
     """
     patience, trouble = patience or Patience(), ""
     for attempt in range(patience.attempts):
@@ -88,11 +113,16 @@ def download(address: str, target: Path, *, sha256: bytes | None = None, size: i
             if error.code == 416:
                 target.unlink(missing_ok=True)
             elif 300 <= error.code < 500 and error.code not in (408, 429):
-                raise SourceError(f"{address}: {trouble}. Look at the address, and whether the file may be read.") from None
+                raise SourceError(
+                    f"{address}: {trouble}. Look at the address, and whether the file may be read."
+                ) from None
         except (OSError, http.client.HTTPException, ValueError) as error:
             # ValueError: a server that redirects to what is no address.
             trouble = " ".join(str(getattr(error, "reason", error) or type(error).__name__).split())
-    raise SourceError(f"{address}: not fetched in {patience.attempts} attempts (the last: {trouble}). Look at the server, then go on with resume=auto.")
+    raise SourceError(
+        f"{address}: not fetched in {patience.attempts} attempts (the last: {trouble}). Look at the server, then go "
+        "on with resume=auto."
+    )
 
 
 def _append(address: str, target: Path, size: int | None, patience: Patience) -> int | None:
@@ -109,18 +139,23 @@ def _append(address: str, target: Path, size: int | None, patience: Patience) ->
         file.truncate()
         # One byte more than expected is enough to see that it is another file.
         left = (_MAX_UNKNOWN if expected is None else expected) + 1 - start
-        while left > 0 and (chunk := body.read1(min(_CHUNK, left)) if hasattr(body, "read1") else body.read(min(_CHUNK, left))):
+        while left > 0 and (
+            chunk := body.read1(min(_CHUNK, left)) if hasattr(body, "read1") else body.read(min(_CHUNK, left))
+        ):
             file.write(chunk)
             left -= len(chunk)
             received += len(chunk)
-            # Judged on what has come: on the size of the whole file, a server that sends hardly anything would be waited for through hours.
+            # Judged on what has come: on the size of the whole file, a server that sends hardly anything would be
+            # waited for through hours.
             if time.monotonic() - begun > patience.grace + received / patience.least_rate:
                 raise TimeoutError(f"less than {patience.least_rate / 1024:.0f} KiB a second")
     return expected
 
 
 def _open_http(address: str, start: int, stall: float) -> tuple[Any, int, int | None]:
-    """The body from byte `start`, or from the beginning where the server knows no ranges; where it begins; the length of the whole file."""
+    """The body from byte `start`, or from the beginning where the server knows no ranges; where it begins; the length
+    of the whole file.
+    """
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
     response = urllib.request.build_opener(_SameProtocols).open(request, timeout=stall)
     start = start if response.status == 206 else 0
@@ -138,7 +173,9 @@ class _SameProtocols(urllib.request.HTTPRedirectHandler):
 
 
 def _open_s3(address: str, start: int, stall: float) -> tuple[Any, int, int | None]:
-    return open_with_fsspec(address, start, protocol="s3", config_kwargs={"connect_timeout": stall, "read_timeout": stall})
+    return open_with_fsspec(
+        address, start, protocol="s3", config_kwargs={"connect_timeout": stall, "read_timeout": stall}
+    )
 
 
 def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any) -> tuple[Any, int, int | None]:
@@ -149,14 +186,19 @@ def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any)
         # A new instance: a cached one may have been made before a fork.
         files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
     except ImportError as error:
-        raise UserError(f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install 'multidomain-cct[remote]'") from None
+        raise UserError(
+            f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install "
+            "'multidomain-cct[remote]'"
+        ) from None
     try:
         with _as_oserror():
             body = files.open(address, "rb", block_size=_PART)
             body.seek(start)
     except (FileNotFoundError, PermissionError) as error:
         trouble = "there is no such file" if isinstance(error, FileNotFoundError) else "it may not be read"
-        raise SourceError(f"{address}: {trouble} ({error}). Look at the address, and at what these credentials may read.") from None
+        raise SourceError(
+            f"{address}: {trouble} ({error}). Look at the address, and at what these credentials may read."
+        ) from None
     return _Body(body), start, int(body.size)
 
 

@@ -22,7 +22,10 @@ _ARRAYS = ("keys", "offset", "size", "crc32")
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """Where the n samples of one shard lie. The columns of offset, size and crc32 are image, mask, meta; size is -1 where a sample has no such member."""
+    """Where the n samples of one shard lie.
+
+    The columns of offset, size and crc32 are image, mask, meta; size is -1 where a sample has no such member.
+    """
 
     keys: tuple[str, ...]
     offset: np.ndarray  # (n, 3) int64
@@ -37,7 +40,9 @@ class ShardIndex:
     @property
     def num_bytes(self) -> int:
         """Memory that the index takes, about."""
-        return self.offset.nbytes + self.size.nbytes + self.crc32.nbytes + sum(map(len, self.keys)) + 60 * len(self.keys)
+        return (
+            self.offset.nbytes + self.size.nbytes + self.crc32.nbytes + sum(map(len, self.keys)) + 60 * len(self.keys)
+        )
 
     @property
     def digest(self) -> bytes:
@@ -49,7 +54,12 @@ class ShardIndex:
     def save(self, path: Path) -> None:
         blob = np.frombuffer("\n".join(self.keys).encode(), dtype=np.uint8)
         arrays = {"keys": blob, "offset": self.offset, "size": self.size, "crc32": self.crc32}
-        facts = {"schema": INDEX_SCHEMA, "shard_bytes": self.shard_bytes, "shard_sha256": self.shard_sha256, "notes": self.notes}
+        facts = {
+            "schema": INDEX_SCHEMA,
+            "shard_bytes": self.shard_bytes,
+            "shard_sha256": self.shard_sha256,
+            "notes": self.notes,
+        }
         save_table(path, arrays, facts)
 
     @classmethod
@@ -59,8 +69,12 @@ class ShardIndex:
         arrays, facts = load_table(path, _ARRAYS, INDEX_SCHEMA, what="index", remedy=remedy)
         keys = tuple(arrays.pop("keys").tobytes().decode().split("\n"))
         if not "".join(keys).isprintable():
-            raise UserError(f"{path}: the index holds keys with control characters, which `index` never writes. {remedy}")
-        return cls(keys, **arrays, shard_bytes=facts["shard_bytes"], shard_sha256=facts["shard_sha256"], notes=facts["notes"])
+            raise UserError(
+                f"{path}: the index holds keys with control characters, which `index` never writes. {remedy}"
+            )
+        return cls(
+            keys, **arrays, shard_bytes=facts["shard_bytes"], shard_sha256=facts["shard_sha256"], notes=facts["notes"]
+        )
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -79,10 +93,14 @@ def shard_of(index: Path) -> Path:
 
 
 def notes_of_same(path: Path, index: ShardIndex) -> dict[str, Any]:
-    """The notes in an earlier index, of any version, of a shard with the same keys and contents; empty when there is none."""
+    """The notes in an earlier index, of any version, of a shard with the same keys and contents; empty when there is
+    none.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
-            same = file.get_tensor("keys").tobytes().decode().split("\n") == list(index.keys) and np.array_equal(file.get_tensor("crc32"), index.crc32)
+            same = file.get_tensor("keys").tobytes().decode().split("\n") == list(index.keys) and np.array_equal(
+                file.get_tensor("crc32"), index.crc32
+            )
             notes = json.loads((file.metadata() or {}).get("index", "{}")).get("notes", {})
     except (SafetensorError, ValueError, AttributeError, OSError):
         return {}
@@ -90,7 +108,10 @@ def notes_of_same(path: Path, index: ShardIndex) -> dict[str, Any]:
 
 
 def save_table(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Write arrays and facts as one safetensors file with a checksum over both. The file appears whole or not at all."""
+    """Write arrays and facts as one safetensors file with a checksum over both.
+
+    The file appears whole or not at all.
+    """
     facts = facts | {"checksum": _checksum(arrays, facts)}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     # One entry: safetensors writes several in an order that changes from run to run.
@@ -98,7 +119,9 @@ def save_table(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any])
     os.replace(temporary, path)
 
 
-def load_table(path: Path, names: tuple[str, ...], schema: str, *, what: str, remedy: str) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def load_table(
+    path: Path, names: tuple[str, ...], schema: str, *, what: str, remedy: str
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """What `save_table` wrote. Raises UserError, ending in the remedy, when it is not that to the last bit."""
     try:
         with safe_open(path, framework="numpy") as file:

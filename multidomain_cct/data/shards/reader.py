@@ -1,7 +1,8 @@
 """Tar shards, read sample by sample.
 
-Beside each `<shard>.tar` is `<shard>.tar.idx` with the offset, size and crc32 of every member: a sample is one seek and one read, and damage is seen.
-Nothing here grows with the number of samples: indexes are opened when a sample of theirs is read, and closed again.
+Beside each `<shard>.tar` is `<shard>.tar.idx` with the offset, size and crc32 of every member: a sample is one seek and
+one read, and damage is seen. Nothing here grows with the number of samples: indexes are opened when a sample of theirs
+is read, and closed again.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ class Shards:
         paths = shard_paths(folder, split)
         if not paths:
             raise UserError(
-                f"{folder} has no {split} shards. Make them: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
+                f"{folder} has no {split} shards. Make them: python -m multidomain_cct pack {folder.name} --raw "
+                f"FOLDER --split {split} --out {folder.parent}"
             )
         if not catalogue_path(folder, split).is_file():
             return cls.of(paths)
@@ -76,7 +78,8 @@ class Shards:
         if names != catalogue.names:
             different = min(set(names) ^ set(catalogue.names))
             raise UserError(
-                f"{catalogue_path(folder, split)} lists other shards than there are ({different}). Restore them, or make the catalogue again: python -m"
+                f"{catalogue_path(folder, split)} lists other shards than there are ({different}). Restore them, or "
+                "make the catalogue again: python -m"
                 f" multidomain_cct index --catalogue {folder}/{split}-*.tar"
             )
         return cls(LocalFolder(folder), catalogue)
@@ -114,12 +117,19 @@ class Shards:
         return has_mask
 
     def numbers(self, *, labelled: bool) -> np.ndarray:
-        """(m,) int64, ascending: the samples with a mask, or those without. Opens only indexes of shards that have both kinds."""
+        """(m,) int64, ascending: the samples with a mask, or those without.
+
+        Opens only indexes of shards that have both kinds.
+        """
         found = [np.empty(0, dtype=np.int64)]
         wanted = self.catalogue.labelled if labelled else self.catalogue.samples - self.catalogue.labelled
         for shard in np.flatnonzero(wanted).tolist():
             count = int(self.catalogue.samples[shard])
-            rows = np.arange(count) if wanted[shard] == count else np.flatnonzero((self._index(shard).size[:, MASK] >= 0) == labelled)
+            rows = (
+                np.arange(count)
+                if wanted[shard] == count
+                else np.flatnonzero((self._index(shard).size[:, MASK] >= 0) == labelled)
+            )
             found.append(rows + int(self.ends[shard]) - count)
         return np.concatenate(found)
 
@@ -133,7 +143,12 @@ class Shards:
         shard, row = self._place(number)
         index = self._index(shard)
         mask = self._member(shard, index, row, MASK) if with_mask and index.size[row, MASK] >= 0 else None
-        return Record(index.keys[row], self.source.place(self.catalogue.names[shard]), self._member(shard, index, row, IMAGE), mask)
+        return Record(
+            index.keys[row],
+            self.source.place(self.catalogue.names[shard]),
+            self._member(shard, index, row, IMAGE),
+            mask,
+        )
 
     def _place(self, number: int) -> tuple[int, int]:
         """The shard of a sample, and its row there."""
@@ -162,7 +177,8 @@ class Shards:
         if len(content) != size or zlib.crc32(content) != index.crc32[row, column]:
             path, field = self.source.place(self.catalogue.names[shard]), "image" if column == IMAGE else "mask"
             raise BadSample(
-                f"{path}: key {index.keys[row]!r}: the bytes differ from what was indexed ({field}). Copy the shard again, or if it was changed on purpose:"
+                f"{path}: key {index.keys[row]!r}: the bytes differ from what was indexed ({field}). Copy the shard "
+                "again, or if it was changed on purpose:"
                 f" python -m multidomain_cct index {path}",
                 f"{field}: bytes differ from the index",
             )

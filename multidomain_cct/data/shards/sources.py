@@ -26,7 +26,10 @@ class Source(Protocol):
         """The index of a shard. Raises UserError when it is not the one that the catalogue counted."""
 
     def descriptor(self, catalogue: Catalogue, shard: int) -> int:
-        """A descriptor of the shard, opened for reading; the caller closes it. Raises UserError when the shard has not the size that was indexed."""
+        """A descriptor of the shard, opened for reading; the caller closes it.
+
+        Raises UserError when the shard has not the size that was indexed.
+        """
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class LocalFolder:
         if hashlib.sha256(index_path(path).read_bytes()).digest() != catalogue.index_sha256[shard].tobytes():
             split = path.name.rpartition("-")[0]
             raise UserError(
-                f"{index_path(path)} is not the index that was counted when the split was opened or catalogued. Begin again, or with a catalogue: python -m"
+                f"{index_path(path)} is not the index that was counted when the split was opened or catalogued. Begin "
+                "again, or with a catalogue: python -m"
                 f" multidomain_cct index --catalogue {self.folder}/{split}-*.tar"
             )
         return ShardIndex.load(index_path(path))
@@ -56,7 +60,10 @@ class LocalFolder:
         found = os.fstat(descriptor).st_size
         if found != expected:
             os.close(descriptor)
-            raise UserError(f"{path} has {found} bytes, but its index was made for {expected}. Build it again: python -m multidomain_cct index {path}")
+            raise UserError(
+                f"{path} has {found} bytes, but its index was made for {expected}. Build it again: python -m "
+                f"multidomain_cct index {path}"
+            )
         return descriptor
 
 
@@ -71,7 +78,10 @@ class RemoteFolder:
         return f"{self.address.rstrip('/')}/{name}"
 
     def catalogue(self, split: str) -> Catalogue:
-        """The split's catalogue, fetched anew: it says what all other files have to be. Raises SourceError when there is none."""
+        """The split's catalogue, fetched anew: it says what all other files have to be.
+
+        Raises SourceError when there is none.
+        """
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.cache.folder, prefix="lock-") as folder:
             path = Path(folder) / f"{split}.catalogue"
@@ -90,4 +100,8 @@ class RemoteFolder:
             os.close(descriptor)
 
     def descriptor(self, catalogue: Catalogue, shard: int) -> int:
-        return self.cache.descriptor(self.place(catalogue.names[shard]), catalogue.shard_sha256[shard].tobytes(), int(catalogue.shard_bytes[shard]))
+        return self.cache.descriptor(
+            self.place(catalogue.names[shard]),
+            catalogue.shard_sha256[shard].tobytes(),
+            int(catalogue.shard_bytes[shard]),
+        )

@@ -1,6 +1,7 @@
 """Samples -> tar shards, each whole and indexed before it appears.
 
-A sample is up to three members with one key: `<key>.jpg` the image, `<key>.png` the mask (8-bit train ids; absent when unlabelled), `<key>.json` its origin.
+A sample is up to three members with one key: `<key>.jpg` the image, `<key>.png` the mask (8-bit train ids; absent when
+unlabelled), `<key>.json` its origin.
 """
 
 from __future__ import annotations
@@ -20,12 +21,21 @@ MAX_SHARD_BYTES = 512 * 1024 * 1024
 
 
 class ShardWriter:
-    """Writes samples into `<folder>/<split>-00000.tar`, `-00001.tar` ...; a shard appears under its name, with its index, only when it is whole.
+    """Writes samples into `<folder>/<split>-00000.tar`, `-00001.tar` ...; a shard appears under its name, with its
+    index, only when it is whole.
 
     The bytes depend only on the samples, their order and where the caller publishes: modification times are 0.
     """
 
-    def __init__(self, folder: Path, split: str, *, first_shard: int = 0, max_bytes: int = MAX_SHARD_BYTES, note: Callable[[], dict[str, Any]] = dict) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        first_shard: int = 0,
+        max_bytes: int = MAX_SHARD_BYTES,
+        note: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
         """`note` is called when a shard is finished; what it returns is kept in the shard's index."""
         self.folder, self.split, self.max_bytes, self.note = folder, split, max_bytes, note
         self.number = first_shard
@@ -69,7 +79,9 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._tar is None:
             return
         if kind is None:

@@ -22,9 +22,14 @@ _OVERSAMPLING = 2
 
 
 class Scene:
-    """A picture and its mask, painted together from far to near. It begins as class 0 everywhere: a gradient between the colours `behind`."""
+    """A picture and its mask, painted together from far to near.
 
-    def __init__(self, rng: np.random.Generator, *, eye: float, horizon: float, behind: tuple[np.ndarray, np.ndarray], haze: bool) -> None:
+    It begins as class 0 everywhere: a gradient between the colours `behind`.
+    """
+
+    def __init__(
+        self, rng: np.random.Generator, *, eye: float, horizon: float, behind: tuple[np.ndarray, np.ndarray], haze: bool
+    ) -> None:
         self.rng, self.eye, self.haze = rng, eye, tuple(behind[1]) if haze else None
         width, height = WIDTH * _OVERSAMPLING, HEIGHT * _OVERSAMPLING
         self.focal = width * rng.uniform(0.75, 1.0)
@@ -33,15 +38,22 @@ class Scene:
         self.lean = rng.uniform(-2.5, 2.5)
         fade = np.linspace(0, 1 / horizon, height).clip(0, 1)[:, None]
         rows = (behind[0] * (1 - fade) + behind[1] * fade).clip(0, 255).astype(np.uint8)
-        self.color, self.label = Image.fromarray(np.repeat(rows[:, None], width, axis=1)), Image.new("L", (width, height))
+        self.color, self.label = (
+            Image.fromarray(np.repeat(rows[:, None], width, axis=1)),
+            Image.new("L", (width, height)),
+        )
         # Light is painted like a colour (128 is neutral), so that a shadow does not darken what stands in front of it.
         self.light = Image.new("L", (width, height), 128)
-        self.color_pen, self.label_pen, self.light_pen = (ImageDraw.Draw(layer) for layer in (self.color, self.label, self.light))
+        self.color_pen, self.label_pen, self.light_pen = (
+            ImageDraw.Draw(layer) for layer in (self.color, self.label, self.light)
+        )
 
     def near(self, palette: Sequence[Color]) -> Color:
         """A colour near one of the palette's."""
         rng = self.rng
-        return tuple(np.asarray(palette[int(rng.integers(len(palette)))]) * rng.uniform(0.85, 1.12) + rng.normal(0, 7, 3))
+        return tuple(
+            np.asarray(palette[int(rng.integers(len(palette)))]) * rng.uniform(0.85, 1.12) + rng.normal(0, 7, 3)
+        )
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float]:
         right, down = self.focal * x / z, self.focal * (self.eye - y) / z
@@ -49,17 +61,26 @@ class Scene:
         return self.center[0] + cos * right - sin * down, self.center[1] + sin * right + cos * down
 
     def polygon(self, label: int, color: Color, points: Sequence[Point], tone: float = 1.0) -> None:
-        """Paint the outline's inside: its colour times `tone`, fading into the haze with its distance, its label, and neutral light."""
+        """Paint the outline's inside: its colour times `tone`, fading into the haze with its distance, its label, and
+        neutral light.
+        """
         clear = math.exp(-points[0][2] / 80) if self.haze else 1.0
-        ink = tuple(int(min(max(c * tone, 0), 255) * clear + h * (1 - clear)) for c, h in zip(color, self.haze or color, strict=True))
+        ink = tuple(
+            int(min(max(c * tone, 0), 255) * clear + h * (1 - clear))
+            for c, h in zip(color, self.haze or color, strict=True)
+        )
         outline = [self.project(*point) for point in points]
         self.color_pen.polygon(outline, fill=ink)
         self.label_pen.polygon(outline, fill=label)
         self.light_pen.polygon(outline, fill=128)
 
-    def disc(self, label: int, color: Color, center: Point, radius: float, *, squash: float = 1.0, tone: float = 1.0) -> None:
+    def disc(
+        self, label: int, color: Color, center: Point, radius: float, *, squash: float = 1.0, tone: float = 1.0
+    ) -> None:
         x, y, z = center
-        around = [(radius * math.cos(turn), radius * squash * math.sin(turn)) for turn in np.linspace(0, 2 * math.pi, 20)]
+        around = [
+            (radius * math.cos(turn), radius * squash * math.sin(turn)) for turn in np.linspace(0, 2 * math.pi, 20)
+        ]
         self.polygon(label, color, [(x + right, y + up, z) for right, up in around], tone)
 
     def facing(self, label: int, color: Color, x: Span, y: Span, z: float, tone: float = 1.0) -> None:
@@ -91,7 +112,9 @@ class Scene:
 
     def shadow(self, x: Span, z: Span) -> None:
         """The shadow on the ground of something that stands there."""
-        self.shine(0.55, [(x[0], 0, z[0]), (x[1], 0, z[0]), (x[1] + self.lean, 0, z[1] + 1), (x[0] + self.lean, 0, z[1] + 1)])
+        self.shine(
+            0.55, [(x[0], 0, z[0]), (x[1], 0, z[0]), (x[1] + self.lean, 0, z[1] + 1), (x[0] + self.lean, 0, z[1] + 1)]
+        )
 
     def develop(self, grain: Sequence[tuple[float, float]]) -> tuple[Image.Image, Image.Image]:
         """The RGB picture, with grain, uneven light, tint and noise added, and the mask."""

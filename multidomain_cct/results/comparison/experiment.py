@@ -66,11 +66,15 @@ class Experiment:
             raise UserError("rows is empty; name at least one, for example `rows: {cct: {}}`.")
         for name in self.rows:
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-                raise UserError(f"rows has the name {name!r}; it holds letters, digits, _ and - only, and does not start with a -.")
+                raise UserError(
+                    f"rows has the name {name!r}; it holds letters, digits, _ and - only, and does not start with a -."
+                )
         own = [(f"rows.{name}.baseline", row.baseline) for name, row in self.rows.items()]
         for key, name in (("baseline", self.baseline), ("ceiling", self.ceiling), *own):
             if name and name not in self.rows:
-                raise UserError(f"{key} is {name!r}, which is no row. Rows: {', '.join(self.rows)}.{did_you_mean(name, self.rows)}")
+                raise UserError(
+                    f"{key} is {name!r}, which is no row. Rows: {', '.join(self.rows)}.{did_you_mean(name, self.rows)}"
+                )
         if self.ceiling and self.ceiling == self.baseline:
             raise UserError(f"baseline and ceiling are both {self.ceiling!r}; the gap lies between two rows.")
         if self.ceiling and not self.baseline:
@@ -113,7 +117,9 @@ class RunScores:
     peak_mib: float | None
     """Largest memory use that was logged."""
     minutes: float | None
-    """Wall time from the first step's preparation to the last score; None for a run that was interrupted, whose pauses it would count."""
+    """Wall time from the first step's preparation to the last score; None for a run that was interrupted, whose pauses
+    it would count.
+    """
 
     def score(self, column: str) -> float | None:
         """The mIoU of a domain, or their mean; None when it is not known."""
@@ -134,7 +140,9 @@ def read_experiment(path: Path) -> Experiment:
         rows = plain.get("rows") or {}
         if not isinstance(rows, dict):
             raise UserError(f"rows is {rows!r}; it is a mapping of names to rows, for example `rows: {{cct: {{}}}}`.")
-        values["rows"] = {str(name): Row(**_values({} if row is None else row, Row, f"rows.{name}")) for name, row in rows.items()}
+        values["rows"] = {
+            str(name): Row(**_values({} if row is None else row, Row, f"rows.{name}")) for name, row in rows.items()
+        }
         return Experiment(**{"title": path.stem} | values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
@@ -150,7 +158,8 @@ def _values(section: Any, kind: type, where: str) -> dict[str, Any]:
         here = f"{where}.{key}" if where else str(key)
         if key not in kinds:
             raise UserError(
-                f'unknown key "{here}". Allowed {f"in {where}" if where else "at the top"}: {", ".join(kinds)}.{did_you_mean(str(key), list(kinds))}'
+                f'unknown key "{here}". Allowed {f"in {where}" if where else "at the top"}: '
+                f"{', '.join(kinds)}.{did_you_mean(str(key), list(kinds))}"
             )
         if kinds[key] == "str":
             if not isinstance(value, str) or not value.strip() or "\n" in value.strip():
@@ -174,22 +183,36 @@ def _seeds(value: Any, where: str) -> tuple[int, ...]:
 
 def _overrides(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(override, str) for override in value):
-        raise UserError(f"{where} is {value!r}; it is a list of key=value, for example [training.steps=600, 'data.crop=[96, 96]'].")
+        raise UserError(
+            f"{where} is {value!r}; it is a list of key=value, for example [training.steps=600, 'data.crop=[96, 96]']."
+        )
     for override in value:
         key = override.partition("=")[0]
         if key in OWN_KEYS:
-            raise UserError(f"{where} sets {key}, which the comparison decides itself. Seeds stand in `seeds`, the folder in the experiment's `runs`.")
+            raise UserError(
+                f"{where} sets {key}, which the comparison decides itself. Seeds stand in `seeds`, the folder in the "
+                "experiment's `runs`."
+            )
     return tuple(value)
 
 
 def planned_runs(path: Path, experiment: Experiment) -> list[Run]:
-    """Every run of the experiment at `path`, in the order of training: each row's first seed, then each row's second, so that a whole table exists early.
+    """Every run of the experiment at `path`, in the order of training: each row's first seed, then each row's second,
+    so that a whole table exists early.
 
     Reads every recipe. Raises UserError, with the row's name, for one that cannot be used or compared.
     """
     turns = max(len(row.seeds or experiment.seeds) for row in experiment.rows.values())
-    order = [(name, turn) for turn in range(turns) for name, row in experiment.rows.items() if turn < len(row.seeds or experiment.seeds)]
-    return [_planned(path, experiment, name, (experiment.rows[name].seeds or experiment.seeds)[turn]) for name, turn in order]
+    order = [
+        (name, turn)
+        for turn in range(turns)
+        for name, row in experiment.rows.items()
+        if turn < len(row.seeds or experiment.seeds)
+    ]
+    return [
+        _planned(path, experiment, name, (experiment.rows[name].seeds or experiment.seeds)[turn])
+        for name, turn in order
+    ]
 
 
 def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Run:
@@ -197,7 +220,9 @@ def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Run:
     where = f"{path}: rows.{name}"
     written = row.recipe or experiment.recipe
     if not written:
-        raise UserError(f"{where} has no recipe, nor has the experiment. Name one, for example `recipe: recipes/demo.yaml`.")
+        raise UserError(
+            f"{where} has no recipe, nor has the experiment. Name one, for example `recipe: recipes/demo.yaml`."
+        )
     beside = Path(os.path.normpath(path.parent / written))
     source = beside if beside.is_file() else Path(written)
     folder = _as_yaml_text((Path(experiment.runs) / path.stem).as_posix())
@@ -208,7 +233,10 @@ def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Run:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not any(domain.val_split for domain in recipe.domains.values()):
-        raise UserError(f"{where}: no domain has a val_split, so there is nothing to compare. Set domains.NAME.val_split in {source}.")
+        raise UserError(
+            f"{where}: no domain has a val_split, so there is nothing to compare. Set domains.NAME.val_split in "
+            f"{source}."
+        )
     return Run(name, seed, source, overrides, recipe)
 
 
@@ -221,13 +249,18 @@ def _as_yaml_text(value: str) -> str:
 
 
 def finished_scores(run: Run) -> RunScores | None:
-    """The scores of a run that has reached its last step and saved it; None when it has still to be trained, or its folder holds another run.
+    """The scores of a run that has reached its last step and saved it; None when it has still to be trained, or its
+    folder holds another run.
 
     Raises UserError when the recipe asks for another evaluation than the one that was made.
     """
     folder, step = run.recipe.folder, run.recipe.training.steps
     saved = [checkpoint.name for checkpoint in checkpoints(folder / "checkpoints")]
-    if f"step-{step:08d}" not in saved or not (folder / "recipe.yaml").is_file() or not (folder / "metrics.jsonl").is_file():
+    if (
+        f"step-{step:08d}" not in saved
+        or not (folder / "recipe.yaml").is_file()
+        or not (folder / "metrics.jsonl").is_file()
+    ):
         return None
     trained = read_recipe(folder / "recipe.yaml")
     metrics = [line for line in read_metrics(folder / "metrics.jsonl") if isinstance(line, dict) and "step" in line]
@@ -236,7 +269,10 @@ def finished_scores(run: Run) -> RunScores | None:
     if not lines or differences(trained, run.recipe):
         return None
     if trained.evaluation != run.recipe.evaluation:
-        raise UserError(f"{folder} was scored with other evaluation settings than the recipe now has. Take them back, or remove the folder to train it again.")
+        raise UserError(
+            f"{folder} was scored with other evaluation settings than the recipe now has. Take them back, or remove "
+            "the folder to train it again."
+        )
     line = lines[-1]
     peaks = [value for each in metrics if (value := each.get("sys/peak_mib")) is not None]
     environment = _environment(folder / "env.json")
@@ -246,7 +282,9 @@ def finished_scores(run: Run) -> RunScores | None:
         step=step,
         miou={name: line[f"val/{name}/miou"] for name in scored},
         iou={
-            name: {key.removeprefix(start): value for key, value in line.items() if key.startswith(start)} for name in scored if (start := f"val/{name}/iou/")
+            name: {key.removeprefix(start): value for key, value in line.items() if key.startswith(start)}
+            for name in scored
+            if (start := f"val/{name}/iou/")
         },
         overrides=run.overrides,
         folder=str(folder),
@@ -257,7 +295,10 @@ def finished_scores(run: Run) -> RunScores | None:
 
 
 def state_of(run: Run) -> str:
-    """What training the run would mean: `finished`, `new`, where it goes on, or that its folder is taken. Raises UserError as finished_scores does."""
+    """What training the run would mean:
+
+    `finished`, `new`, where it goes on, or that its folder is taken. Raises UserError as finished_scores does.
+    """
     folder = run.recipe.folder
     if finished_scores(run):
         return "finished"

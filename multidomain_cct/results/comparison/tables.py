@@ -1,4 +1,6 @@
-"""The table of an experiment's scores: mean and standard deviation over seeds, points over the baseline, share of the gap to the ceiling."""
+"""The table of an experiment's scores: mean and standard deviation over seeds, points over the baseline, share of the
+gap to the ceiling.
+"""
 
 from __future__ import annotations
 
@@ -42,15 +44,20 @@ class Comparison:
     @property
     def columns(self) -> list[str]:
         """The scored domains of all rows, and their mean when there are several."""
-        domains = list(dict.fromkeys(name for run in self.runs for name, domain in run.recipe.domains.items() if domain.val_split))
+        domains = list(
+            dict.fromkeys(name for run in self.runs for name, domain in run.recipe.domains.items() if domain.val_split)
+        )
         return [*domains, MEAN] if len(domains) > 1 else domains
 
     def spread(self, row: str, column: str) -> Spread | None:
         """The mIoU (0 to 1) of a row over its finished seeds.
 
-        None when no run is finished, or when the column is the mean and the row was not trained on every domain: it would be a mean of other things.
+        None when no run is finished, or when the column is the mean and the row was not trained on every domain: it
+        would be a mean of other things.
         """
-        finished = [run for run in self.scores if run.row == row and (column != MEAN or len(run.miou) == len(self.columns) - 1)]
+        finished = [
+            run for run in self.scores if run.row == row and (column != MEAN or len(run.miou) == len(self.columns) - 1)
+        ]
         return _spread([run.score(column) for run in finished])
 
     def gain(self, row: str, column: str) -> float | None:
@@ -58,7 +65,8 @@ class Comparison:
         return self._difference(row, self._baseline(row), column)
 
     def gap_share(self, row: str, column: str) -> float | None:
-        """(row - baseline) / (ceiling - baseline), of the means over seeds; in the column of the mean, the mean of the domains' shares.
+        """(row - baseline) / (ceiling - baseline), of the means over seeds; in the column of the mean, the mean of the
+        domains' shares.
 
         None when one of the three is missing or the ceiling is not above the baseline.
         """
@@ -77,21 +85,36 @@ class Comparison:
         return first.mean - second.mean if first and second else None
 
     def tables(self) -> list[list[list[str]]]:
-        """The tables as rows of cells, headings first: mIoU and cost; then, with a baseline, what each row gained on it."""
+        """The tables as rows of cells, headings first: mIoU and cost; then, with a baseline, what each row gained on
+        it.
+        """
         scores = [["row", *(f"{column} mIoU %" for column in self.columns), "peak MiB", "minutes"]]
         for name in self.experiment.rows:
             finished = [run for run in self.scores if run.row == name]
             cost = [_spread([run.peak_mib for run in finished]), _spread([run.minutes for run in finished])]
             cells = [spread.text() if (spread := self.spread(name, column)) else "n/a" for column in self.columns]
-            scores.append([name, *cells, *(f"{spread.mean:.{digits}f}" if spread else "n/a" for spread, digits in zip(cost, (0, 1), strict=True))])
+            scores.append(
+                [
+                    name,
+                    *cells,
+                    *(
+                        f"{spread.mean:.{digits}f}" if spread else "n/a"
+                        for spread, digits in zip(cost, (0, 1), strict=True)
+                    ),
+                ]
+            )
         if not self.experiment.baseline:
             return [scores]
         shared = self.columns if self.experiment.ceiling else []
-        gains = [["row", *(f"{column} points" for column in self.columns), *(f"{column} gap closed %" for column in shared)]]
+        gains = [
+            ["row", *(f"{column} points" for column in self.columns), *(f"{column} gap closed %" for column in shared)]
+        ]
         for name in self.experiment.rows:
             points = [self.gain(name, column) for column in self.columns]
             shares = [self.gap_share(name, column) for column in shared]
-            gains.append([name, *("n/a" if gain is None else f"{100 * gain:+.1f}" for gain in points), *_percents(shares)])
+            gains.append(
+                [name, *("n/a" if gain is None else f"{100 * gain:+.1f}" for gain in points), *_percents(shares)]
+            )
         return [scores, gains]
 
     def missing(self) -> list[str]:
@@ -101,7 +124,12 @@ class Comparison:
 
     def machines(self) -> list[str]:
         """The machines that the finished runs were trained on."""
-        return sorted({f"{run.environment.get('device', 'unknown')}, {run.environment.get('threads', '?')} thread(s)" for run in self.scores})
+        return sorted(
+            {
+                f"{run.environment.get('device', 'unknown')}, {run.environment.get('threads', '?')} thread(s)"
+                for run in self.scores
+            }
+        )
 
 
 def write_comparison(comparison: Comparison, out: Path, *, command: str, date: str) -> None:
@@ -133,17 +161,33 @@ def _row_numbers(comparison: Comparison, row: str) -> dict[str, Any]:
 
 def _markdown(comparison: Comparison, command: str, date: str) -> str:
     experiment, missing = comparison.experiment, comparison.missing()
-    lines = [f"# {experiment.title}", "", f"    {command}", "", f"{date}. {'; '.join(comparison.machines()) or 'No run is finished'}.", ""]
+    lines = [
+        f"# {experiment.title}",
+        "",
+        f"    {command}",
+        "",
+        f"{date}. {'; '.join(comparison.machines()) or 'No run is finished'}.",
+        "",
+    ]
     if missing:
-        lines += [f"**Not complete**: {len(comparison.scores)} of {len(comparison.runs)} runs are finished; missing: {', '.join(missing)}.", ""]
+        lines += [
+            f"**Not complete**: {len(comparison.scores)} of {len(comparison.runs)} runs are finished; missing: "
+            f"{', '.join(missing)}.",
+            "",
+        ]
     explained = [
-        "Val mIoU in % of the last checkpoint: mean ± sample standard deviation (number of seeds). Peak memory and wall time of a run: means over seeds."
+        "Val mIoU in % of the last checkpoint: mean ± sample standard deviation (number of seeds). Peak memory and "
+        "wall time of a run: means over seeds."
     ]
     if experiment.baseline:
         others = ", ".join(f"of {name} to `{row.baseline}`" for name, row in experiment.rows.items() if row.baseline)
-        explained.append(f"Difference of the means to `{experiment.baseline}`{f' ({others})' if others else ''} in points.")
+        explained.append(
+            f"Difference of the means to `{experiment.baseline}`{f' ({others})' if others else ''} in points."
+        )
     if experiment.ceiling:
-        explained[-1] = explained[-1][:-1] + f", and the share of the gap from there to `{experiment.ceiling}` that is closed."
+        explained[-1] = (
+            explained[-1][:-1] + f", and the share of the gap from there to `{experiment.ceiling}` that is closed."
+        )
     for text, (heading, *rows) in zip((explained[0], explained[-1]), comparison.tables(), strict=False):
         lines += [text, "", _cells(heading), "|---" + "|---:" * (len(heading) - 1) + "|", *map(_cells, rows), ""]
     lines += [f"- {name} failed: {error}" for name, error in comparison.failures.items()]

@@ -54,7 +54,9 @@ def write_panel(diagnosis: Diagnosis, examples: Sequence[Example], path: Path) -
 def draw_panel(diagnosis: Diagnosis, examples: Sequence[Example]) -> Figure:
     """The figure: a column per stage headed by its AUCs over all images, two lines per example."""
     chosen = chosen_stages(len(diagnosis.stages))
-    heights = [_WIDTH * min(_TALLEST, max(_FLATTEST, example.image.shape[0] / example.image.shape[1])) for example in examples]
+    heights = [
+        _WIDTH * min(_TALLEST, max(_FLATTEST, example.image.shape[0] / example.image.shape[1])) for example in examples
+    ]
     width = 2 * _MARGIN + (len(chosen) + 1) * (_WIDTH + _GAP) - _GAP
     height = _HEAD + sum(2 * (own + _TITLE) + _GAP for own in heights) + _MARGIN
     figure = Figure(figsize=(width, height), dpi=_DPI)
@@ -87,7 +89,14 @@ class _Page:
         self.figure.text(left / self.width, bottom / self.height, text, parse_math=False, **style)
 
     def show(
-        self, column: int, bottom: float, height: float, values: np.ndarray, *, extent: tuple[float, float, float, float] | None = None, title: str = ""
+        self,
+        column: int,
+        bottom: float,
+        height: float,
+        values: np.ndarray,
+        *,
+        extent: tuple[float, float, float, float] | None = None,
+        title: str = "",
     ) -> Any:
         place = (self.column(column) / self.width, bottom / self.height, _WIDTH / self.width, height / self.height)
         axes = self.figure.add_axes(place)
@@ -104,20 +113,37 @@ def _write_heading(page: _Page, diagnosis: Diagnosis, chosen: Sequence[int]) -> 
     title = f"Local variation: {printable(diagnosis.subject)} on {diagnosis.domain.name}/{diagnosis.split}"
     page.write(_MARGIN, page.height - 0.38, title, fontsize=14, weight="bold")
     legend = (
-        "Mean Euclidean distance to the 8 neighbours; dark: small, bright: large, each map on its own scale. Above: image patches; below: features."
+        "Mean Euclidean distance to the 8 neighbours; dark: small, bright: large, each map on its own scale. Above: "
+        "image patches; below: features."
         " Thin lines on coarse maps: class borders."
     )
     page.write(_MARGIN, page.height - 0.66, legend, fontsize=9, color="0.3")
     borders = "class borders of the labels" if diagnosis.borders == "labels" else "the model's own borders"
-    page.write(_MARGIN, page.height - _HEAD + 0.12, f"AUC as a detector of\n{borders},\nmean of {diagnosis.images} images", fontsize=9.5, linespacing=1.35)
+    page.write(
+        _MARGIN,
+        page.height - _HEAD + 0.12,
+        f"AUC as a detector of\n{borders},\nmean of {diagnosis.images} images",
+        fontsize=9.5,
+        linespacing=1.35,
+    )
     for column, number in enumerate(chosen, start=1):
         score = diagnosis.stages[number]
-        lines = f"stride {score.stride}, {score.channels} channels\nAUC {_figure(score.auc)}, patches {_figure(score.patch_auc)}"
+        lines = (
+            f"stride {score.stride}, {score.channels} channels\nAUC {_figure(score.auc)}, patches "
+            f"{_figure(score.patch_auc)}"
+        )
         page.write(page.column(column), page.height - _HEAD + 0.54, score.name, fontsize=11, weight="bold")
         page.write(page.column(column), page.height - _HEAD + 0.12, lines, fontsize=9.5, linespacing=1.35)
 
 
-def _draw_example(page: _Page, example: Example, chosen: Sequence[int], lines: tuple[float, float], height: float, diagnosis: Diagnosis) -> None:
+def _draw_example(
+    page: _Page,
+    example: Example,
+    chosen: Sequence[int],
+    lines: tuple[float, float],
+    height: float,
+    diagnosis: Diagnosis,
+) -> None:
     page.show(0, lines[0], height, example.image, title=_short(example.key))
     page.show(0, lines[1], height, np.asarray(colored(example.ids, diagnosis.domain)), title=diagnosis.borders)
     shown = 0
@@ -126,12 +152,28 @@ def _draw_example(page: _Page, example: Example, chosen: Sequence[int], lines: t
         stride = result.stage.stride
         # Neighbours of one stride, such as the blocks of a ViT, share one map of the patches.
         if stride != shown:
-            _draw_map(page, (column, lines[0], height), result.patches, stride, example, f"patches {stride} x {stride}, AUC {_figure(result.patch_area)}")
+            _draw_map(
+                page,
+                (column, lines[0], height),
+                result.patches,
+                stride,
+                example,
+                f"patches {stride} x {stride}, AUC {_figure(result.patch_area)}",
+            )
         shown = stride
-        _draw_map(page, (column, lines[1], height), result.features, stride, example, f"{result.stage.name}, AUC {_figure(result.area)}")
+        _draw_map(
+            page,
+            (column, lines[1], height),
+            result.features,
+            stride,
+            example,
+            f"{result.stage.name}, AUC {_figure(result.area)}",
+        )
 
 
-def _draw_map(page: _Page, place: tuple[int, float, float], variation: Tensor, stride: int, example: Example, title: str) -> None:
+def _draw_map(
+    page: _Page, place: tuple[int, float, float], variation: Tensor, stride: int, example: Example, title: str
+) -> None:
     """A map where its patches lie in the image; what no whole patch covers stays white."""
     rows, columns = variation.shape
     if not variation.numel():
@@ -146,7 +188,9 @@ def _draw_map(page: _Page, place: tuple[int, float, float], variation: Tensor, s
 
 
 def outline(ids: np.ndarray) -> np.ndarray:
-    """(H', W', 4) RGBA 0 to 1: a line where (H', W') train ids differ from those above or to the left, else transparent; none towards ignored pixels."""
+    """(H', W', 4) RGBA 0 to 1: a line where (H', W') train ids differ from those above or to the left, else
+    transparent; none towards ignored pixels.
+    """
     picture = np.zeros((*ids.shape, 4))
     for before, after, place in ((ids[:-1], ids[1:], picture[1:]), (ids[:, :-1], ids[:, 1:], picture[:, 1:])):
         place[(before != after) & (before != IGNORE) & (after != IGNORE)] = _LINE

@@ -1,6 +1,7 @@
 """Local variation of a map, class borders on its grid, and how well the one finds the other.
 
-Shapes: C classes of the domain, D channels, H W image size, H' W' size of the labels, h w grid of whole patches, s stride, n positions.
+Shapes: C classes of the domain, D channels, H W image size, H' W' size of the labels, h w grid of whole patches, s
+stride, n positions.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from multidomain_cct.data.domain import IGNORE
 _NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
 """Half of the 8: each pair of positions is measured once."""
 _BINS, _BITS = 1 << 19, 12
-"""A float32 that is not negative, less its last 12 bits, is one of 2**19 numbers in the same order, each within 0.05 % of the float."""
+"""A float32 that is not negative, less its last 12 bits, is one of 2**19 numbers in the same order, each within 0.05 %
+of the float.
+"""
 
 
 def local_variation(features: Tensor) -> Tensor:
-    """(h, w) float32 mean Euclidean distance of each position of (D, h, w) features to its neighbours, of which it has 8, at an edge 5 and in a corner 3.
+    """(h, w) float32 mean Euclidean distance of each position of (D, h, w) features to its neighbours, of which it has
+    8, at an edge 5 and in a corner 3.
 
     A grid of one position gives 0.
     """
@@ -39,14 +43,20 @@ def image_patches(image: Tensor, stride: int) -> Tensor:
     """(3 s s, h, w) float32: the pixels, 0 to 1, of each whole s x s patch of a (3, H, W) uint8 image."""
     height, width = (side // stride for side in image.shape[-2:])
     whole = image[:, : height * stride, : width * stride].float() / 255
-    return whole.reshape(3, height, stride, width, stride).permute(0, 2, 4, 1, 3).reshape(3 * stride * stride, height, width)
+    return (
+        whole.reshape(3, height, stride, width, stride)
+        .permute(0, 2, 4, 1, 3)
+        .reshape(3 * stride * stride, height, width)
+    )
 
 
 def class_borders(ids: Tensor, size: tuple[int, int], *, stride: int, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Two (h, w) bool maps over the whole s x s patches of an image of `size` = (H, W), from (H', W') uint8 train ids: border, and counted.
+    """Two (h, w) bool maps over the whole s x s patches of an image of `size` = (H, W), from (H', W') uint8 train ids:
+    border, and counted.
 
-    A position is a border when its patch and those of its 8 neighbours together hold more than one class. It is counted when its own patch holds one;
-    ignored pixels hold none. A pixel of the labels belongs to the patch under its centre, so labels of any resolution keep all their classes.
+    A position is a border when its patch and those of its 8 neighbours together hold more than one class. It is counted
+    when its own patch holds one; ignored pixels hold none. A pixel of the labels belongs to the patch under its centre,
+    so labels of any resolution keep all their classes.
     """
     if ids.shape[0] < size[0] or ids.shape[1] < size[1]:
         ids = F.interpolate(ids[None, None], size=size, mode="nearest-exact")[0, 0]
@@ -54,7 +64,10 @@ def class_borders(ids: Tensor, size: tuple[int, int], *, stride: int, num_classe
     if not height * width:
         empty = torch.zeros(height, width, dtype=torch.bool, device=ids.device)
         return empty, empty
-    rows, columns = (((torch.arange(own, device=ids.device) + 0.5) * side / own).long() // stride for own, side in zip(ids.shape, size, strict=True))
+    rows, columns = (
+        ((torch.arange(own, device=ids.device) + 0.5) * side / own).long() // stride
+        for own, side in zip(ids.shape, size, strict=True)
+    )
     inside = (rows < height)[:, None] & (columns < width) & (ids != IGNORE)
     cells = (rows[:, None] * width + columns)[inside]
     present = torch.zeros(num_classes, height * width, device=ids.device)
@@ -65,7 +78,9 @@ def class_borders(ids: Tensor, size: tuple[int, int], *, stride: int, num_classe
 
 
 def area_under_curve(values: Tensor, border: Tensor) -> float | None:
-    """Area under the ROC curve of (n,) values as a detector of (n,) bool borders, ties counted half; None when all positions are of one kind."""
+    """Area under the ROC curve of (n,) values as a detector of (n,) bool borders, ties counted half; None when all
+    positions are of one kind.
+    """
     levels, ranks = torch.unique(values, return_inverse=True)
     at_border, inside = (torch.bincount(ranks[kind], minlength=len(levels)) for kind in (border, ~border))
     return _area_of_counts(at_border, inside)
@@ -81,7 +96,9 @@ def _area_of_counts(at_border: Tensor, inside: Tensor) -> float | None:
 
 
 class Tally:
-    """What is kept of one map over the images: their AUCs, and how often each variation occurs inside classes and at borders, in memory that does not grow."""
+    """What is kept of one map over the images: their AUCs, and how often each variation occurs inside classes and at
+    borders, in memory that does not grow.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.areas: list[float] = []

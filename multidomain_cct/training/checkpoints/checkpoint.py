@@ -1,8 +1,9 @@
 """Checkpoints: atomic, verified, without pickles.
 
-`checkpoints/step-00000100/` holds model.safetensors, optimiser.safetensors, state.json and MANIFEST.json (sizes and sha256 of the others). It is written
-under a temporary name, synced and renamed, so a folder with its final name is whole. Nothing else is needed to resume: order, augmentation, learning rate and
-per-step randomness are functions of the step. Names that begin with a dot are on their way in or out, and belong to the writer alone.
+`checkpoints/step-00000100/` holds model.safetensors, optimiser.safetensors, state.json and MANIFEST.json (sizes and
+sha256 of the others). It is written under a temporary name, synced and renamed, so a folder with its final name is
+whole. Nothing else is needed to resume: order, augmentation, learning rate and per-step randomness are functions of the
+step. Names that begin with a dot are on their way in or out, and belong to the writer alone.
 """
 
 from __future__ import annotations
@@ -73,11 +74,18 @@ class RunState:
 
 
 def save_checkpoint(
-    folder: Path, state: RunState, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None, *, keep: int
+    folder: Path,
+    state: RunState,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+    *,
+    keep: int,
 ) -> Path:
     """Publish a checkpoint in `folder` and remove older ones but the newest `keep` and the best.
 
-    When it returns, the checkpoint outlives a loss of power. Raises OSError, and leaves nothing behind, when the disk does not take it.
+    When it returns, the checkpoint outlives a loss of power. Raises OSError, and leaves nothing behind, when the disk
+    does not take it.
     """
     target = folder / f"step-{state.step:08d}"
     temporary, replaced = folder / f".{target.name}.tmp", target.with_name(f"{target.name}{_REPLACED}")
@@ -105,21 +113,35 @@ def save_checkpoint(
     return target
 
 
-def _write(folder: Path, state: RunState, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None) -> None:
+def _write(
+    folder: Path,
+    state: RunState,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
     """The files of a checkpoint, all on the disk."""
-    write_tensors(folder / _MODEL, {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
+    write_tensors(
+        folder / _MODEL, {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    )
     tensors = optimiser_tensors(model, optimiser)
     write_tensors(folder / _OPTIMISER, tensors)
     plain = asdict(state) | {"optimiser": sorted(tensors), "scaler": scaler.state_dict() if scaler else None}
     write_text(folder / _STATE, json.dumps(plain, indent=1))
-    manifest = {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in (_MODEL, _OPTIMISER, _STATE)}
+    manifest = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        for name in (_MODEL, _OPTIMISER, _STATE)
+    }
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=1))
     sync(folder)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first; one that is being replaced stands before the one that replaces it."""
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=lambda path: (path.name.removesuffix(_REPLACED), not path.suffix))
+    return sorted(
+        (path for path in folder.glob("step-*") if path.is_dir()),
+        key=lambda path: (path.name.removesuffix(_REPLACED), not path.suffix),
+    )
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -173,7 +195,10 @@ def choose_checkpoint(run: Path, which: str) -> Path:
     else:
         checkpoint = Path(which)
         if not checkpoint.is_dir():
-            raise UserError(f"{checkpoint}: there is no such checkpoint; it is `last`, `best` or a folder such as {run / 'checkpoints' / 'step-00000100'}.")
+            raise UserError(
+                f"{checkpoint}: there is no such checkpoint; it is `last`, `best` or a folder such as "
+                f"{run / 'checkpoints' / 'step-00000100'}."
+            )
         if run.resolve() not in checkpoint.resolve().parents:
             raise UserError(f"{checkpoint} is not a checkpoint of {run}. Name the run that it belongs to.")
     _require_whole(checkpoint)
@@ -181,7 +206,10 @@ def choose_checkpoint(run: Path, which: str) -> Path:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """The run's state in a checkpoint. Raises UserError when it is not of a schema that this version reads, or not complete."""
+    """The run's state in a checkpoint.
+
+    Raises UserError when it is not of a schema that this version reads, or not complete.
+    """
     plain = _plain_state(checkpoint)
     return RunState(**{name: plain[name] for name in _STATE_TYPES if name not in ("optimiser", "scaler")})
 
@@ -201,18 +229,30 @@ def _plain_state(checkpoint: Path) -> dict[str, Any]:
         # Each process counted bad images for itself, from its own start.
         plain |= {"schema": SCHEMA, "images": {}}
     if plain.get("schema") != SCHEMA:
-        raise UserError(f"{path}: the checkpoint has the schema {plain.get('schema')!r}; this version reads 1 to {SCHEMA}. {_ANOTHER}")
-    trouble = [f"{name} is missing" for name in _STATE_TYPES if name not in plain] + [f"{name} is unknown" for name in plain if name not in _STATE_TYPES]
+        raise UserError(
+            f"{path}: the checkpoint has the schema {plain.get('schema')!r}; this version reads 1 to {SCHEMA}. "
+            f"{_ANOTHER}"
+        )
+    trouble = [f"{name} is missing" for name in _STATE_TYPES if name not in plain] + [
+        f"{name} is unknown" for name in plain if name not in _STATE_TYPES
+    ]
     for name, kind in _STATE_TYPES.items():
         # To Python, True is a number.
-        if name in plain and (not isinstance(plain[name], kind) or (isinstance(plain[name], bool) and kind is not bool)):
+        if name in plain and (
+            not isinstance(plain[name], kind) or (isinstance(plain[name], bool) and kind is not bool)
+        ):
             trouble.append(f"{name} is {plain[name]!r}")
     if trouble:
-        raise UserError(f"{path}: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}. {_ANOTHER}")
+        raise UserError(
+            f"{path}: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}. "
+            f"{_ANOTHER}"
+        )
     return plain
 
 
-def load_checkpoint(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None) -> RunState:
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> RunState:
     """Put model and optimiser into the state of a checkpoint, strictly, and return the run's state.
 
     Raises UserError, with one line that names the item, when one is missing, left over or of another shape.
@@ -224,7 +264,8 @@ def load_checkpoint(checkpoint: Path, model: nn.Module, optimiser: torch.optim.O
     saved, own = plain["scaler"], scaler.state_dict() if scaler else None
     if (saved is None) != (own is None) or (saved is not None and own is not None and saved.keys() != own.keys()):
         raise UserError(
-            f"{checkpoint}: the gradient scaler's state is {saved!r}, this run's has {sorted(own or {})}. Use the precision that it was saved with."
+            f"{checkpoint}: the gradient scaler's state is {saved!r}, this run's has {sorted(own or {})}. Use the "
+            "precision that it was saved with."
         )
     if scaler is not None:
         scaler.load_state_dict(saved)
@@ -248,7 +289,10 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
         elif found is not None and found.dtype != own.dtype:
             trouble.append(f"{name} is {found.dtype}, not {own.dtype}")
     if trouble:
-        raise UserError(f"{where} does not fit the model: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}.")
+        raise UserError(
+            f"{where} does not fit the model: "
+            f"{', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}."
+        )
     model.load_state_dict(dict(tensors))
 
 
@@ -274,7 +318,9 @@ def load_run(run: Path, which: str = "last") -> LoadedRun:
     checkpoint = choose_checkpoint(run, which)
     model = build_model(recipe, domains, pretrained=False)
     tensors = model_tensors(checkpoint)
-    load_strictly(model, {name: tensor for name, tensor in tensors.items() if ".auxiliaries." not in name}, str(checkpoint))
+    load_strictly(
+        model, {name: tensor for name, tensor in tensors.items() if ".auxiliaries." not in name}, str(checkpoint)
+    )
     return LoadedRun(run, recipe, domains, model.eval(), checkpoint, read_state(checkpoint))
 
 

@@ -13,7 +13,8 @@ from multidomain_cct.training.checkpoints.checkpoint import choose_checkpoint, m
 
 
 def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Domain]) -> list[str]:
-    """Start `model` from another run's last checkpoint: the encoder, and the heads whose names and classes match. Returns one line per thing that was left out.
+    """Start `model` from another run's last checkpoint: the encoder, and the heads whose names and classes match.
+    Returns one line per thing that was left out.
 
     Raises UserError when the encoders differ.
     """
@@ -21,7 +22,9 @@ def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Doma
     tensors = model_tensors(checkpoint)
     if any(name.startswith("teacher.") for name in tensors):
         # What such a run was scored with.
-        tensors = {name.removeprefix("teacher."): tensor for name, tensor in tensors.items() if name.startswith("teacher.")}
+        tensors = {
+            name.removeprefix("teacher."): tensor for name, tensor in tensors.items() if name.startswith("teacher.")
+        }
     own = model.state_dict()
     old_domains, matching = _old_domains(run), set(matching_heads(run, domains))
     left_out = [f"head {name}: not in this run" for name in old_domains if name not in domains]
@@ -38,20 +41,32 @@ def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Doma
             taken[name] = tensor
         else:
             left_out.append(f"{name}: {'another shape' if name in own else 'not in this model'}")
-    missing = [name for name in own if name.startswith("encoder.") and name not in taken and not any(f".norms.{domain}." in name for domain in domains)]
+    missing = [
+        name
+        for name in own
+        if name.startswith("encoder.")
+        and name not in taken
+        and not any(f".norms.{domain}." in name for domain in domains)
+    ]
     if missing:
         raise UserError(
-            f"init_from: the encoder of {run} is another one ({missing[0]} does not fit, and {len(missing) - 1} more). Use the same encoder settings."
+            f"init_from: the encoder of {run} is another one ({missing[0]} does not fit, and {len(missing) - 1} "
+            "more). Use the same encoder settings."
         )
     model.load_state_dict(own | taken)
     return left_out
 
 
 def matching_heads(run: Path, domains: Mapping[str, Domain]) -> list[str]:
-    """The domains with a head of their own that the run has too, with the same classes. Raises UserError when the folder is not a run."""
+    """The domains with a head of their own that the run has too, with the same classes.
+
+    Raises UserError when the folder is not a run.
+    """
     old = _old_domains(run)
     own = {name: domain for name, domain in domains.items() if not domain.labels_of}
-    return [name for name, domain in own.items() if name in old and old[name].class_fingerprint == domain.class_fingerprint]
+    return [
+        name for name, domain in own.items() if name in old and old[name].class_fingerprint == domain.class_fingerprint
+    ]
 
 
 def _old_domains(run: Path) -> dict[str, Domain]:

@@ -9,12 +9,18 @@ from torch import Tensor, nn
 
 from multidomain_cct.errors import UserError
 
-_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {torch.optim.SGD: {"momentum_buffer"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}
+_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
 """What each optimiser keeps of a parameter. `step` is one number; the others have the parameter's shape."""
 
 
 def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`<parameter>/<key>` -> tensor. A parameter that has had no gradient yet has none: the heads of a domain whose turn has not come."""
+    """`<parameter>/<key>` -> tensor.
+
+    A parameter that has had no gradient yet has none: the heads of a domain whose turn has not come.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
         f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous()
@@ -25,7 +31,9 @@ def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dic
     }
 
 
-def restore_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], entries: list[str], where: str) -> None:
+def restore_optimiser(
+    model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], entries: list[str], where: str
+) -> None:
     """Put the optimiser into the saved state. `entries` are the names that were saved.
 
     Raises UserError that names what is missing, left over or of another shape.
@@ -50,9 +58,16 @@ def restore_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensor
         state.setdefault(parameter, {})[key] = value if key == "step" else value.to(parameter.device)
     for parameter, values in state.items():
         name = next(name for name, other in parameters.items() if other is parameter)
-        trouble += [f"{name}/{key} is missing" for key in sorted(_KEYS[_kind(optimiser)] - values.keys()) if f"{name}/{key}" not in entries]
+        trouble += [
+            f"{name}/{key} is missing"
+            for key in sorted(_KEYS[_kind(optimiser)] - values.keys())
+            if f"{name}/{key}" not in entries
+        ]
     if trouble:
-        raise UserError(f"{where}: the optimiser's {_some(trouble)}. Choose another checkpoint, or start another run with name=OTHER.")
+        raise UserError(
+            f"{where}: the optimiser's {_some(trouble)}. Choose another checkpoint, or start another run with "
+            "name=OTHER."
+        )
     optimiser.state.clear()
     for parameter, values in state.items():
         optimiser.state[parameter] = values

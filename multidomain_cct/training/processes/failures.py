@@ -28,14 +28,17 @@ class RunFailed(RuntimeError):
 def mistakes_in_common(accelerator: Accelerator) -> Iterator[None]:
     """Mistakes that one process finds become an error in all of them, so that none waits for the others.
 
-    An error that not all of them share names the rank. A file that cannot be fetched, or read by some of them only, is RunFailed.
+    An error that not all of them share names the rank. A file that cannot be fetched, or read by some of them only, is
+    RunFailed.
     """
     own: UserError | OSError | None = None
     try:
         yield
     except (UserError, OSError) as error:
         own = error
-    found: list[tuple[str, bool] | None] = gather_object([None if own is None else (str(own), isinstance(own, OSError))])
+    found: list[tuple[str, bool] | None] = gather_object(
+        [None if own is None else (str(own), isinstance(own, OSError))]
+    )
     first = next((rank for rank, trouble in enumerate(found) if trouble is not None), None)
     if first is None or (trouble := found[first]) is None:
         return
@@ -48,7 +51,8 @@ def mistakes_in_common(accelerator: Accelerator) -> Iterator[None]:
 
 @contextmanager
 def one_line_errors(rank: int, world: int) -> Iterator[None]:
-    """Errors of data, disk, network, loaders and other ranks as UserError or RunFailed with one line; what is a fault of this software passes as it is.
+    """Errors of data, disk, network, loaders and other ranks as UserError or RunFailed with one line; what is a fault
+    of this software passes as it is.
 
     With several processes the line begins with the rank, unless it tells of another rank's end.
     """
@@ -64,21 +68,30 @@ def one_line_errors(rank: int, world: int) -> Iterator[None]:
     except SourceError as error:
         raise RunFailed(f"{where}{error}") from None
     except OSError as error:
-        raise RunFailed(f"{where}{error.filename or 'input or output'}: {error.strerror or error}. Make room or choose another place. {GO_ON}") from None
+        raise RunFailed(
+            f"{where}{error.filename or 'input or output'}: {error.strerror or error}. Make room or choose another "
+            f"place. {GO_ON}"
+        ) from None
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if text.startswith("DataLoader worker (pid"):
             raise RunFailed(
-                f"{where}a loader process died: {text.split('. ')[0]}. Was it killed for want of memory? Then lower data.workers or data.prefetch. {GO_ON}"
+                f"{where}a loader process died: {text.split('. ')[0]}. Was it killed for want of memory? Then lower "
+                f"data.workers or data.prefetch. {GO_ON}"
             ) from None
-        if world > 1 and (isinstance(error, DistError) or re.search("closed by peer|reset by peer|Broken pipe|Connection refused", text)):
+        if world > 1 and (
+            isinstance(error, DistError)
+            or re.search("closed by peer|reset by peer|Broken pipe|Connection refused", text)
+        ):
             raise RunFailed(f"another process of the run has ended; its own line says why. {GO_ON}") from None
         raise
 
 
 @contextmanager
 def no_process_left() -> Iterator[None]:
-    """End the loader processes that an error leaves behind: they ignore SIGTERM, by which Python would end them, and it would wait for them for ever."""
+    """End the loader processes that an error leaves behind: they ignore SIGTERM, by which Python would end them, and it
+    would wait for them for ever.
+    """
     before = set(multiprocessing.active_children())
     try:
         yield

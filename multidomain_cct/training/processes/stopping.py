@@ -1,4 +1,7 @@
-"""Stopping on request. SIGTERM, by which schedulers and launchers announce the end, lets a run finish its step, save, and end."""
+"""Stopping on request.
+
+SIGTERM, by which schedulers and launchers announce the end, lets a run finish its step, save, and end.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,13 @@ import torch
 from accelerate import Accelerator
 
 STOPPED = 128 + signal.SIGTERM
-"""Exit code of a run that was asked to stop: what a shell reports of a process that SIGTERM ended, so that schedulers count it as that."""
+"""Exit code of a run that was asked to stop: what a shell reports of a process that SIGTERM ended, so that schedulers
+count it as that.
+"""
 REPEATS_SECONDS = 5.0
-"""Signals that follow the first one this closely are the same request: a scheduler tells every process, and torchrun tells its processes again."""
+"""Signals that follow the first one this closely are the same request: a scheduler tells every process, and torchrun
+tells its processes again.
+"""
 
 
 class RunStopped(Exception):
@@ -23,7 +30,8 @@ class RunStopped(Exception):
 
 
 class StopRequest:
-    """Whether the run was asked to stop. Inside the context SIGTERM is noted; a second one, after REPEATS_SECONDS, ends the process at once.
+    """Whether the run was asked to stop. Inside the context SIGTERM is noted; a second one, after REPEATS_SECONDS, ends
+    the process at once.
 
     Loader processes ignore the signal, which a scheduler sends to them too: the last batches would die with them.
     """
@@ -33,7 +41,9 @@ class StopRequest:
         self.requested = False
 
     def agreed(self) -> bool:
-        """Whether any process of the run was asked to stop: the same answer in all of them, which all have to ask at the same point."""
+        """Whether any process of the run was asked to stop: the same answer in all of them, which all have to ask at
+        the same point.
+        """
         if self.accelerator.num_processes == 1:
             return self.requested
         flag = torch.tensor([float(self.requested)], device=self.accelerator.device)
@@ -50,7 +60,9 @@ class StopRequest:
             threading.Thread(target=_end_at_the_second, args=(self._reader,), daemon=True).start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._listens:
             signal.set_wakeup_fd(self._earlier_file)
             signal.signal(signal.SIGTERM, self._earlier_handler)
@@ -70,5 +82,9 @@ def _end_at_the_second(signals: socket.socket) -> None:
                 continue
             first = time.monotonic() if first is None else first
             if time.monotonic() - first > REPEATS_SECONDS:
-                os.write(2, b"error: ended at once by a second SIGTERM. The run goes on from its last checkpoint with resume=auto.\n")
+                os.write(
+                    2,
+                    b"error: ended at once by a second SIGTERM. The run goes on from its last checkpoint with "
+                    b"resume=auto.\n",
+                )
                 os._exit(STOPPED)

@@ -35,7 +35,12 @@ def test_a_list_file_takes_its_keys(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("budget", "message"),
-    [("65", "asks for 65 labelled images; there are 64"), ("3/2", "at most 1"), ("many", "a number, a share such as 1/16"), ("1/0", "at most 1")],
+    [
+        ("65", "asks for 65 labelled images; there are 64"),
+        ("3/2", "at most 1"),
+        ("many", "a number, a share such as 1/16"),
+        ("1/0", "at most 1"),
+    ],
 )
 def test_a_budget_that_cannot_be_met_is_refused(budget: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as error:

@@ -31,13 +31,20 @@ class Items(Dataset[Any]):
             return f"item {number}"
         generator = torch.Generator().manual_seed(number)
         side = 1 + number * 5 % 9
-        image = torch.randint(0, 256, (2, side, side + 1, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
-        return {"a": Item(number, image, torch.rand(side, generator=generator, dtype=torch.float64)), "b": Item(-number, torch.empty(0, 3, 2), image > 99)}
+        image = torch.randint(0, 256, (2, side, side + 1, 3), dtype=torch.uint8, generator=generator).permute(
+            0, 3, 1, 2
+        )
+        return {
+            "a": Item(number, image, torch.rand(side, generator=generator, dtype=torch.float64)),
+            "b": Item(-number, torch.empty(0, 3, 2), image > 99),
+        }
 
 
 def loaded(count: int, *, workers: int, prefetch: int) -> DataLoader[Any]:
     data = Handover(Items(), prefetch=prefetch)
-    return DataLoader(data, sampler=range(count), batch_size=None, num_workers=workers, prefetch_factor=prefetch if workers else None)
+    return DataLoader(
+        data, sampler=range(count), batch_size=None, num_workers=workers, prefetch_factor=prefetch if workers else None
+    )
 
 
 @pytest.mark.parametrize(("workers", "prefetch"), [(0, 2), (1, 1), (1, 2), (2, 1), (2, 2), (2, 4)])
@@ -70,7 +77,9 @@ def test_memory_is_sent_once_for_each_slot() -> None:
         def __getitem__(self, number: int) -> Any:
             return Item(number, torch.full((4, 4), number), torch.ones(3))
 
-    parcels = DataLoader(Handover(Alike(), prefetch=2), sampler=range(30), batch_size=None, num_workers=2, prefetch_factor=2)
+    parcels = DataLoader(
+        Handover(Alike(), prefetch=2), sampler=range(30), batch_size=None, num_workers=2, prefetch_factor=2
+    )
     assert sum(parcel.memory is not None for parcel in parcels) == 2 * 3
 
 

@@ -36,12 +36,19 @@ NOT_A_MASK = b"not a mask"
 
 
 def domain(name: str) -> Domain:
-    return Domain(name, "folder", {"train": Split("*.jpg", "*.png"), "more": Split("*.jpg"), "val": Split("*.jpg", "*.png")}, CLASSES)
+    return Domain(
+        name,
+        "folder",
+        {"train": Split("*.jpg", "*.png"), "more": Split("*.jpg"), "val": Split("*.jpg", "*.png")},
+        CLASSES,
+    )
 
 
 def jpeg(seed: int) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)).save(buffer, "JPEG")
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)).save(
+        buffer, "JPEG"
+    )
     return buffer.getvalue()
 
 
@@ -81,8 +88,13 @@ def data_settings(root: Path, **changes: object) -> DataSettings:
     return replace(DataSettings(shards=str(root), labelled_batch=8, unlabelled_batch=8, crop=[16, 16]), **changes)  # type: ignore[arg-type]
 
 
-def streams(root: Path, names: Sequence[str] = ("d0", "d1"), chosen: DomainSettings | None = None, **changes: object) -> list[DomainStreams]:
-    return [open_streams(domain(name), chosen or DomainSettings(labelled="3"), data_settings(root, **changes)) for name in names]
+def streams(
+    root: Path, names: Sequence[str] = ("d0", "d1"), chosen: DomainSettings | None = None, **changes: object
+) -> list[DomainStreams]:
+    return [
+        open_streams(domain(name), chosen or DomainSettings(labelled="3"), data_settings(root, **changes))
+        for name in names
+    ]
 
 
 def training_set(parts: Sequence[DomainStreams], **options: object) -> TrainingSet:
@@ -102,9 +114,13 @@ def unlabelled_keys(batch: Batch) -> tuple[str, ...]:
 
 
 def joined(batches: Sequence[Batch]) -> Batch:
-    tensors = [torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "masks", "unlabelled", "valid")]
+    tensors = [
+        torch.cat([getattr(batch, name) for batch in batches]) for name in ("images", "masks", "unlabelled", "valid")
+    ]
     pseudo_labels = [batch.pseudo_labels for batch in batches if batch.pseudo_labels is not None]
-    keys = [key for batch in batches for key in labelled_keys(batch)] + [key for batch in batches for key in unlabelled_keys(batch)]
+    keys = [key for batch in batches for key in labelled_keys(batch)] + [
+        key for batch in batches for key in unlabelled_keys(batch)
+    ]
     return Batch(*tensors, keys=tuple(keys), pseudo_labels=torch.cat(pseudo_labels) if pseudo_labels else None)
 
 
@@ -115,7 +131,9 @@ def assert_equal(first: dict[str, Batch], second: dict[str, Batch]) -> None:
         for field in ("images", "masks", "unlabelled", "valid"):
             assert torch.equal(getattr(first[name], field), getattr(second[name], field)), (name, field)
         one, other = first[name].pseudo_labels, second[name].pseudo_labels
-        assert (one is None and other is None) or (one is not None and other is not None and torch.equal(one, other)), name
+        assert (one is None and other is None) or (one is not None and other is not None and torch.equal(one, other)), (
+            name
+        )
 
 
 # The order
@@ -129,12 +147,19 @@ def assert_equal(first: dict[str, Batch], second: dict[str, Batch]) -> None:
     schedule=st.sampled_from(["together", "alternate"]),
     seed=st.integers(0, 3),
 )
-def test_ranks_and_micro_batches_together_see_the_same_step(shards: Path, workers: int, world: int, accumulation: int, schedule: str, seed: int) -> None:
+def test_ranks_and_micro_batches_together_see_the_same_step(
+    shards: Path, workers: int, world: int, accumulation: int, schedule: str, seed: int
+) -> None:
     parts = streams(shards)
     start, stop = 2, 4
     reference = run(training_set(parts, schedule=schedule, seed=seed), start, stop)
     ranks = [
-        run(training_set(parts, schedule=schedule, seed=seed, rank=rank, world=world, accumulation=accumulation), start, stop, workers if rank == 0 else 0)
+        run(
+            training_set(parts, schedule=schedule, seed=seed, rank=rank, world=world, accumulation=accumulation),
+            start,
+            stop,
+            workers if rank == 0 else 0,
+        )
         for rank in range(world)
     ]
     assert all(len(micro_batches) == (stop - start) * accumulation for micro_batches in ranks)
@@ -144,8 +169,15 @@ def test_ranks_and_micro_batches_together_see_the_same_step(shards: Path, worker
 
 
 @settings(max_examples=10, deadline=None)
-@given(start=st.integers(0, 7), workers=st.sampled_from([0, 2]), schedule=st.sampled_from(["together", "alternate"]), accumulation=st.sampled_from([1, 2]))
-def test_starting_at_a_step_gives_what_a_run_from_the_beginning_gives_there(shards: Path, start: int, workers: int, schedule: str, accumulation: int) -> None:
+@given(
+    start=st.integers(0, 7),
+    workers=st.sampled_from([0, 2]),
+    schedule=st.sampled_from(["together", "alternate"]),
+    accumulation=st.sampled_from([1, 2]),
+)
+def test_starting_at_a_step_gives_what_a_run_from_the_beginning_gives_there(
+    shards: Path, start: int, workers: int, schedule: str, accumulation: int
+) -> None:
     data = training_set(streams(shards), schedule=schedule, accumulation=accumulation)
     whole = run(data, 0, 8)
     resumed = run(data, start, 8, workers)
@@ -161,7 +193,9 @@ def test_seeds_give_other_orders_and_other_views(shards: Path) -> None:
 
 
 def test_each_epoch_shows_a_sample_in_another_view_and_labelled_apart_from_unlabelled(shards: Path) -> None:
-    parts = streams(shards, ["d0"], DomainSettings(labelled="1", unlabelled="all"), labelled_batch=4, unlabelled_batch=6)
+    parts = streams(
+        shards, ["d0"], DomainSettings(labelled="1", unlabelled="all"), labelled_batch=4, unlabelled_batch=6
+    )
     (batch,) = (step["d0"] for step in run(training_set(parts), 0, 1))
     key = batch.keys[0]
     assert labelled_keys(batch) == (key,) * 4
@@ -171,7 +205,9 @@ def test_each_epoch_shows_a_sample_in_another_view_and_labelled_apart_from_unlab
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
 @pytest.mark.parametrize("schedule", ["together", "alternate"])
-def test_any_number_of_domains_show_every_labelled_and_unlabelled_sample_once_per_epoch(shards: Path, count: int, schedule: str) -> None:
+def test_any_number_of_domains_show_every_labelled_and_unlabelled_sample_once_per_epoch(
+    shards: Path, count: int, schedule: str
+) -> None:
     names = [f"d{number}" for number in range(count)]
     parts = streams(shards, names, labelled_batch=1, unlabelled_batch=1)
     # 3 labelled and 3 + n unlabelled images: as many turns as make whole epochs of both for the largest domain.
@@ -183,7 +219,10 @@ def test_any_number_of_domains_show_every_labelled_and_unlabelled_sample_once_pe
         else:
             assert all((list(step) == [name]) == (position % count == number) for position, step in enumerate(batches))
         own = [step[name] for step in batches if name in step]
-        labelled, rest = [key for b in own for key in labelled_keys(b)], [key for b in own for key in unlabelled_keys(b)]
+        labelled, rest = (
+            [key for b in own for key in labelled_keys(b)],
+            [key for b in own for key in unlabelled_keys(b)],
+        )
         assert len(labelled) == len(rest) == turns
         for keys, samples in ((labelled, 3), (rest, 3 + number)):
             assert all(len(set(keys[at : at + samples])) == samples for at in range(0, turns - samples + 1, samples))
@@ -216,7 +255,11 @@ def test_views_are_the_stored_pixels_with_their_own_ids(shards: Path) -> None:
         assert np.array_equal(view, pixels)
         if position < 3:
             assert np.array_equal(batch.masks[position], random_ids(number))
-    assert batch.valid.all() and batch.valid.dtype == torch.bool and batch.images.dtype == batch.masks.dtype == batch.unlabelled.dtype == torch.uint8
+    assert (
+        batch.valid.all()
+        and batch.valid.dtype == torch.bool
+        and batch.images.dtype == batch.masks.dtype == batch.unlabelled.dtype == torch.uint8
+    )
 
 
 def test_padding_has_no_class_and_is_not_valid(shards: Path) -> None:
@@ -224,8 +267,13 @@ def test_padding_has_no_class_and_is_not_valid(shards: Path) -> None:
     (batch,) = (step["d0"] for step in run(training_set(parts, augment=STILL), 0, 1))
     inside = torch.zeros(20, 32, dtype=torch.bool)
     inside[: SIZE[1], : SIZE[0]] = True
-    assert all(torch.equal(mask != IGNORE, inside) for mask in batch.masks) and all(torch.equal(valid, inside) for valid in batch.valid)
-    assert all(torch.equal(view[:, ~inside].T.unique(dim=0), torch.tensor([PAD], dtype=torch.uint8)) for view in (*batch.images, *batch.unlabelled))
+    assert all(torch.equal(mask != IGNORE, inside) for mask in batch.masks) and all(
+        torch.equal(valid, inside) for valid in batch.valid
+    )
+    assert all(
+        torch.equal(view[:, ~inside].T.unique(dim=0), torch.tensor([PAD], dtype=torch.uint8))
+        for view in (*batch.images, *batch.unlabelled)
+    )
 
 
 def test_crop_and_batch_sizes_are_the_domains_own_where_given(shards: Path) -> None:
@@ -233,7 +281,11 @@ def test_crop_and_batch_sizes_are_the_domains_own_where_given(shards: Path) -> N
     own = DomainSettings(labelled="3", labelled_batch=2, unlabelled_batch=4, crop=[24, 8])
     parts = [open_streams(domain("d0"), own, data), open_streams(domain("d1"), DomainSettings(labelled="3"), data)]
     (step,) = run(training_set(parts), 0, 1)
-    assert step["d0"].images.shape == (2, 3, 8, 24) and step["d0"].masks.shape == (2, 8, 24) and step["d0"].valid.shape == (4, 8, 24)
+    assert (
+        step["d0"].images.shape == (2, 3, 8, 24)
+        and step["d0"].masks.shape == (2, 8, 24)
+        and step["d0"].valid.shape == (4, 8, 24)
+    )
     assert step["d1"].images.shape == step["d1"].unlabelled.shape == (8, 3, 16, 16)
 
 
@@ -287,7 +339,12 @@ def test_pseudo_labels_follow_their_image_and_are_255_elsewhere(tmp_path: Path, 
     # Where an image is white its pseudo-label is 1: both have to take the same view.
     with ShardWriter(tmp_path / "d0", "train") as writer:
         for number in range(4):
-            writer.write(f"train_{number}", image=jpeg(number), mask=png(random_ids(0)) if number == 0 else NOT_A_MASK, meta=b"{}")
+            writer.write(
+                f"train_{number}",
+                image=jpeg(number),
+                mask=png(random_ids(0)) if number == 0 else NOT_A_MASK,
+                meta=b"{}",
+            )
     halves = np.repeat([[0, 1]], SIZE[0] // 2, axis=1).repeat(SIZE[1], axis=0)
     buffer = io.BytesIO()
     Image.fromarray((halves * 255).astype(np.uint8)).convert("RGB").save(buffer, "JPEG")
@@ -302,11 +359,19 @@ def test_pseudo_labels_follow_their_image_and_are_255_elsewhere(tmp_path: Path, 
     # The masks of train_2 and train_3 in the training split would be noticed if they were opened.
     for step in run(training_set(parts, augment=augment), 0, 3):
         batch = step["d0"]
-        assert batch.pseudo_labels is not None and batch.pseudo_labels.dtype == torch.uint8 and batch.pseudo_labels.shape == batch.valid.shape
-        for key, image, ids, valid in zip(unlabelled_keys(batch), batch.unlabelled, batch.pseudo_labels, batch.valid, strict=True):
+        assert (
+            batch.pseudo_labels is not None
+            and batch.pseudo_labels.dtype == torch.uint8
+            and batch.pseudo_labels.shape == batch.valid.shape
+        )
+        for key, image, ids, valid in zip(
+            unlabelled_keys(batch), batch.unlabelled, batch.pseudo_labels, batch.valid, strict=True
+        ):
             seen.add(key)
             if key == "train_1":
-                assert torch.equal(ids != IGNORE, valid) and ((image[0] > 128) == (ids == 1))[valid].float().mean() > 0.85
+                assert (
+                    torch.equal(ids != IGNORE, valid) and ((image[0] > 128) == (ids == 1))[valid].float().mean() > 0.85
+                )
             else:
                 assert (ids == IGNORE).all()
     assert seen == {"train_1", "train_2", "train_3"}
@@ -318,8 +383,14 @@ def test_batches_of_domains_without_pseudo_labels_have_none(shards: Path) -> Non
 
 
 def test_a_batch_of_a_domain_without_labelled_images_keeps_its_shapes(shards: Path) -> None:
-    (batch,) = (step["d0"] for step in run(training_set(streams(shards, ["d0"], DomainSettings(labelled="none"))), 0, 1))
-    assert batch.images.shape == (0, 3, 16, 16) and batch.masks.shape == (0, 16, 16) and len(batch.unlabelled) == len(batch.keys) == 8
+    (batch,) = (
+        step["d0"] for step in run(training_set(streams(shards, ["d0"], DomainSettings(labelled="none"))), 0, 1)
+    )
+    assert (
+        batch.images.shape == (0, 3, 16, 16)
+        and batch.masks.shape == (0, 16, 16)
+        and len(batch.unlabelled) == len(batch.keys) == 8
+    )
 
 
 # What is refused
@@ -328,16 +399,25 @@ def test_a_batch_of_a_domain_without_labelled_images_keeps_its_shapes(shards: Pa
 def test_a_run_without_any_image_is_refused() -> None:
     with pytest.raises(UserError) as caught:
         training_set([])
-    assert str(caught.value) == "domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled images."
+    assert (
+        str(caught.value)
+        == "domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled "
+        "images."
+    )
 
 
-@pytest.mark.parametrize(("kind", "world", "accumulation", "multiple"), [("labelled_batch", 4, 1, 4), ("unlabelled_batch", 2, 3, 6)])
-def test_a_batch_that_does_not_divide_names_domain_key_and_multiple(shards: Path, kind: str, world: int, accumulation: int, multiple: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "world", "accumulation", "multiple"), [("labelled_batch", 4, 1, 4), ("unlabelled_batch", 2, 3, 6)]
+)
+def test_a_batch_that_does_not_divide_names_domain_key_and_multiple(
+    shards: Path, kind: str, world: int, accumulation: int, multiple: int
+) -> None:
     sizes = {"labelled_batch": 12, "unlabelled_batch": 12} | {kind: 10}
     with pytest.raises(UserError) as caught:
         training_set(streams(shards, ["d1"], **sizes), world=world, accumulation=accumulation)
     assert str(caught.value) == (
-        f"d1: {kind} is 10, which {world} process(es) x {accumulation} accumulated micro-batches do not divide. Use a multiple of {multiple}."
+        f"d1: {kind} is 10, which {world} process(es) x {accumulation} accumulated micro-batches do not divide. Use a "
+        f"multiple of {multiple}."
     )
 
 
@@ -345,11 +425,17 @@ def test_a_batch_that_does_not_divide_names_domain_key_and_multiple(shards: Path
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        pytest.param(png(np.full((SIZE[1], SIZE[0]), 2)), "the mask holds the train id 2, but d0 has the classes 0 to 1 and 255 for ignore.", id="train id"),
+        pytest.param(
+            png(np.full((SIZE[1], SIZE[0]), 2)),
+            "the mask holds the train id 2, but d0 has the classes 0 to 1 and 255 for ignore.",
+            id="train id",
+        ),
         pytest.param(png(random_ids(0, (8, 8))), "the mask is 8x8 but the image is 24x16.", id="size"),
     ],
 )
-def test_an_unusable_sample_stops_the_run_with_one_line_that_names_shard_and_key(tmp_path: Path, workers: int, mask: bytes, message: str) -> None:
+def test_an_unusable_sample_stops_the_run_with_one_line_that_names_shard_and_key(
+    tmp_path: Path, workers: int, mask: bytes, message: str
+) -> None:
     path = write(tmp_path, "d0", "train", [*good_masks(2), mask, *good_masks(1)])
     data = training_set(streams(tmp_path, ["d0"], DomainSettings(labelled="all", unlabelled="none"), labelled_batch=1))
     with pytest.raises(UserError) as caught:
@@ -390,7 +476,9 @@ def test_scored_images_are_whole_each_once_with_masks_at_their_own_size(tmp_path
     for number, item in enumerate(scored):
         assert np.array_equal(item.image, np.asarray(Image.open(io.BytesIO(jpeg(number)))).transpose(2, 0, 1))
         assert np.array_equal(item.mask, random_ids(number, large))
-    shares = [[item.key for item in scored_images(shards, domain("d0"), range(rank, 5, 2), workers=0)] for rank in (0, 1)]
+    shares = [
+        [item.key for item in scored_images(shards, domain("d0"), range(rank, 5, 2), workers=0)] for rank in (0, 1)
+    ]
     assert sorted(shares[0] + shares[1]) == list(shards.keys)
 
 
@@ -405,7 +493,12 @@ def test_batches_move_as_a_whole(shards: Path) -> None:
     (batch,) = (step["d0"] for step in run(training_set(streams(shards, ["d0"])), 0, 1))
     assert_equal({"d0": batch.to(torch.device("cpu"))}, {"d0": batch})
     moved = replace(batch, pseudo_labels=torch.zeros_like(batch.masks)).to(torch.device("meta"))
-    assert moved.valid.is_meta and moved.pseudo_labels is not None and moved.pseudo_labels.is_meta and moved.keys == batch.keys
+    assert (
+        moved.valid.is_meta
+        and moved.pseudo_labels is not None
+        and moved.pseudo_labels.is_meta
+        and moved.keys == batch.keys
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])

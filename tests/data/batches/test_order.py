@@ -30,8 +30,15 @@ def test_the_orders_of_a_few_samples_come_equally_often() -> None:
     assert len(counts) == 120 and chi_squared < 173
 
 
-@given(sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any), window=st.integers(1, 9), seed=st.integers(0, 99), epoch=st.integers(0, 3))
-def test_a_window_holds_whole_shards_and_an_epoch_holds_every_sample_once(sizes: list[int], window: int, seed: int, epoch: int) -> None:
+@given(
+    sizes=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(any),
+    window=st.integers(1, 9),
+    seed=st.integers(0, 99),
+    epoch=st.integers(0, 3),
+)
+def test_a_window_holds_whole_shards_and_an_epoch_holds_every_sample_once(
+    sizes: list[int], window: int, seed: int, epoch: int
+) -> None:
     total = sum(sizes)
     stream = Stream("camvid/unlabelled", total, seed, window, np.cumsum(sizes))
     seen = [stream.at(epoch * total + offset)[1] for offset in range(total)]

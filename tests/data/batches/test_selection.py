@@ -15,7 +15,9 @@ def test_a_rule_and_its_complement_share_the_samples_out(total: int, chosen: set
     numbers = np.array(sorted(number for number in chosen if number < total), dtype=np.int64)
     only, rest = Only(0, numbers), AllBut(0, total, numbers)
     assert [only.at(position) for position in range(len(only))] == numbers.tolist()
-    assert [rest.at(position) for position in range(len(rest))] == [number for number in range(total) if number not in chosen]
+    assert [rest.at(position) for position in range(len(rest))] == [
+        number for number in range(total) if number not in chosen
+    ]
     ends = np.arange(total + 1)
     assert (only.up_to(ends) + rest.up_to(ends)).tolist() == ends.tolist()
 

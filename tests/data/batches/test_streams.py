@@ -1,4 +1,6 @@
-"""Which images of a domain a run uses: budgets, further splits, pseudo-labels, and what of a recipe's domain section cannot be."""
+"""Which images of a domain a run uses: budgets, further splits, pseudo-labels, and what of a recipe's domain section
+cannot be.
+"""
 
 from __future__ import annotations
 
@@ -49,9 +51,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def opened(root: Path, name: str = "d0", *, use_unlabelled: bool = True, data: DataSettings | None = None, **chosen: object) -> DomainStreams:
+def opened(
+    root: Path, name: str = "d0", *, use_unlabelled: bool = True, data: DataSettings | None = None, **chosen: object
+) -> DomainStreams:
     settings = DomainSettings(**{"labelled": "3", **chosen})  # type: ignore[arg-type]
-    return open_streams(domain(name), settings, replace(data or DataSettings(), shards=str(root)), use_unlabelled=use_unlabelled)
+    return open_streams(
+        domain(name), settings, replace(data or DataSettings(), shards=str(root)), use_unlabelled=use_unlabelled
+    )
 
 
 def keys(parts: DomainStreams, kind: str) -> list[str]:
@@ -67,7 +73,11 @@ def test_a_budget_splits_the_images_into_labelled_and_the_rest(shards: Path) -> 
     for budget in (1, 2, 5):
         parts = opened(shards, labelled=str(budget))
         labelled, rest = set(keys(parts, "labelled")), set(keys(parts, "unlabelled"))
-        assert len(labelled) == budget and labelled | rest == set(Shards.open(shards / "d0", "train").keys) and not labelled & rest
+        assert (
+            len(labelled) == budget
+            and labelled | rest == set(Shards.open(shards / "d0", "train").keys)
+            and not labelled & rest
+        )
         assert smaller < labelled
         smaller = labelled
 
@@ -90,8 +100,15 @@ def test_further_splits_add_their_images_without_labels(shards: Path) -> None:
 
 def test_supervised_runs_open_no_unlabelled_images(shards: Path) -> None:
     # d1 has no such splits: they are not even looked for.
-    parts = opened(shards, "d1", use_unlabelled=False, labelled="all", unlabelled_splits=["more"], weak_split="train_weak")
-    assert len(parts.unlabelled) == 0 and len(parts.labelled) == 13 and len(parts.sources) == 1 and parts.weak_source is None
+    parts = opened(
+        shards, "d1", use_unlabelled=False, labelled="all", unlabelled_splits=["more"], weak_split="train_weak"
+    )
+    assert (
+        len(parts.unlabelled) == 0
+        and len(parts.labelled) == 13
+        and len(parts.sources) == 1
+        and parts.weak_source is None
+    )
 
 
 def test_images_without_a_mask_are_unlabelled_whatever_the_budget(tmp_path: Path) -> None:
@@ -105,7 +122,9 @@ def test_images_without_a_mask_are_unlabelled_whatever_the_budget(tmp_path: Path
 
 @pytest.fixture
 def weak(tmp_path: Path) -> Path:
-    """d0 with six training images, of which four have pseudo-labels, four further images, and a list that labels train_0 and train_1."""
+    """d0 with six training images, of which four have pseudo-labels, four further images, and a list that labels
+    train_0 and train_1.
+    """
     write(tmp_path, "d0", "train", numbered("train", 6))
     write(tmp_path, "d0", "more", numbered("more", 4))
     write(tmp_path, "d0", "train_weak", ["train_1", "train_2", "train_3", "train_4"])
@@ -115,12 +134,22 @@ def weak(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("unlabelled", ["rest", "all"])
 def test_an_image_with_pseudo_labels_stands_once_among_the_unlabelled_ones(weak: Path, unlabelled: str) -> None:
-    parts = opened(weak, labelled=str(weak / "labelled.txt"), unlabelled=unlabelled, unlabelled_splits=["more"], weak_split="train_weak")
+    parts = opened(
+        weak,
+        labelled=str(weak / "labelled.txt"),
+        unlabelled=unlabelled,
+        unlabelled_splits=["more"],
+        weak_split="train_weak",
+    )
     assert keys(parts, "labelled") == ["train_0", "train_1"]
     # With `all` the labelled images are used without their labels too, but never with pseudo-labels in place of them.
     again = ["train_0", "train_1"] if unlabelled == "all" else []
-    assert sorted(keys(parts, "unlabelled")) == sorted([*again, "train_2", "train_3", "train_4", "train_5", *numbered("more", 4)])
-    with_pseudo = {parts.sources[source].keys[number] for source, number in parts.unlabelled if source == parts.weak_source}
+    assert sorted(keys(parts, "unlabelled")) == sorted(
+        [*again, "train_2", "train_3", "train_4", "train_5", *numbered("more", 4)]
+    )
+    with_pseudo = {
+        parts.sources[source].keys[number] for source, number in parts.unlabelled if source == parts.weak_source
+    }
     assert with_pseudo == {"train_2", "train_3", "train_4"}
 
 
@@ -131,8 +160,14 @@ def test_pseudo_labels_can_be_all_that_is_used_without_labels(weak: Path) -> Non
 
 def test_where_pseudo_labels_are_all_there_is_every_decoder_learns_from_them(weak: Path) -> None:
     parts = opened(weak, labelled="all", train_split="train_weak", weak_split="train_weak")
-    assert sorted(keys(parts, "labelled")) == sorted(keys(parts, "unlabelled")) == ["train_1", "train_2", "train_3", "train_4"]
-    assert {source for source, _ in parts.labelled} == {0} and {source for source, _ in parts.unlabelled} == {parts.weak_source}
+    assert (
+        sorted(keys(parts, "labelled"))
+        == sorted(keys(parts, "unlabelled"))
+        == ["train_1", "train_2", "train_3", "train_4"]
+    )
+    assert {source for source, _ in parts.labelled} == {0} and {source for source, _ in parts.unlabelled} == {
+        parts.weak_source
+    }
 
 
 def test_pseudo_labels_may_stand_for_labels_of_some_images(weak: Path) -> None:

@@ -15,7 +15,9 @@ from multidomain_cct.data.images import decode_smaller, decoded, open_image
 from multidomain_cct.data.shards.reader import Record
 from multidomain_cct.errors import UserError
 
-DOMAIN = Domain("two", "folder", {"train": Split("*.jpg")}, (LabelClass("a", (255, 0, 0)), LabelClass("b", (0, 255, 0))))
+DOMAIN = Domain(
+    "two", "folder", {"train": Split("*.jpg")}, (LabelClass("a", (255, 0, 0)), LabelClass("b", (0, 255, 0)))
+)
 
 
 def picture() -> tuple[Image.Image, Image.Image]:
@@ -37,7 +39,9 @@ def view_of(image: bytes, mask: Image.Image | None, augment: Augment, crop: tupl
     return training_view(record, DOMAIN, augment, crop, np.random.default_rng(seed))
 
 
-def exact_view(image: Image.Image, mask: Image.Image | None, augment: Augment, crop: tuple[int, int], seed: int = 0) -> View:
+def exact_view(
+    image: Image.Image, mask: Image.Image | None, augment: Augment, crop: tuple[int, int], seed: int = 0
+) -> View:
     """The view of an image stored without loss, which is never decoded smaller."""
     return view_of(encoded(image, "PNG"), mask, augment, crop, seed)
 
@@ -101,7 +105,9 @@ def test_long_side_takes_the_place_of_scale() -> None:
 def waves(size: tuple[int, int]) -> Image.Image:
     """A smooth colour picture, about one wave across, that no two places of share."""
     x, y = (np.arange(side) / side * 5 for side in size)
-    pixels = np.stack([np.sin(x + y[:, None]), np.cos(x * 1.3 - y[:, None]), np.sin(x)[None, :] * np.cos(y)[:, None]], axis=-1)
+    pixels = np.stack(
+        [np.sin(x + y[:, None]), np.cos(x * 1.3 - y[:, None]), np.sin(x)[None, :] * np.cos(y)[:, None]], axis=-1
+    )
     return Image.fromarray((127 + 120 * pixels).round().astype(np.uint8))
 
 
@@ -143,7 +149,9 @@ def test_a_jpeg_decoded_smaller_shows_its_whole_pixels_where_they_are(size: tupl
     scale=st.floats(0.05, 3),
     seed=st.integers(0, 99),
 )
-def test_a_view_is_a_rectangle_of_the_image_resized(size: tuple[int, int], crop: tuple[int, int], scale: float, seed: int) -> None:
+def test_a_view_is_a_rectangle_of_the_image_resized(
+    size: tuple[int, int], crop: tuple[int, int], scale: float, seed: int
+) -> None:
     pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     view = exact_view(Image.fromarray(pixels), None, Augment([scale, scale], flip=0), crop, seed)
     height, width = int(view.inside.any(dim=1).sum()), int(view.inside.any(dim=0).sum())
@@ -152,7 +160,13 @@ def test_a_view_is_a_rectangle_of_the_image_resized(size: tuple[int, int], crop:
     region = [min(size[axis], max(1, round((width, height)[axis] * size[axis] / scaled[axis]))) for axis in (0, 1)]
     shown = view.image[:, :height, :width].int()
     nearest = min(
-        (shown - torch.from_numpy(np.array(part.resize((width, height), Image.Resampling.BILINEAR))).permute(2, 0, 1).int()).abs().max().item()
+        (
+            shown
+            - torch.from_numpy(np.array(part.resize((width, height), Image.Resampling.BILINEAR))).permute(2, 0, 1).int()
+        )
+        .abs()
+        .max()
+        .item()
         for left in range(size[0] - region[0] + 1)
         for top in range(size[1] - region[1] + 1)
         for part in [Image.fromarray(pixels[top : top + region[1], left : left + region[0]])]
@@ -162,7 +176,10 @@ def test_a_view_is_a_rectangle_of_the_image_resized(size: tuple[int, int], crop:
 
 def test_images_have_their_channels_last_in_memory() -> None:
     view = exact_view(picture()[0], None, Augment(scale=[0.5, 0.5], flip=0), (96, 80))
-    assert view.image.permute(1, 2, 0).is_contiguous() and exact_view(picture()[0], None, Augment(flip=1), (8, 8)).image.permute(1, 2, 0).is_contiguous()
+    assert (
+        view.image.permute(1, 2, 0).is_contiguous()
+        and exact_view(picture()[0], None, Augment(flip=1), (8, 8)).image.permute(1, 2, 0).is_contiguous()
+    )
 
 
 @pytest.mark.parametrize("size", [(640, 480), (601, 459), (499, 777)], ids=str)
@@ -178,7 +195,9 @@ def test_a_jpeg_decoded_smaller_takes_the_same_view_as_its_mask(size: tuple[int,
 
 
 @given(size=st.tuples(st.integers(1, 70), st.integers(1, 70)), wanted=st.tuples(st.integers(1, 90), st.integers(1, 90)))
-def test_a_jpeg_is_never_decoded_smaller_than_what_is_wanted_of_it(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+def test_a_jpeg_is_never_decoded_smaller_than_what_is_wanted_of_it(
+    size: tuple[int, int], wanted: tuple[int, int]
+) -> None:
     opened = open_image(encoded(Image.new("RGB", size, (9, 99, 199)), "JPEG"), "s")
     extent = decode_smaller(opened, "s", wanted)
     image = decoded(opened, "s")
@@ -221,7 +240,10 @@ def test_images_of_other_formats_are_turned_upright_too(kind: str, orientation: 
 def test_an_image_whose_pixels_are_not_of_the_size_in_its_header_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("multidomain_cct.data.batches.views.upright_size", lambda image, name: (99, 48))
     monkeypatch.setattr("multidomain_cct.data.batches.views.decode_smaller", lambda image, name, wanted: (99, 48))
-    with pytest.raises(UserError, match=r"s.tar: key 'key': the image was to be 99x48 by its header, but its pixels are others \(64x48\)."):
+    with pytest.raises(
+        UserError,
+        match=r"s.tar: key 'key': the image was to be 99x48 by its header, but its pixels are others \(64x48\).",
+    ):
         exact_view(picture()[0], None, Augment(), (16, 16))
 
 
@@ -232,7 +254,9 @@ def exif(orientation: int) -> Image.Exif:
 
 
 def test_image_and_mask_of_different_sizes_are_refused() -> None:
-    with pytest.raises(UserError, match=r"s.tar: key 'key': the mask is 64x48 but the image is 32x48. Pack the split again."):
+    with pytest.raises(
+        UserError, match=r"s.tar: key 'key': the mask is 64x48 but the image is 32x48. Pack the split again."
+    ):
         exact_view(Image.new("RGB", (32, 48)), Image.new("L", (64, 48)), Augment(), (16, 16))
 
 
@@ -258,7 +282,10 @@ def test_palette_masks_are_read_as_indices() -> None:
 )
 def test_unusable_bytes_are_named_by_shard_and_key(image: bytes | None, mask: bytes | None, message: str) -> None:
     record = Record("street_7", Path("data/train-00000.tar"), image or encoded(picture()[0], "JPEG"), mask)
-    for use in (lambda: decode(record, DOMAIN), lambda: training_view(record, DOMAIN, Augment(), (16, 16), np.random.default_rng(0))):
+    for use in (
+        lambda: decode(record, DOMAIN),
+        lambda: training_view(record, DOMAIN, Augment(), (16, 16), np.random.default_rng(0)),
+    ):
         with pytest.raises(UserError, match=message) as error:
             use()
         assert str(error.value).startswith("data/train-00000.tar: key 'street_7'")

@@ -38,7 +38,10 @@ def draw(raw: Path, *names: str, value: int = 0) -> None:
 
 def pairs(samples: list[RawSample], raw: Path) -> dict[str, tuple[str, str | None]]:
     assert [sample.key for sample in samples] == sorted(sample.key for sample in samples)
-    return {s.key: (s.image.relative_to(raw).as_posix(), s.mask and s.mask.path.relative_to(raw).as_posix()) for s in samples}
+    return {
+        s.key: (s.image.relative_to(raw).as_posix(), s.mask and s.mask.path.relative_to(raw).as_posix())
+        for s in samples
+    }
 
 
 def refused(kind: type[Exception], domain: Domain, raw: Path, split: str = "train") -> str:
@@ -56,20 +59,34 @@ def refused(kind: type[Exception], domain: Domain, raw: Path, split: str = "trai
 def test_a_split_that_the_domain_does_not_have_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         raw_samples(published("cityscapes"), tmp_path, "trian")
-    assert str(caught.value) == 'cityscapes has no split "trian". Its splits: train, val, train_extra. Did you mean "train"?'
+    assert (
+        str(caught.value)
+        == 'cityscapes has no split "trian". Its splits: train, val, train_extra. Did you mean "train"?'
+    )
 
 
 @pytest.mark.parametrize("name", ["cityscapes", "camvid", "sun_rgbd", "pascal_voc", "toy_street"])
 def test_a_raw_folder_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
     message = refused(MissingRawFiles, published(name), tmp_path / "absent")
-    assert message == f"{tmp_path / 'absent'}: there is no such folder. Give the folder that holds the raw files of {name}."
+    assert (
+        message
+        == f"{tmp_path / 'absent'}: there is no such folder. Give the folder that holds the raw files of {name}."
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "needed"),
     [
-        ("cityscapes", "leftImg8bit/train: split train of cityscapes needs */*_leftImg8bit.png in it, and there is no such folder."),
-        ("camvid", "split train of camvid needs the folders train and trainannot, or 701_StillsRaw_full and LabeledApproved_full; neither pair is there."),
+        (
+            "cityscapes",
+            "leftImg8bit/train: split train of cityscapes needs */*_leftImg8bit.png in it, and there is no such "
+            "folder.",
+        ),
+        (
+            "camvid",
+            "split train of camvid needs the folders train and trainannot, or 701_StillsRaw_full and "
+            "LabeledApproved_full; neither pair is there.",
+        ),
         ("sun_rgbd", "image/train: split train of sun_rgbd needs * in it, and there is no such folder."),
         ("pascal_voc", "JPEGImages: split train of pascal_voc needs * in it, and there is no such folder."),
         ("toy_street", "split train of toy_street needs images/train/*.jpg, and no image matches that."),
@@ -83,7 +100,9 @@ def test_a_raw_folder_without_the_split_is_told_what_it_lacks(tmp_path: Path, na
 def test_a_folder_without_images_is_no_split(tmp_path: Path) -> None:
     (tmp_path / "leftImg8bit" / "train" / "aachen").mkdir(parents=True)
     (tmp_path / "leftImg8bit" / "train" / "aachen" / "notes.txt").touch()
-    assert refused(MissingRawFiles, published("cityscapes"), tmp_path).endswith("needs */*_leftImg8bit.png in it, and no image there matches that.")
+    assert refused(MissingRawFiles, published("cityscapes"), tmp_path).endswith(
+        "needs */*_leftImg8bit.png in it, and no image there matches that."
+    )
 
 
 # Keys
@@ -94,7 +113,15 @@ def test_keys_are_flat_names_that_tell_paths_apart(tmp_path: Path) -> None:
     draw(tmp_path, *(f"images/{stem}.png" for stem in stems))
     samples = raw_samples(folder_domain(train=Split("images/**/*.png")), tmp_path, "train")
     keys = {sample.image.relative_to(tmp_path / "images").with_suffix("").as_posix(): sample.key for sample in samples}
-    assert keys == {"a-b_1": "a-b_1", "a/b": "a=2Fb", "a=2Fb": "a=3D2Fb", "a b": "a=20b", "a.b": "a=2Eb", "ä": "=C3=A4", "a=b": "a=3Db"}
+    assert keys == {
+        "a-b_1": "a-b_1",
+        "a/b": "a=2Fb",
+        "a=2Fb": "a=3D2Fb",
+        "a b": "a=20b",
+        "a.b": "a=2Eb",
+        "ä": "=C3=A4",
+        "a=b": "a=3Db",
+    }
     assert all(re.fullmatch(r"[A-Za-z0-9_=-]+", key) for key in keys.values())
 
 
@@ -102,7 +129,9 @@ def test_keys_are_flat_names_that_tell_paths_apart(tmp_path: Path) -> None:
 def test_a_file_name_that_is_no_text_has_a_key_too(tmp_path: Path) -> None:
     draw(tmp_path, "images/a.png")
     (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "\udcff.png")
-    assert [sample.key for sample in raw_samples(folder_domain(train=Split("images/*.png")), tmp_path, "train")] == ["=FF"]
+    assert [sample.key for sample in raw_samples(folder_domain(train=Split("images/*.png")), tmp_path, "train")] == [
+        "=FF"
+    ]
 
 
 def test_a_key_that_no_file_system_holds_is_refused(tmp_path: Path) -> None:
@@ -136,7 +165,10 @@ def test_a_mask_may_add_a_usual_ending_to_the_name(tmp_path: Path, ending: str) 
 def test_the_exact_name_comes_before_a_usual_ending(tmp_path: Path) -> None:
     draw(tmp_path, "images/one.jpg", "images/one_gt.jpg", "masks/one.png", "masks/one_gt.png")
     samples = raw_samples(folder_domain(train=Split("images/*.jpg", "masks/*.png")), tmp_path, "train")
-    assert pairs(samples, tmp_path) == {"one": ("images/one.jpg", "masks/one.png"), "one_gt": ("images/one_gt.jpg", "masks/one_gt.png")}
+    assert pairs(samples, tmp_path) == {
+        "one": ("images/one.jpg", "masks/one.png"),
+        "one_gt": ("images/one_gt.jpg", "masks/one_gt.png"),
+    }
 
 
 def test_an_image_never_takes_the_mask_of_another(tmp_path: Path) -> None:
@@ -148,10 +180,15 @@ def test_an_image_never_takes_the_mask_of_another(tmp_path: Path) -> None:
 def test_an_ending_that_a_glob_names_is_no_part_of_the_name(tmp_path: Path) -> None:
     draw(tmp_path, "all/one_rgb.jpg", "all/two_rgb.jpg", "all/one_seg.png", "all/two_seg.png")
     samples = raw_samples(folder_domain(train=Split("all/*_rgb.jpg", "all/*_seg.png")), tmp_path, "train")
-    assert pairs(samples, tmp_path) == {"one": ("all/one_rgb.jpg", "all/one_seg.png"), "two": ("all/two_rgb.jpg", "all/two_seg.png")}
+    assert pairs(samples, tmp_path) == {
+        "one": ("all/one_rgb.jpg", "all/one_seg.png"),
+        "two": ("all/two_rgb.jpg", "all/two_seg.png"),
+    }
 
 
-@pytest.mark.parametrize("pattern", ["images/*", "images/*.*", "images/*.[jp]*", "images/on?.jpg", "images/one.jpg", "*/one.jpg"])
+@pytest.mark.parametrize(
+    "pattern", ["images/*", "images/*.*", "images/*.[jp]*", "images/on?.jpg", "images/one.jpg", "*/one.jpg"]
+)
 def test_any_glob_may_name_the_images(tmp_path: Path, pattern: str) -> None:
     draw(tmp_path, "images/one.jpg")
     key = "images=2Fone" if pattern.startswith("*") else "one"
@@ -161,7 +198,9 @@ def test_any_glob_may_name_the_images(tmp_path: Path, pattern: str) -> None:
 
 def test_an_unlabelled_split_needs_no_masks(tmp_path: Path) -> None:
     draw(tmp_path, "more/one.jpg", "masks/two.png")
-    samples = raw_samples(folder_domain(train=Split("images/*.jpg", "masks/*.png"), more=Split("more/*.jpg")), tmp_path, "more")
+    samples = raw_samples(
+        folder_domain(train=Split("images/*.jpg", "masks/*.png"), more=Split("more/*.jpg")), tmp_path, "more"
+    )
     assert pairs(samples, tmp_path) == {"one": ("more/one.jpg", None)}
 
 
@@ -177,9 +216,14 @@ def test_an_image_without_mask_is_named_with_what_was_expected(tmp_path: Path) -
     domain = folder_domain(train=Split("images/*.jpg", "masks/*.png"))
     draw(tmp_path, "images/one.jpg", "images/two.jpg", "images/zoo.jpg", "masks/one.png", "masks/zoo.png")
     message = refused(UserError, domain, tmp_path)
-    assert message == (f"{tmp_path}/images/two.jpg: has no mask; expected the name two in masks/*.png. Add the masks, or take the images out of the split.")
+    assert message == (
+        f"{tmp_path}/images/two.jpg: has no mask; expected the name two in masks/*.png. Add the masks, or take the "
+        "images out of the split."
+    )
     draw(tmp_path, "images/six.jpg")
-    assert "images/six.jpg: has no mask; expected the name six in masks/*.png (2 of 4 images have none)." in refused(UserError, domain, tmp_path)
+    assert "images/six.jpg: has no mask; expected the name six in masks/*.png (2 of 4 images have none)." in refused(
+        UserError, domain, tmp_path
+    )
 
 
 def test_a_mask_without_image_is_named(tmp_path: Path) -> None:
@@ -191,7 +235,11 @@ def test_a_mask_without_image_is_named(tmp_path: Path) -> None:
 def test_two_images_of_one_name_are_refused(tmp_path: Path) -> None:
     draw(tmp_path, "images/one.jpg", "images/one.png")
     message = refused(UserError, folder_domain(train=Split("images/*")), tmp_path)
-    assert message == f"{tmp_path}/images/one.png: goes by the name one, as {tmp_path}/images/one.jpg does. Keep one, or rename one."
+    assert (
+        message
+        == f"{tmp_path}/images/one.png: goes by the name one, as {tmp_path}/images/one.jpg does. Keep one, or rename "
+        "one."
+    )
 
 
 def test_two_masks_that_could_belong_to_an_image_are_refused(tmp_path: Path) -> None:
@@ -203,7 +251,10 @@ def test_two_masks_that_could_belong_to_an_image_are_refused(tmp_path: Path) -> 
 @pytest.mark.parametrize("pattern", ["/etc/*.png", "../*.png", "images/**.png", "."])
 def test_a_glob_that_leaves_the_raw_folder_or_is_none_is_refused(tmp_path: Path, pattern: str) -> None:
     message = refused(UserError, folder_domain(train=Split(pattern)), tmp_path)
-    assert message.startswith(f"mine: splits.train.images is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a whole folder.")
+    assert message.startswith(
+        f"mine: splits.train.images is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a "
+        "whole folder."
+    )
 
 
 # toy
@@ -222,7 +273,13 @@ def test_a_toy_split_has_labels_where_there_is_a_folder_of_masks(tmp_path: Path)
 def draw_cityscapes(raw: Path, kind: str = "labelIds") -> None:
     for stem in ("ulm/ulm_000000_000019", "aachen/aachen_000001_000019", "aachen/aachen_000000_000019"):
         draw(raw, f"leftImg8bit/train/{stem}_leftImg8bit.png")
-        draw(raw, f"gtFine/train/{stem}_gtFine_{kind}.png", f"gtFine/train/{stem}_gtFine_color.png", f"gtFine/train/{stem}_gtFine_instanceIds.png", value=7)
+        draw(
+            raw,
+            f"gtFine/train/{stem}_gtFine_{kind}.png",
+            f"gtFine/train/{stem}_gtFine_color.png",
+            f"gtFine/train/{stem}_gtFine_instanceIds.png",
+            value=7,
+        )
 
 
 def test_cityscapes_pairs_frames_across_cities(tmp_path: Path) -> None:
@@ -252,7 +309,9 @@ def test_cityscapes_label_ids_come_before_train_ids(tmp_path: Path) -> None:
 def test_cityscapes_train_ids_are_refused_for_another_class_table(tmp_path: Path) -> None:
     draw_cityscapes(tmp_path, "labelTrainIds")
     domain = replace(published("cityscapes"), classes=published("cityscapes").classes[::-1])
-    assert "has labelTrainIds only, numbered as the 19 usual classes; cityscapes has others." in refused(UserError, domain, tmp_path)
+    assert "has labelTrainIds only, numbered as the 19 usual classes; cityscapes has others." in refused(
+        UserError, domain, tmp_path
+    )
 
 
 def test_a_cityscapes_frame_without_labels_is_named_with_its_label_file(tmp_path: Path) -> None:
@@ -269,7 +328,9 @@ def test_a_cityscapes_frame_without_labels_is_named_with_its_label_file(tmp_path
 def test_cityscapes_extra_images_are_unlabelled(tmp_path: Path, home: str) -> None:
     draw(tmp_path, f"{home}/train_extra/bonn/bonn_000000_000019_leftImg8bit.png")
     samples = raw_samples(published("cityscapes"), tmp_path, "train_extra")
-    assert pairs(samples, tmp_path) == {"bonn_000000_000019": (f"{home}/train_extra/bonn/bonn_000000_000019_leftImg8bit.png", None)}
+    assert pairs(samples, tmp_path) == {
+        "bonn_000000_000019": (f"{home}/train_extra/bonn/bonn_000000_000019_leftImg8bit.png", None)
+    }
 
 
 def test_cityscapes_test_labels_hold_nothing_and_are_not_read(tmp_path: Path) -> None:
@@ -285,8 +346,17 @@ def camvid_stems() -> list[str]:
     """The 701 frames of the release."""
     first = [f"0001TP_{number:06d}" for number in range(6690, 10381, 30)]
     second = [f"0006R0_f{number:05d}" for number in range(930, 3931, 30)]
-    third = [f"0016E5_{number:05d}" for number in [*range(390, 871, 30), 901, *range(930, 2401, 30), *range(4350, 7921, 30), *range(8190, 8641, 30)]]
-    return [*first, *second, *third, *(f"0016E5_{number:05d}" for number in range(7959, 8160, 2)), *(f"Seq05VD_f{number:05d}" for number in range(0, 5101, 30))]
+    third = [
+        f"0016E5_{number:05d}"
+        for number in [*range(390, 871, 30), 901, *range(930, 2401, 30), *range(4350, 7921, 30), *range(8190, 8641, 30)]
+    ]
+    return [
+        *first,
+        *second,
+        *third,
+        *(f"0016E5_{number:05d}" for number in range(7959, 8160, 2)),
+        *(f"Seq05VD_f{number:05d}" for number in range(0, 5101, 30)),
+    ]
 
 
 def test_camvid_reads_the_tutorials_folders(tmp_path: Path) -> None:
@@ -304,8 +374,9 @@ def test_camvid_reads_the_tutorials_folders(tmp_path: Path) -> None:
         "0006R0_f00930": ("train/0006R0_f00930.png", "trainannot/0006R0_f00930.png"),
     }
     (tmp_path / "trainannot/0001TP_006690.png").unlink()
-    assert f"{tmp_path}/train/0001TP_006690.png: has no mask; expected the name 0001TP_006690 in trainannot/*." in refused(
-        UserError, published("camvid"), tmp_path
+    assert (
+        f"{tmp_path}/train/0001TP_006690.png: has no mask; expected the name 0001TP_006690 in trainannot/*."
+        in refused(UserError, published("camvid"), tmp_path)
     )
 
 
@@ -315,19 +386,30 @@ def test_camvid_splits_the_original_release_as_the_tutorial_does(tmp_path: Path)
     for stem in camvid_stems():
         (tmp_path / "701_StillsRaw_full" / f"{stem}.png").touch()
         (tmp_path / "LabeledApproved_full" / f"{stem}_L.png").touch()
-    splits = {split: pairs(raw_samples(published("camvid"), tmp_path, split), tmp_path) for split in ("train", "val", "test")}
+    splits = {
+        split: pairs(raw_samples(published("camvid"), tmp_path, split), tmp_path) for split in ("train", "val", "test")
+    }
     assert [len(samples) for samples in splits.values()] == [367, 101, 233]
     assert {"0001TP_008520", "0016E5_08640", "0006R0_f03930"} <= splits["train"].keys()
     assert {"0016E5_07959", "0016E5_08159"} <= splits["val"].keys()
     assert {"0001TP_008550", "0001TP_010380", "Seq05VD_f00000"} <= splits["test"].keys()
-    assert splits["val"]["0016E5_07959"] == ("701_StillsRaw_full/0016E5_07959.png", "LabeledApproved_full/0016E5_07959_L.png")
+    assert splits["val"]["0016E5_07959"] == (
+        "701_StillsRaw_full/0016E5_07959.png",
+        "LabeledApproved_full/0016E5_07959_L.png",
+    )
 
 
 @pytest.mark.parametrize("line", ["{}", "{}.png", "/SegNet/CamVid/train/{}.png /SegNet/CamVid/trainannot/{}.png"])
 def test_camvid_lists_in_the_raw_folder_come_before_the_usual_split(tmp_path: Path, line: str) -> None:
-    draw(tmp_path, *(f"701_StillsRaw_full/{stem}.png" for stem in ("mine", "0001TP_006690")), "LabeledApproved_full/mine_L.png")
+    draw(
+        tmp_path,
+        *(f"701_StillsRaw_full/{stem}.png" for stem in ("mine", "0001TP_006690")),
+        "LabeledApproved_full/mine_L.png",
+    )
     (tmp_path / "train.txt").write_text(line.replace("{}", "mine") + "\n\n")
-    assert pairs(raw_samples(published("camvid"), tmp_path, "train"), tmp_path) == {"mine": ("701_StillsRaw_full/mine.png", "LabeledApproved_full/mine_L.png")}
+    assert pairs(raw_samples(published("camvid"), tmp_path, "train"), tmp_path) == {
+        "mine": ("701_StillsRaw_full/mine.png", "LabeledApproved_full/mine_L.png")
+    }
 
 
 def test_camvid_frames_of_no_known_sequence_need_a_list(tmp_path: Path) -> None:
@@ -340,7 +422,9 @@ def test_camvid_frames_of_no_known_sequence_need_a_list(tmp_path: Path) -> None:
 def test_a_camvid_list_that_names_a_frame_twice_or_one_that_is_not_there_is_refused(tmp_path: Path) -> None:
     draw(tmp_path, "701_StillsRaw_full/mine.png", "LabeledApproved_full/mine_L.png")
     (tmp_path / "train.txt").write_text("mine\nyours\n")
-    assert f"train.txt: names yours, and {tmp_path}/701_StillsRaw_full has no such image." in refused(UserError, published("camvid"), tmp_path)
+    assert f"train.txt: names yours, and {tmp_path}/701_StillsRaw_full has no such image." in refused(
+        UserError, published("camvid"), tmp_path
+    )
     (tmp_path / "train.txt").write_text("mine\nmine\n")
     assert "train.txt: names mine 2 times; keep one." in refused(UserError, published("camvid"), tmp_path)
 
@@ -355,7 +439,9 @@ def test_a_camvid_split_without_frames_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("image_start", [1, 5051])
 @pytest.mark.parametrize("label_start", [1, 5051])
-def test_repacked_sun_rgbd_is_paired_by_number_however_each_side_counts(tmp_path: Path, image_start: int, label_start: int) -> None:
+def test_repacked_sun_rgbd_is_paired_by_number_however_each_side_counts(
+    tmp_path: Path, image_start: int, label_start: int
+) -> None:
     images = [f"image/train/img-{image_start + number:06d}.jpg" for number in range(12)]
     # Without leading zeros a listing is in another order: 1, 10, 11, 2.
     labels = [f"label37/train/img37labels-{label_start + number}.png" for number in range(12)]
@@ -366,7 +452,13 @@ def test_repacked_sun_rgbd_is_paired_by_number_however_each_side_counts(tmp_path
 
 
 def test_repacked_sun_rgbd_test_images_keep_their_numbers(tmp_path: Path) -> None:
-    draw(tmp_path, "image/test/img-000002.jpg", "image/test/img-005050.jpg", "label37/test/img37labels-005050.png", "label37/test/img37labels-000002.png")
+    draw(
+        tmp_path,
+        "image/test/img-000002.jpg",
+        "image/test/img-005050.jpg",
+        "label37/test/img37labels-005050.png",
+        "label37/test/img37labels-000002.png",
+    )
     assert pairs(raw_samples(published("sun_rgbd_13"), tmp_path, "test"), tmp_path) == {
         "img-000002": ("image/test/img-000002.jpg", "label37/test/img37labels-000002.png"),
         "img-005050": ("image/test/img-005050.jpg", "label37/test/img37labels-005050.png"),
@@ -376,11 +468,15 @@ def test_repacked_sun_rgbd_test_images_keep_their_numbers(tmp_path: Path) -> Non
 def test_repacked_sun_rgbd_errors_name_the_file(tmp_path: Path) -> None:
     draw(tmp_path, "image/train/img-000001.jpg", "image/train/img-000002.jpg", "label37/train/img37labels-005052.png")
     message = refused(UserError, published("sun_rgbd"), tmp_path)
-    assert message.startswith(f"{tmp_path}/image/train/img-000001.jpg: has no mask; expected its number in {tmp_path}/label37/train.")
+    assert message.startswith(
+        f"{tmp_path}/image/train/img-000001.jpg: has no mask; expected its number in {tmp_path}/label37/train."
+    )
     draw(tmp_path, "image/train/1.jpg")
     assert "goes by the name img-005051" in refused(UserError, published("sun_rgbd"), tmp_path)
     draw(tmp_path, "image/train/img.jpg")
-    assert "image/train/img.jpg: SUN RGB-D is paired by number, and this name does not end in one." in refused(UserError, published("sun_rgbd"), tmp_path)
+    assert "image/train/img.jpg: SUN RGB-D is paired by number, and this name does not end in one." in refused(
+        UserError, published("sun_rgbd"), tmp_path
+    )
 
 
 SCENES = ["kv2/kinect2data/000002_a", "xtion/sun3ddata/b/0001", "realsense/lg/c", "kv1/NYUdata/NYU0001"]
@@ -398,7 +494,9 @@ def draw_official_sun(raw: Path, table: str = "SUNRGBDMeta.mat", variable: str =
         rows[0, number] = (f"SUNRGBD/{scene}", f"/n/fs/sun3d/data/SUNRGBD/{scene}/image/{number}.jpg")
     scipy_io.savemat(toolbox / "Metadata" / table, {variable: rows})
     folders = np.array([f"/n/fs/sun3d/data/SUNRGBD/{scene}" for scene in SCENES], dtype=object)
-    scipy_io.savemat(toolbox / "traintestSUNRGBD" / "allsplit.mat", {"alltest": folders[None, :2], "alltrain": folders[None, :1:-1]})
+    scipy_io.savemat(
+        toolbox / "traintestSUNRGBD" / "allsplit.mat", {"alltest": folders[None, :2], "alltrain": folders[None, :1:-1]}
+    )
     with h5py.File(toolbox / "Metadata" / "SUNRGBD2Dseg.mat", "w") as labels:
         cells = labels.create_dataset("SUNRGBD2Dseg/seglabel", (len(SCENES), 1), dtype=h5py.ref_dtype)
         for number in range(len(SCENES)):
@@ -406,12 +504,17 @@ def draw_official_sun(raw: Path, table: str = "SUNRGBDMeta.mat", variable: str =
             cells[number, 0] = labels.create_dataset(f"#refs#/{number}", data=content).ref
 
 
-@pytest.mark.parametrize(("table", "variable"), [("SUNRGBDMeta.mat", "SUNRGBDMeta"), ("SUNRGBDMeta2DBB_v2.mat", "SUNRGBDMeta2DBB")])
+@pytest.mark.parametrize(
+    ("table", "variable"), [("SUNRGBDMeta.mat", "SUNRGBDMeta"), ("SUNRGBDMeta2DBB_v2.mat", "SUNRGBDMeta2DBB")]
+)
 def test_official_sun_rgbd_takes_order_and_splits_from_its_tables(tmp_path: Path, table: str, variable: str) -> None:
     draw_official_sun(tmp_path, table, variable)
     domain = published("sun_rgbd")
     samples = raw_samples(domain, tmp_path, "train")
-    assert [(sample.key, sample.image.relative_to(tmp_path).as_posix(), sample.mask and sample.mask.cell) for sample in samples] == [
+    assert [
+        (sample.key, sample.image.relative_to(tmp_path).as_posix(), sample.mask and sample.mask.cell)
+        for sample in samples
+    ] == [
         ("img-000003", "SUNRGBD/realsense/lg/c/image/2.jpg", 2),
         ("img-000004", "SUNRGBD/kv1/NYUdata/NYU0001/image/3.jpg", 3),
     ]
@@ -426,22 +529,33 @@ def test_official_sun_rgbd_names_what_was_not_unpacked(tmp_path: Path) -> None:
     draw_official_sun(tmp_path)
     (tmp_path / "SUNRGBD/realsense/lg/c/image/2.jpg").unlink()
     message = refused(MissingRawFiles, published("sun_rgbd"), tmp_path)
-    assert message.startswith(f"{tmp_path}/SUNRGBD/realsense/lg/c/image/2.jpg: there is no such file, but SUNRGBDMeta.mat names it in split train.")
+    assert message.startswith(
+        f"{tmp_path}/SUNRGBD/realsense/lg/c/image/2.jpg: there is no such file, but SUNRGBDMeta.mat names it in split "
+        "train."
+    )
     (tmp_path / "SUNRGBDtoolbox/Metadata/SUNRGBD2Dseg.mat").unlink()
-    assert "SUNRGBD2Dseg.mat: there is no such file. Unpack SUNRGBDtoolbox.zip" in refused(MissingRawFiles, published("sun_rgbd"), tmp_path)
+    assert "SUNRGBD2Dseg.mat: there is no such file. Unpack SUNRGBDtoolbox.zip" in refused(
+        MissingRawFiles, published("sun_rgbd"), tmp_path
+    )
 
 
 def test_official_sun_rgbd_has_no_validation_split(tmp_path: Path) -> None:
     draw_official_sun(tmp_path)
     domain = replace(published("sun_rgbd"), splits={"val": Split()})
-    assert "allsplit.mat: has no list allval for the split val of sun_rgbd. SUN RGB-D has train and test." in refused(MissingRawFiles, domain, tmp_path, "val")
+    assert "allsplit.mat: has no list allval for the split val of sun_rgbd. SUN RGB-D has train and test." in refused(
+        MissingRawFiles, domain, tmp_path, "val"
+    )
 
 
 @pytest.mark.parametrize("package", ["h5py", "scipy.io"])
-def test_official_sun_rgbd_names_the_extra_that_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_official_sun_rgbd_names_the_extra_that_reads_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
     (tmp_path / "SUNRGBDtoolbox").mkdir()
     monkeypatch.setitem(sys.modules, package, None)
-    assert refused(UserError, published("sun_rgbd"), tmp_path).endswith("To read them: pip install multidomain-cct[sun_rgbd]")
+    assert refused(UserError, published("sun_rgbd"), tmp_path).endswith(
+        "To read them: pip install multidomain-cct[sun_rgbd]"
+    )
 
 
 # voc
@@ -462,9 +576,13 @@ def test_voc_takes_the_images_that_its_lists_name(tmp_path: Path, home: str) -> 
     draw_voc(tmp_path / home)
     prefix = f"{home}/" if home else ""
     assert pairs(raw_samples(published("pascal_voc"), tmp_path, "train"), tmp_path) == {
-        stem: (f"{prefix}JPEGImages/{stem}.jpg", f"{prefix}SegmentationClass/{stem}.png") for stem in ("2007_000000", "2007_000002")
+        stem: (f"{prefix}JPEGImages/{stem}.jpg", f"{prefix}SegmentationClass/{stem}.png")
+        for stem in ("2007_000000", "2007_000002")
     }
-    assert list(pairs(raw_samples(published("pascal_voc"), tmp_path, "val"), tmp_path)) == ["2007_000001", "2007_000003"]
+    assert list(pairs(raw_samples(published("pascal_voc"), tmp_path, "val"), tmp_path)) == [
+        "2007_000001",
+        "2007_000003",
+    ]
 
 
 def test_voc_reads_any_list_that_the_domain_names(tmp_path: Path) -> None:
@@ -490,21 +608,29 @@ def test_voc_augmented_masks_are_their_list_or_all_but_validation(tmp_path: Path
 def test_voc_without_the_augmented_masks_says_so(tmp_path: Path) -> None:
     draw_voc(tmp_path)
     message = refused(MissingRawFiles, published("pascal_voc"), tmp_path, "train_aug")
-    assert message == f"{tmp_path}/SegmentationClassAug: there is no such folder; split train_aug of pascal_voc needs it."
+    assert (
+        message == f"{tmp_path}/SegmentationClassAug: there is no such folder; split train_aug of pascal_voc needs it."
+    )
 
 
 def test_voc_unlabelled_images_are_those_that_no_list_names(tmp_path: Path) -> None:
     draw_voc(tmp_path, test=["4"])
-    assert pairs(raw_samples(published("pascal_voc"), tmp_path, "unlabelled"), tmp_path) == {"2007_000005": ("JPEGImages/2007_000005.jpg", None)}
+    assert pairs(raw_samples(published("pascal_voc"), tmp_path, "unlabelled"), tmp_path) == {
+        "2007_000005": ("JPEGImages/2007_000005.jpg", None)
+    }
     (tmp_path / "ImageSets" / "Segmentation" / "val.txt").unlink()
     # Without the list, validation images would be taken for unlabelled ones.
-    assert "Segmentation/val.txt: there is no such file." in refused(MissingRawFiles, published("pascal_voc"), tmp_path, "unlabelled")
+    assert "Segmentation/val.txt: there is no such file." in refused(
+        MissingRawFiles, published("pascal_voc"), tmp_path, "unlabelled"
+    )
 
 
 def test_a_voc_list_that_the_files_do_not_bear_out_is_refused(tmp_path: Path) -> None:
     draw_voc(tmp_path, train=["0", "4"])
     message = refused(UserError, published("pascal_voc"), tmp_path)
-    assert message.startswith(f"{tmp_path}/JPEGImages/2007_000004.jpg: has no mask; expected {tmp_path}/SegmentationClass/2007_000004.png.")
+    assert message.startswith(
+        f"{tmp_path}/JPEGImages/2007_000004.jpg: has no mask; expected {tmp_path}/SegmentationClass/2007_000004.png."
+    )
     (tmp_path / "JPEGImages" / "2007_000004.jpg").unlink()
     assert "train.txt: names 2007_000004, and " in refused(UserError, published("pascal_voc"), tmp_path)
 

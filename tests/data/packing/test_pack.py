@@ -27,7 +27,11 @@ from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.errors import UserError
 
 CLASSES = (LabelClass("road", (200, 40, 40), ids=(7,)), LabelClass("car", (40, 180, 60), ids=(3, 26)))
-SPLITS = {"train": Split("images/train/*", "masks/train/*.png"), "val": Split("images/val/*", "masks/val/*.png"), "more": Split("images/more/*")}
+SPLITS = {
+    "train": Split("images/train/*", "masks/train/*.png"),
+    "val": Split("images/val/*", "masks/val/*.png"),
+    "more": Split("images/more/*"),
+}
 STREET = Domain("street", "folder", SPLITS, CLASSES)
 SMALL_SHARDS = 6000
 """Bytes a shard in which a handful of the drawn images fit."""
@@ -64,7 +68,11 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def digests(out: Path) -> dict[str, str]:
     """sha256 of every file, hidden ones included."""
-    return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(out.rglob("*"))
+        if path.is_file()
+    }
 
 
 def identity(out: Path) -> dict[str, tuple[int, int]]:
@@ -121,7 +129,9 @@ def test_the_order_in_the_shards_hangs_on_the_seed_and_is_not_the_listings(raw: 
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_packing_again_after_an_interruption_goes_on_behind_the_finished_shards(raw: Path, tmp_path: Path, workers: int) -> None:
+def test_packing_again_after_an_interruption_goes_on_behind_the_finished_shards(
+    raw: Path, tmp_path: Path, workers: int
+) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     expected = pack(STREET, raw, "train", whole, workers=1, max_shard_bytes=SMALL_SHARDS)
     with pytest.raises(KeyboardInterrupt):
@@ -180,7 +190,9 @@ def test_shards_of_another_packing_are_refused_and_stay(raw: Path, tmp_path: Pat
         index_path(shard).unlink()
     before = identity(tmp_path)
     message = refused(domain, source, "train", tmp_path, workers=1, seed=seed)
-    assert message.startswith(f"{shard} was packed from other raw files, another class table or other settings. Remove it")
+    assert message.startswith(
+        f"{shard} was packed from other raw files, another class table or other settings. Remove it"
+    )
     assert identity(tmp_path) == before
 
 
@@ -221,7 +233,9 @@ def test_a_raw_id_without_a_class_is_an_error_where_the_domain_says_so(tmp_path:
     ids[:2] = 99
     save_mask(raw / "masks/train/img_01.png", ids)
     message = refused(replace(STREET, unknown="error"), raw, "train", tmp_path / "out", workers=1)
-    assert message.startswith(f"{raw / 'masks/train/img_01.png'}: 32 pixels have the id 99, which no class of street names")
+    assert message.startswith(
+        f"{raw / 'masks/train/img_01.png'}: 32 pixels have the id 99, which no class of street names"
+    )
     assert pack(STREET, raw, "train", tmp_path / "out", workers=1).unknown == {"99": 32}
 
 
@@ -248,7 +262,9 @@ def test_the_summary_counts_images_pixels_unknown_values_and_sizes(tmp_path: Pat
     assert summary.images == summary.labelled == 4 and summary.shards == 1
     assert summary.unknown == {"9": 30, "200": 10}
     assert summary.sizes == {"16x12": 3, "10x8": 1}
-    assert summary.image_bytes == sum(len(content) for name, content in members(tmp_path / "out").items() if name.endswith(".jpg"))
+    assert summary.image_bytes == sum(
+        len(content) for name, content in members(tmp_path / "out").items() if name.endswith(".jpg")
+    )
     assert ignored_share(summary) == counts[IGNORE] / (3 * 16 * 12 + 80)
     assert ignored_share(Summary()) == 0
 
@@ -260,7 +276,9 @@ def test_packed_shards_read_back_to_the_original_ids(raw: Path, tmp_path: Path) 
     to_train = {7: 0, 3: 1, 26: 1, 255: IGNORE}
     for number, key in enumerate(shards.keys):
         image, mask = decode(shards.read(number), STREET)
-        assert np.asarray(mask).tolist() == [[to_train[value] for value in row] for row in raw_ids(int(key[-2:]), (16, 12)).tolist()]
+        assert np.asarray(mask).tolist() == [
+            [to_train[value] for value in row] for row in raw_ids(int(key[-2:]), (16, 12)).tolist()
+        ]
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(raw / "images/train" / f"{key}.jpg")))
 
 
@@ -289,7 +307,9 @@ def test_masks_are_grey_pngs_of_8_bits_whose_rows_are_stored_as_they_are(raw: Pa
         width, height, *kind = struct.unpack(">IIBBBBB", content[16:29])
         assert ids.shape == (height, width) and kind == [8, 0, 0, 0, 0]
         start = content.index(b"IDAT")
-        rows = np.frombuffer(zlib.decompress(content[start + 4 : start + 4 + int.from_bytes(content[start - 4 : start])]), dtype=np.uint8)
+        rows = np.frombuffer(
+            zlib.decompress(content[start + 4 : start + 4 + int.from_bytes(content[start - 4 : start])]), dtype=np.uint8
+        )
         assert np.array_equal(rows.reshape(height, width + 1), np.pad(ids, ((0, 0), (1, 0))))
 
 
@@ -345,8 +365,13 @@ def test_exif_orientation_is_applied_to_the_image_and_fits_an_upright_mask(tmp_p
 # Sizes
 
 
-@given(size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)), box=st.none() | st.tuples(st.integers(1, 2000), st.integers(1, 2000)))
-def test_a_stored_image_fits_the_box_keeps_its_aspect_ratio_and_is_never_enlarged(size: tuple[int, int], box: tuple[int, int] | None) -> None:
+@given(
+    size=st.tuples(st.integers(1, 4000), st.integers(1, 4000)),
+    box=st.none() | st.tuples(st.integers(1, 2000), st.integers(1, 2000)),
+)
+def test_a_stored_image_fits_the_box_keeps_its_aspect_ratio_and_is_never_enlarged(
+    size: tuple[int, int], box: tuple[int, int] | None
+) -> None:
     width, height = fitted_size(size, box)
     if box is None or (size[0] <= box[0] and size[1] <= box[1]):
         assert (width, height) == size

@@ -106,12 +106,17 @@ def test_ids_beyond_sixteen_bits_are_unknown_not_wrapped_around(tmp_path: Path) 
     expected = ([[1, 0, IGNORE, IGNORE, IGNORE]], {"-1": 1, "65536": 1, "65539": 1})
     assert read(path, classes=classes, ignore_ids=(255,)) == expected
     train_ids, unknown = read_mask(MaskFile(path, train_ids=True), domain())
-    assert (train_ids.tolist(), unknown) == ([[IGNORE, 0, IGNORE, IGNORE, IGNORE]], {"-1": 1, "1000": 1, "65536": 1, "65539": 1})
+    assert (train_ids.tolist(), unknown) == (
+        [[IGNORE, 0, IGNORE, IGNORE, IGNORE]],
+        {"-1": 1, "1000": 1, "65536": 1, "65539": 1},
+    )
 
 
 def test_colours_are_looked_up_exactly(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
-    colors = np.array([[[128, 64, 128], [1, 2, 3], [0, 0, 142]], [[0, 0, 0], [128, 64, 129], [255, 255, 255]]], dtype=np.uint8)
+    colors = np.array(
+        [[[128, 64, 128], [1, 2, 3], [0, 0, 142]], [[0, 0, 0], [128, 64, 129], [255, 255, 255]]], dtype=np.uint8
+    )
     Image.fromarray(colors).save(path)
     assert read(path) == ([[0, 0, 1], [IGNORE, IGNORE, IGNORE]], {"#804081": 1, "#ffffff": 1})
 
@@ -159,14 +164,19 @@ def test_the_labels_of_a_matlab_table_are_turned_upright(tmp_path: Path) -> None
     train_ids, unknown = read_mask(MaskFile(path, cell=0), domain())
     assert (train_ids.tolist(), unknown) == (TRAIN_IDS, {"4": 1})
     assert read_mask(MaskFile(path, cell=1), domain())[0].shape == (2, 2)
-    with pytest.raises(UserError, match=r"SUNRGBD2Dseg.mat: the labels of image 3 cannot be read .* Fetch SUNRGBDtoolbox.zip again"):
+    with pytest.raises(
+        UserError, match=r"SUNRGBD2Dseg.mat: the labels of image 3 cannot be read .* Fetch SUNRGBDtoolbox.zip again"
+    ):
         read_mask(MaskFile(path, cell=2), domain())
 
 
 def test_an_unknown_id_is_an_error_where_the_domain_says_so(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     Image.fromarray(np.array([[0, 255, 9, 9, 9, 12]], dtype=np.uint8)).save(path)
-    message = r"mask.png: 3 pixels have the id 9, which no class of street names, and 1 more such values. Add it to a class or to ignore_ids."
+    message = (
+        r"mask.png: 3 pixels have the id 9, which no class of street names, and 1 more such values. Add it to a class "
+        r"or to ignore_ids."
+    )
     with pytest.raises(UserError, match=message):
         read(path, unknown="error")
     assert read(path, unknown="error", ignore_ids=(0, 9, 12, 255)) == ([[IGNORE] * 6], {})
@@ -175,14 +185,21 @@ def test_an_unknown_id_is_an_error_where_the_domain_says_so(tmp_path: Path) -> N
 def test_an_unknown_colour_is_an_error_where_the_domain_says_so(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     Image.fromarray(np.full((2, 2, 3), 200, dtype=np.uint8)).save(path)
-    with pytest.raises(UserError, match="mask.png: 4 pixels have the colour #c8c8c8, which no class of street names. Add it to a class or to ignore_colors."):
+    with pytest.raises(
+        UserError,
+        match="mask.png: 4 pixels have the colour #c8c8c8, which no class of street names. Add it to a class or to "
+        "ignore_colors.",
+    ):
         read(path, unknown="error")
 
 
 def test_jpeg_masks_are_refused_whatever_their_name(tmp_path: Path) -> None:
     path = tmp_path / "mask.png"
     Image.fromarray(IDS.astype(np.uint8)).save(path, "JPEG")
-    with pytest.raises(UserError, match="mask.png: the mask is JPEG-compressed, which changes labels along every border. Export it as PNG."):
+    with pytest.raises(
+        UserError,
+        match="mask.png: the mask is JPEG-compressed, which changes labels along every border. Export it as PNG.",
+    ):
         read(path)
 
 
@@ -197,7 +214,9 @@ def test_tiff_masks_with_jpeg_inside_are_refused(tmp_path: Path) -> None:
 def test_pixels_that_are_neither_ids_nor_colours_are_refused(tmp_path: Path, mode: str) -> None:
     path = tmp_path / "mask.tif"
     Image.new(mode, (4, 4)).save(path)
-    with pytest.raises(UserError, match=f"mask.tif: the mask has pixels of Pillow's mode {mode}. Export it as 8- or 16-bit ids"):
+    with pytest.raises(
+        UserError, match=f"mask.tif: the mask has pixels of Pillow's mode {mode}. Export it as 8- or 16-bit ids"
+    ):
         read(path)
 
 
@@ -209,7 +228,9 @@ def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
     flipped = content[:60] + bytes([content[60] ^ 0xFF]) + content[61:]
     for damage in (b"", b"no picture", content[: len(content) // 2], content[:20], flipped):
         broken.write_bytes(damage)
-        with pytest.raises(UserError, match=r"broken.png: the mask cannot be read \(.*Masks are PNG, BMP, TIFF or GIF files"):
+        with pytest.raises(
+            UserError, match=r"broken.png: the mask cannot be read \(.*Masks are PNG, BMP, TIFF or GIF files"
+        ):
             read(broken)
     with pytest.raises(UserError, match=r"absent.png: the mask cannot be read"):
         read(tmp_path / "absent.png")
@@ -220,7 +241,9 @@ def test_a_mask_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatc
     Image.fromarray(np.zeros((10, 15), dtype=np.uint8)).save(path)
     for limit in (100, 70):  # Pillow warns above its limit, and raises above twice that.
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(UserError, match=r"mask.png: the mask is too large to be read safely .*Cut image and mask into tiles"):
+        with pytest.raises(
+            UserError, match=r"mask.png: the mask is too large to be read safely .*Cut image and mask into tiles"
+        ):
             read(path)
 
 
@@ -229,13 +252,21 @@ def test_a_mask_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatc
 def test_the_picture_of_a_mask_holds_what_the_array_holds(tmp_path: Path, mode: str, names_all: bool) -> None:
     ids = np.random.default_rng(0).integers(0, 2, (9, 7)).astype(np.uint8)
     ids[0, 0] = 0 if names_all else 1
-    image = Image.fromarray(ids * 255).convert("1") if mode == "1" else Image.fromarray(ids.astype(np.uint16) if mode == "I;16" else ids)
+    image = (
+        Image.fromarray(ids * 255).convert("1")
+        if mode == "1"
+        else Image.fromarray(ids.astype(np.uint16) if mode == "I;16" else ids)
+    )
     if mode == "P":
         image.putpalette([9, 9, 9, 200, 0, 0])
     if mode == "RGB":
         image = Image.fromarray(np.stack([ids * 10] * 3, axis=2))
     image.save(tmp_path / "mask.png")
-    classes = (LabelClass("a", (0, 0, 0)), LabelClass("b", (10, 10, 10))) if names_all else (LabelClass("a", (0, 0, 0), ids=(0,)),)
+    classes = (
+        (LabelClass("a", (0, 0, 0)), LabelClass("b", (10, 10, 10)))
+        if names_all
+        else (LabelClass("a", (0, 0, 0), ids=(0,)),)
+    )
     domain = Domain("two", "folder", {"train": Split("*.jpg", "*.png")}, classes)
     expected, unknown = read_mask(MaskFile(tmp_path / "mask.png"), domain)
     picture, counted = mask_picture(MaskFile(tmp_path / "mask.png"), domain)

@@ -43,7 +43,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
     with ShardWriter(folder, "train") as writer:
         for number in range(SAMPLES):
             image = io.BytesIO()
-            Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(image, "JPEG")
+            Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+                image, "JPEG"
+            )
             writer.write(f"{number:02d}", image=image.getvalue(), mask=None, meta=b"{}")
             if number % 4 == 3 and number + 1 < SAMPLES:
                 writer.publish()
@@ -62,7 +64,9 @@ def contents(shards: Shards) -> list[tuple[str, bytes]]:
 
 
 @pytest.mark.parametrize("fault", ["drop", "500", "503", "truncate", "stall", "slow", "other bytes", "no ranges"])
-def test_no_sample_is_lost_to_a_server_that_makes_trouble_twice_with_every_file(server: Server, tmp_path: Path, fault: str) -> None:
+def test_no_sample_is_lost_to_a_server_that_makes_trouble_twice_with_every_file(
+    server: Server, tmp_path: Path, fault: str
+) -> None:
     local = contents(Shards.open(server.folder, "train"))
     server.everywhere = [fault, fault]
     if fault == "other bytes":
@@ -74,7 +78,9 @@ def test_no_sample_is_lost_to_a_server_that_makes_trouble_twice_with_every_file(
 
 
 @pytest.mark.parametrize("fault", ["drop", "500", "truncate", "stall", "other bytes"])
-def test_a_file_that_never_comes_ends_in_one_line_after_a_bounded_number_of_attempts(server: Server, tmp_path: Path, fault: str) -> None:
+def test_a_file_that_never_comes_ends_in_one_line_after_a_bounded_number_of_attempts(
+    server: Server, tmp_path: Path, fault: str
+) -> None:
     shards = opened(server, tmp_path / "cache")
     # What comes in halves is whole after a few more attempts than these.
     server.faults["train-00002.tar"] = [fault] * 99
@@ -87,20 +93,32 @@ def test_a_file_that_never_comes_ends_in_one_line_after_a_bounded_number_of_atte
 HURRIED = Patience(attempts=3, wait=0.01, stall=5.0, grace=0.3, least_rate=4000.0)
 
 
-def test_a_server_that_trickles_below_the_least_rate_is_given_up_and_asked_again_from_there(server: Server, tmp_path: Path) -> None:
+def test_a_server_that_trickles_below_the_least_rate_is_given_up_and_asked_again_from_there(
+    server: Server, tmp_path: Path
+) -> None:
     """The whole file would be allowed some seconds at this rate; what has come, a fraction of one."""
     name = "train-00002.tar"
     server.faults[name] = ["trickle"] * 99
     with pytest.raises(SourceError, match=rf"{name}: not fetched in 3 attempts \(the last: less than 4 KiB a second\)"):
         download(f"{server.address}/{name}", tmp_path / "a", patience=HURRIED)
     starts = server.starts[name]
-    assert len(starts) == 3 and 0 == starts[0] < starts[1] < starts[2] < (tmp_path / "a").stat().st_size < (server.folder / name).stat().st_size / 4
+    assert (
+        len(starts) == 3
+        and 0
+        == starts[0]
+        < starts[1]
+        < starts[2]
+        < (tmp_path / "a").stat().st_size
+        < (server.folder / name).stat().st_size / 4
+    )
     server.faults[name] = []
     download(f"{server.address}/{name}", tmp_path / "a", patience=HURRIED)
     assert (tmp_path / "a").read_bytes() == (server.folder / name).read_bytes() and server.starts[name][3] > starts[2]
 
 
-def test_a_file_of_unknown_length_may_take_longer_than_the_grace_when_it_comes_fast_enough(server: Server, tmp_path: Path) -> None:
+def test_a_file_of_unknown_length_may_take_longer_than_the_grace_when_it_comes_fast_enough(
+    server: Server, tmp_path: Path
+) -> None:
     name = "train-00002.tar"
     server.faults[name] = ["no length"]
     download(f"{server.address}/{name}", tmp_path / "a", patience=Patience(attempts=1, grace=0.1, least_rate=1000.0))
@@ -146,15 +164,25 @@ def test_processes_share_the_cache_and_fetch_each_file_once(server: Server, tmp_
     for process in processes:
         process.join(60)
     found = [path.read_text() for path in (tmp_path / "results").iterdir()]
-    assert len(found) == 3 and set(found) == {hashlib.sha256(repr(contents(Shards.open(server.folder, "train"))).encode()).hexdigest()}
+    assert len(found) == 3 and set(found) == {
+        hashlib.sha256(repr(contents(Shards.open(server.folder, "train"))).encode()).hexdigest()
+    }
     assert all(count == 1 for name, count in server.requests.items() if not name.endswith("catalogue"))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_run_reads_remote_shards_in_windows_and_sees_every_sample_once(server: Server, tmp_path: Path, workers: int) -> None:
+def test_a_run_reads_remote_shards_in_windows_and_sees_every_sample_once(
+    server: Server, tmp_path: Path, workers: int
+) -> None:
     data = DataSettings(
-        shards=str(tmp_path / "none"), unlabelled_batch=4, crop=[16, 16], window=2, remote=["http"], cache=str(tmp_path / "cache"), cache_gib=0.001
+        shards=str(tmp_path / "none"),
+        unlabelled_batch=4,
+        crop=[16, 16],
+        window=2,
+        remote=["http"],
+        cache=str(tmp_path / "cache"),
+        cache_gib=0.001,
     )
     streams = open_streams(DOMAIN, DomainSettings(labelled="none", remote=server.address), data)
     batches = list(steps(TrainingSet([streams], seed=1, augment=Augment()), 0, SAMPLES // 4, workers=workers))
@@ -177,7 +205,9 @@ def test_a_run_reads_remote_shards_in_windows_and_sees_every_sample_once(server:
         ("http://host/a", [], r"write data.remote=\[http\]"),
     ],
 )
-def test_an_address_that_is_not_plain_or_not_allowed_is_refused_without_repeating_it(address: str, allowed: list[str], message: str) -> None:
+def test_an_address_that_is_not_plain_or_not_allowed_is_refused_without_repeating_it(
+    address: str, allowed: list[str], message: str
+) -> None:
     with pytest.raises(UserError, match=message) as error:
         require_address(address, allowed, "domains.yard.remote")
     assert "hunter2" not in str(error.value)
@@ -237,14 +267,22 @@ def test_troubles_of_the_s3_library_are_tried_again_and_end_in_one_line(bucket: 
     download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)
     assert (tmp_path / "a").read_bytes() == b"0123456789" and not bucket.answers
     bucket.answers = [LibraryError("Unable to locate\ncredentials")] * 5
-    with pytest.raises(SourceError, match=r"^s3://bucket/a.tar: not fetched in 5 attempts \(the last: Unable to locate credentials\)"):
+    with pytest.raises(
+        SourceError, match=r"^s3://bucket/a.tar: not fetched in 5 attempts \(the last: Unable to locate credentials\)"
+    ):
         download("s3://bucket/a.tar", tmp_path / "b", patience=QUICK)
 
 
 @pytest.mark.parametrize(
-    ("trouble", "message"), [(FileNotFoundError("bucket/a.tar"), "there is no such file"), (PermissionError("Forbidden"), "it may not be read")]
+    ("trouble", "message"),
+    [
+        (FileNotFoundError("bucket/a.tar"), "there is no such file"),
+        (PermissionError("Forbidden"), "it may not be read"),
+    ],
 )
-def test_what_s3_will_not_give_is_asked_for_once(bucket: type[Bucket], tmp_path: Path, trouble: Exception, message: str) -> None:
+def test_what_s3_will_not_give_is_asked_for_once(
+    bucket: type[Bucket], tmp_path: Path, trouble: Exception, message: str
+) -> None:
     bucket.answers = [LibraryError("busy"), trouble, LibraryError("asked again")]
     with pytest.raises(SourceError, match=rf"^s3://bucket/a.tar: {message} \("):
         download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)
@@ -253,5 +291,7 @@ def test_what_s3_will_not_give_is_asked_for_once(bucket: type[Bucket], tmp_path:
 
 def test_s3_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(UserError, match=r"s3 needs packages that are not installed.*pip install 'multidomain-cct\[remote\]'"):
+    with pytest.raises(
+        UserError, match=r"s3 needs packages that are not installed.*pip install 'multidomain-cct\[remote\]'"
+    ):
         download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)

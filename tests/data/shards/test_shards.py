@@ -35,7 +35,9 @@ def write_split(folder: Path, count: int = 5, **options: int) -> list[Path]:
         for number in range(count):
             if options.get("per_shard") and number and number % options["per_shard"] == 0:
                 writer.publish()
-            writer.write(f"image_{number}", image=jpeg(number), mask=png(number) if number % 2 == 0 else None, meta=b"{}")
+            writer.write(
+                f"image_{number}", image=jpeg(number), mask=png(number) if number % 2 == 0 else None, meta=b"{}"
+            )
     return writer.finished
 
 
@@ -56,7 +58,9 @@ def test_an_unlabelled_read_opens_no_mask(tmp_path: Path) -> None:
     assert Shards.open(tmp_path, "train").read(0, with_mask=False).mask is None
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")  # webdataset leaves its file to the collector
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning"
+)  # webdataset leaves its file to the collector
 def test_plain_webdataset_reads_the_shards(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
@@ -173,7 +177,9 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
 
 
 def test_absent_shards_name_the_pack_command(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"has no val shards. Make them: python -m multidomain_cct pack camvid --raw FOLDER --split val"):
+    with pytest.raises(
+        UserError, match=r"has no val shards. Make them: python -m multidomain_cct pack camvid --raw FOLDER --split val"
+    ):
         Shards.open(tmp_path / "camvid", "val")
 
 
@@ -196,7 +202,11 @@ def test_the_shards_of_an_interrupted_packing_are_refused_with_the_command_that_
     with ShardWriter(tmp_path / "yard", "train", note=lambda: {"total": 5}) as writer:
         for number in range(3):
             writer.write(f"image_{number}", image=jpeg(number), mask=None, meta=b"{}")
-    with pytest.raises(UserError, match=r"hold 3 of 5 images; packing was interrupted.*python -m multidomain_cct pack yard --raw FOLDER --split train"):
+    with pytest.raises(
+        UserError,
+        match=r"hold 3 of 5 images; packing was interrupted.*python -m multidomain_cct pack yard --raw FOLDER --split "
+        r"train",
+    ):
         Shards.open(tmp_path / "yard", "train")
 
 
@@ -217,7 +227,11 @@ def test_a_split_opens_by_its_catalogue_and_reads_the_same(tmp_path: Path, capsy
     assert main(["index", "--catalogue", str(tmp_path / "train-00001.tar")]) == 0
     assert "train.catalogue: 5 samples in 3 shard(s)" in capsys.readouterr().out
     listed = Shards.open(tmp_path, "train")
-    assert list(listed.keys) == list(plain.keys) and listed.labelled.tolist() == plain.labelled.tolist() and listed.fingerprint == plain.fingerprint
+    assert (
+        list(listed.keys) == list(plain.keys)
+        and listed.labelled.tolist() == plain.labelled.tolist()
+        and listed.fingerprint == plain.fingerprint
+    )
     assert [listed.read(number) for number in (4, 0, 3)] == [plain.read(number) for number in (4, 0, 3)]
 
 
@@ -249,7 +263,10 @@ def test_verifying_names_the_field_that_changed(tmp_path: Path, capsys: pytest.C
     assert main(["index", "--verify", str(path)]) == 0 and "5 samples, as they were indexed" in capsys.readouterr().out
     index = ShardIndex.load(index_path(path))
     whole = path.read_bytes()
-    for place, message in ((index.offset[2, 1] + 9, "key 'image_2': the mask differs"), (index.offset[2, 0] - 300, "a tar header or padding differs")):
+    for place, message in (
+        (index.offset[2, 1] + 9, "key 'image_2': the mask differs"),
+        (index.offset[2, 0] - 300, "a tar header or padding differs"),
+    ):
         content = bytearray(whole)
         content[place] ^= 1
         path.write_bytes(content)
@@ -262,7 +279,12 @@ def test_an_index_of_an_earlier_version_is_refused_and_made_again_with_its_notes
     path = writer.finished[0]
     index = ShardIndex.load(index_path(path))
     facts = {"schema": "multidomain_cct.index.1", "shard_bytes": index.shard_bytes, "notes": index.notes}
-    arrays = {"keys": np.frombuffer(b"a", dtype=np.uint8), "offset": index.offset, "size": index.size, "crc32": index.crc32}
+    arrays = {
+        "keys": np.frombuffer(b"a", dtype=np.uint8),
+        "offset": index.offset,
+        "size": index.size,
+        "crc32": index.crc32,
+    }
     index_path(path).write_bytes(save(arrays, metadata={"index": json.dumps(facts)}))
     with pytest.raises(UserError, match=r"has the schema 'multidomain_cct.index.1'.*python -m multidomain_cct index"):
         Shards.of([path])

@@ -28,12 +28,18 @@ def read_split(folder: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Images (N, H, W, 3) and masks (N, H, W)."""
     images = sorted((folder / "images" / split).iterdir())
     masks = sorted((folder / "masks" / split).iterdir())
-    return np.stack([np.asarray(Image.open(path)) for path in images]), np.stack([np.asarray(Image.open(path)) for path in masks])
+    return np.stack([np.asarray(Image.open(path)) for path in images]), np.stack(
+        [np.asarray(Image.open(path)) for path in masks]
+    )
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, bytes]]:
     """Time of writing and bytes of every file."""
-    return {str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_raw_tree_holds_one_mask_for_each_image_and_nothing_else(rendered: tuple[str, Path]) -> None:
@@ -45,7 +51,10 @@ def test_a_raw_tree_holds_one_mask_for_each_image_and_nothing_else(rendered: tup
 def test_images_are_rgb_and_masks_are_eight_bit_ids_of_the_same_size(rendered: tuple[str, Path]) -> None:
     _, folder = rendered
     for split in SPLITS:
-        with Image.open(folder / "images" / split / f"{split}_000.jpg") as image, Image.open(folder / "masks" / split / f"{split}_000.png") as mask:
+        with (
+            Image.open(folder / "images" / split / f"{split}_000.jpg") as image,
+            Image.open(folder / "masks" / split / f"{split}_000.png") as mask,
+        ):
             assert (image.mode, mask.mode) == ("RGB", "L")
             assert image.size == mask.size == (WIDTH, HEIGHT)
 
@@ -87,9 +96,14 @@ def test_color_alone_does_not_give_the_class_away(rendered: tuple[str, Path]) ->
     (train_images, train_masks), (val_images, val_masks) = read_split(folder, "train"), read_split(folder, "val")
     bins = [(images // 16).astype(np.int64) @ np.array([256, 16, 1]) for images in (train_images, val_images)]
     num_classes = len(CLASSES[name])
-    votes = np.bincount((bins[0] * num_classes + train_masks).ravel(), minlength=4096 * num_classes).reshape(4096, num_classes)
+    votes = np.bincount((bins[0] * num_classes + train_masks).ravel(), minlength=4096 * num_classes).reshape(
+        4096, num_classes
+    )
     predicted = votes.argmax(axis=1)[bins[1]]
-    iou = [((predicted == c) & (val_masks == c)).sum() / ((predicted == c) | (val_masks == c)).sum() for c in range(num_classes)]
+    iou = [
+        ((predicted == c) & (val_masks == c)).sum() / ((predicted == c) | (val_masks == c)).sum()
+        for c in range(num_classes)
+    ]
     assert np.mean(iou) < 0.4
 
 
@@ -103,11 +117,18 @@ def test_rendering_again_changes_nothing(rendered: tuple[str, Path]) -> None:
 def test_missing_files_come_back_with_the_same_bytes(rendered: tuple[str, Path]) -> None:
     name, folder = rendered
     before = snapshot(folder)
-    for missing in ("images/train/train_007.jpg", "masks/train/train_123.png", "images/val/val_000.jpg", "masks/val/val_000.png"):
+    for missing in (
+        "images/train/train_007.jpg",
+        "masks/train/train_123.png",
+        "images/val/val_000.jpg",
+        "masks/val/val_000.png",
+    ):
         (folder / missing).unlink()
     render_toy(name, folder)
     after = snapshot(folder)
-    assert {path: content for path, (_, content) in after.items()} == {path: content for path, (_, content) in before.items()}
+    assert {path: content for path, (_, content) in after.items()} == {
+        path: content for path, (_, content) in before.items()
+    }
 
 
 def test_a_name_that_is_no_toy_is_refused_and_nothing_is_written(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The diagnosis measures what it says: distances to neighbours, borders on a grid, and how well the ones find the others."""
+"""The diagnosis measures what it says: distances to neighbours, borders on a grid, and how well the ones find the
+others.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,13 @@ from multidomain_cct.results.smoothness.diagnosis import (
     trained_encoder,
 )
 from multidomain_cct.results.smoothness.panel import chosen_stages, outline, write_panel
-from multidomain_cct.results.smoothness.variation import Tally, area_under_curve, class_borders, image_patches, local_variation
+from multidomain_cct.results.smoothness.variation import (
+    Tally,
+    area_under_curve,
+    class_borders,
+    image_patches,
+    local_variation,
+)
 from multidomain_cct.training.checkpoints.checkpoint import load_run
 
 AROUND = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
@@ -47,8 +55,14 @@ def slow_variation(features: np.ndarray) -> np.ndarray:
     result = np.zeros((height, width))
     for row in range(height):
         for column in range(width):
-            near = [(row + down, column + right) for down, right in AROUND if 0 <= row + down < height and 0 <= column + right < width]
-            result[row, column] = np.mean([np.linalg.norm(features[:, row, column] - features[:, y, x]) for y, x in near])
+            near = [
+                (row + down, column + right)
+                for down, right in AROUND
+                if 0 <= row + down < height and 0 <= column + right < width
+            ]
+            result[row, column] = np.mean(
+                [np.linalg.norm(features[:, row, column] - features[:, y, x]) for y, x in near]
+            )
     return result
 
 
@@ -60,7 +74,11 @@ def slow_area(values: np.ndarray, border: np.ndarray) -> float:
 
 def image_of(subject: Subject, stride: int = 8) -> Subject:
     """A subject with one stage: the mean colour of each patch."""
-    return replace(subject, stages=(Stage("mean", stride, 3),), features=lambda image: [torch.nn.functional.avg_pool2d(image.float(), stride)])
+    return replace(
+        subject,
+        stages=(Stage("mean", stride, 3),),
+        features=lambda image: [torch.nn.functional.avg_pool2d(image.float(), stride)],
+    )
 
 
 MEAN = image_of(Subject("mean colour", (), lambda image: []))
@@ -99,10 +117,18 @@ def test_a_border_is_where_a_patch_and_its_neighbours_hold_two_classes(finer: in
     ids = np.kron(small, np.ones((2 * finer, 2 * finer), dtype=np.uint8))  # classes change every half patch
     border, counted = class_borders(torch.from_numpy(ids), (16, 18), stride=4, num_classes=2)
     patch = 4 * finer
-    held = [[set(np.unique(ids[patch * r : patch * (r + 1), patch * c : patch * (c + 1)]).tolist()) - {255} for c in range(4)] for r in range(4)]
+    held = [
+        [
+            set(np.unique(ids[patch * r : patch * (r + 1), patch * c : patch * (c + 1)]).tolist()) - {255}
+            for c in range(4)
+        ]
+        for r in range(4)
+    ]
     for r in range(4):
         for c in range(4):
-            near = set().union(*(held[y][x] for y in range(max(0, r - 1), min(4, r + 2)) for x in range(max(0, c - 1), min(4, c + 2))))
+            near = set().union(
+                *(held[y][x] for y in range(max(0, r - 1), min(4, r + 2)) for x in range(max(0, c - 1), min(4, c + 2)))
+            )
             assert bool(counted[r, c]) == bool(held[r][c])
             assert bool(border[r, c]) == (len(near) > 1)
     assert not counted.all() and border.any() and not border.all()
@@ -163,17 +189,26 @@ def test_padding_is_not_measured() -> None:
 
 
 def test_an_image_smaller_than_a_patch_has_no_figure() -> None:
-    (result,) = measure(image_of(MEAN, 32), torch.zeros(3, 20, 40, dtype=torch.uint8), ids=torch.zeros(20, 40, dtype=torch.uint8), num_classes=2)
+    (result,) = measure(
+        image_of(MEAN, 32),
+        torch.zeros(3, 20, 40, dtype=torch.uint8),
+        ids=torch.zeros(20, 40, dtype=torch.uint8),
+        num_classes=2,
+    )
     assert result.features.shape == (0, 1) and result.area is None
 
 
 @pytest.mark.parametrize("norm", ["shared", "per_domain", "frozen"])
 @pytest.mark.parametrize("context", ["psp", "fpn"])
 def test_the_stages_of_a_trained_encoder_end_with_what_its_context_module_reads(norm: str, context: str) -> None:
-    settings = EncoderSettings("test_resnet", stride=32 if context == "psp" else 4, context=context, width=32, norm=norm)
+    settings = EncoderSettings(
+        "test_resnet", stride=32 if context == "psp" else 4, context=context, width=32, norm=norm
+    )
     encoder = Encoder(settings, ["fields", "shapes"])
     image = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
-    encoder(torch.cat([image, image.flip(-1), image // 2, image]), [("fields", 2), ("shapes", 2)])  # the domains' statistics part
+    encoder(
+        torch.cat([image, image.flip(-1), image // 2, image]), [("fields", 2), ("shapes", 2)]
+    )  # the domains' statistics part
     encoder.eval()
     levels = encoder_stages(encoder, settings, domain="shapes", domains=["fields", "shapes"])
     assert levels.strides == (2, 4, 8, 16, 32)
@@ -182,7 +217,9 @@ def test_the_stages_of_a_trained_encoder_end_with_what_its_context_module_reads(
         wanted = encoder(image, [("shapes", 1)])
         encoder.segments.parts = (("shapes", 1),)
         assert torch.equal(encoder.context(found[1:] if context == "fpn" else found[-1:]), wanted)
-    assert [tuple(level.shape[1:]) for level in found] == [(c, 64 // s, 96 // s) for c, s in zip(levels.channels, levels.strides, strict=True)]
+    assert [tuple(level.shape[1:]) for level in found] == [
+        (c, 64 // s, 96 // s) for c, s in zip(levels.channels, levels.strides, strict=True)
+    ]
 
 
 def test_every_block_of_a_plain_vit_is_a_stage() -> None:
@@ -196,9 +233,13 @@ def test_a_run_ends_with_the_output_of_its_context_module(tiny_run: Path) -> Non
     with torch.inference_mode():
         features = subject.features(image)
         assert torch.equal(features[-1], run.model.encoder(image, [("fields", 1)]))
-        assert subject.predict is not None and torch.equal(subject.predict(image), run.model.logits(image, "fields")[0].argmax(0).to(torch.uint8))
+        assert subject.predict is not None and torch.equal(
+            subject.predict(image), run.model.logits(image, "fields")[0].argmax(0).to(torch.uint8)
+        )
     assert [stage.name for stage in subject.stages] == ["stage 1", "stage 2", "stage 3", "stage 4", "stage 5", "output"]
-    assert [tuple(level.shape[1:]) for level in features] == [(stage.channels, 64 // stage.stride, 96 // stage.stride) for stage in subject.stages]
+    assert [tuple(level.shape[1:]) for level in features] == [
+        (stage.channels, 64 // stage.stride, 96 // stage.stride) for stage in subject.stages
+    ]
 
 
 @pytest.fixture
@@ -216,8 +257,12 @@ def test_the_headline_is_the_mean_over_images_and_the_gain_is_paired(fields: Dom
         assert (score.auc, score.patch_auc) == pytest.approx(tuple(pairs.mean(axis=0)))
         gains = pairs[:, 0] - pairs[:, 1]
         assert (score.gain, score.gain_error) == pytest.approx((gains.mean(), gains.std(ddof=1) / 3**0.5))
-        values = np.concatenate([measured.features[measured.counted] for measured in (example.measured[number] for example in examples)])
-        border = np.concatenate([measured.border[measured.counted] for measured in (example.measured[number] for example in examples)])
+        values = np.concatenate(
+            [measured.features[measured.counted] for measured in (example.measured[number] for example in examples)]
+        )
+        border = np.concatenate(
+            [measured.border[measured.counted] for measured in (example.measured[number] for example in examples)]
+        )
         assert score.pooled_auc == pytest.approx(slow_area(values, border), abs=1e-3)
     assert diagnose(subject, fields, shards=shards, settings=DiagnosisSettings(limit=2))[0].images == 2
 
@@ -228,12 +273,24 @@ def score(name: str, gain: float | None, error: float | None = 0.01, share: floa
 
 
 def test_the_verdict_names_the_stage_that_gains_most_over_the_image(fields: Domain) -> None:
-    diagnosis = Diagnosis("x", fields, "val", "labels", 3, (score("stage 1", 0.02), score("output", 0.1), score("stage 3", 0.2, share=0.95)))
-    assert diagnosis.verdict.startswith("The cluster assumption holds best at the encoder's output: its local variation finds class borders with AUC 0.800")
+    diagnosis = Diagnosis(
+        "x",
+        fields,
+        "val",
+        "labels",
+        3,
+        (score("stage 1", 0.02), score("output", 0.1), score("stage 3", 0.2, share=0.95)),
+    )
+    assert diagnosis.verdict.startswith(
+        "The cluster assumption holds best at the encoder's output: its local variation finds class borders with AUC "
+        "0.800"
+    )
     assert "difference +0.100, standard error 0.010" in diagnosis.verdict
     assert diagnosis.verdict.endswith("Left out: stage 3, where 95 % of the positions are borders.")
     unclear = replace(diagnosis, stages=(score("stage 1", 0.015), score("stage 2", -0.1)))
-    assert unclear.verdict.startswith("At no stage do class borders stand out clearly more than in the image itself; nearest is stage 1")
+    assert unclear.verdict.startswith(
+        "At no stage do class borders stand out clearly more than in the image itself; nearest is stage 1"
+    )
     assert replace(diagnosis, stages=(score("stage 1", None),)).verdict.startswith("No stage can be judged")
 
 
@@ -247,11 +304,15 @@ def test_an_outline_lies_between_classes_and_not_at_ignored_pixels() -> None:
     assert (outline(ids)[..., 3] > 0).tolist() == [[False, False, True], [False, False, False]]
 
 
-def test_smoothness_writes_a_picture_and_a_table(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_smoothness_writes_a_picture_and_a_table(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "made" / "picture.png"
     assert main(["smoothness", str(tiny_run), "--domain", "fields", "--out", str(out), "--images", "2"]) == 0
     printed = capsys.readouterr().out
-    assert "tiny, step-00000002 on fields/val: 3 images, borders of the labels" in printed and f"picture: {out}" in printed
+    assert (
+        "tiny, step-00000002 on fields/val: 3 images, borders of the labels" in printed and f"picture: {out}" in printed
+    )
     assert all(name in printed for name in ("stage 1", "stage 5", "output", "border", "features", "patches"))
     with Image.open(out) as picture:
         assert picture.format == "PNG" and 1000 < picture.width < 2500 and 600 < picture.height < 2500
@@ -260,7 +321,19 @@ def test_smoothness_writes_a_picture_and_a_table(tiny_run: Path, tmp_path: Path,
 
 
 def test_smoothness_prints_the_same_as_json(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["smoothness", str(tiny_run), "--domain", "shapes", "--out", str(tmp_path / "a.png"), "--limit", "1", "--json", "--borders", "prediction"]
+    arguments = [
+        "smoothness",
+        str(tiny_run),
+        "--domain",
+        "shapes",
+        "--out",
+        str(tmp_path / "a.png"),
+        "--limit",
+        "1",
+        "--json",
+        "--borders",
+        "prediction",
+    ]
     assert main(arguments) == 0
     plain = json.loads(capsys.readouterr().out)
     assert (plain["domain"], plain["split"], plain["borders"], plain["images"]) == ("shapes", "val", "prediction", 1)
@@ -272,24 +345,48 @@ def test_an_unlabelled_split_is_held_against_the_models_own_borders(
     tiny_run: Path, two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = str(tmp_path / "a.png")
-    assert main(["smoothness", str(tiny_run), "--domain", "fields", "--shards", str(two_domains), "--split", "unlabelled", "--out", out]) == 0
+    assert (
+        main(
+            [
+                "smoothness",
+                str(tiny_run),
+                "--domain",
+                "fields",
+                "--shards",
+                str(two_domains),
+                "--split",
+                "unlabelled",
+                "--out",
+                out,
+            ]
+        )
+        == 0
+    )
     assert "6 images, borders of the prediction" in capsys.readouterr().out
 
 
-def test_images_without_a_mask_are_left_out_of_labelled_borders(fields: Domain, two_domains: Path, tmp_path: Path) -> None:
+def test_images_without_a_mask_are_left_out_of_labelled_borders(
+    fields: Domain, two_domains: Path, tmp_path: Path
+) -> None:
     source = Shards.open(two_domains / "fields", "val")
     with ShardWriter(tmp_path, "mixed") as writer:
         for number in range(3):
             record = source.read(number)
             writer.write(record.key, image=record.image, mask=record.mask if number == 1 else None, meta=b"{}")
-    _, (example,) = diagnose(MEAN, fields, shards=Shards.open(tmp_path, "mixed"), settings=DiagnosisSettings("mixed", examples=6))
+    _, (example,) = diagnose(
+        MEAN, fields, shards=Shards.open(tmp_path, "mixed"), settings=DiagnosisSettings("mixed", examples=6)
+    )
     assert example.key == source.keys[1]
 
 
-def test_hostile_names_are_drawn_and_printed_as_they_are(tiny_domain: Callable[..., Domain], two_domains: Path, tmp_path: Path) -> None:
+def test_hostile_names_are_drawn_and_printed_as_they_are(
+    tiny_domain: Callable[..., Domain], two_domains: Path, tmp_path: Path
+) -> None:
     domain = tiny_domain("[red]fields[/] $a_b^", ("[bold]barn", "$sky$", "grass"))
     shards = Shards.open(two_domains / "fields", "val")
-    diagnosis, examples = diagnose(replace(MEAN, name="run [/] $x_"), domain, shards=shards, settings=DiagnosisSettings(examples=1))
+    diagnosis, examples = diagnose(
+        replace(MEAN, name="run [/] $x_"), domain, shards=shards, settings=DiagnosisSettings(examples=1)
+    )
     console = Console(file=io.StringIO(), width=80)
     print_diagnosis(console, diagnosis)
     assert "run [/] $x_ on [red]fields[/] $a_b^/val" in console.file.getvalue()  # type: ignore[attr-defined]
@@ -304,12 +401,17 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return line
 
 
-def test_mistakes_are_one_line(tiny_run: Path, two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_line(
+    tiny_run: Path, two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out, shards = ("--out", tmp_path / "a.png"), ("--shards", two_domains, "--domains", two_domains / "domains")
     fields = ("--domain", "fields", *out, *shards)
     plain = ("test_resnet", "--weights", "none")
     line = mistake(capsys, "resnet5o", *fields)
-    assert "resnet5o is neither a run's folder (it has no recipe.yaml) nor a model of timm. Nearest models: " in line and "resnet50" in line
+    assert (
+        "resnet5o is neither a run's folder (it has no recipe.yaml) nor a model of timm. Nearest models: " in line
+        and "resnet50" in line
+    )
     assert 'has no head for the domain "feilds"' in mistake(capsys, tiny_run, "--domain", "feilds", *out)
     assert 'the domain "feilds"' in mistake(capsys, *plain, "--domain", "feilds", *out, *shards)
     assert "has no test shards. Make them" in mistake(capsys, *plain, *fields, "--split", "test")
@@ -325,7 +427,9 @@ def test_mistakes_are_one_line(tiny_run: Path, two_domains: Path, tmp_path: Path
     assert "`lite` fits tf_efficientnet_lite0" in mistake(capsys, "test_resnet", *fields, "--weights", "lite")
     assert "--images is 0; it is 1 to 12" in mistake(capsys, *plain, *fields, "--images", "0")
     assert "--limit is 0; it is at least 1" in mistake(capsys, *plain, *fields, "--limit", "0")
-    assert "a file that ends in .png" in mistake(capsys, *plain, "--domain", "fields", *shards, "--out", tmp_path / "a.jpg")
+    assert "a file that ends in .png" in mistake(
+        capsys, *plain, "--domain", "fields", *shards, "--out", tmp_path / "a.jpg"
+    )
     assert not (tmp_path / "a.png").exists()
     with pytest.raises(UserError, match="--borders is 'edges'; it is one of labels, prediction"):
         DiagnosisSettings(borders="edges")
@@ -336,10 +440,33 @@ def test_features_that_are_not_finite_are_named(fields: Domain, two_domains: Pat
         return [torch.full((1, 3, image.shape[2] // 8, image.shape[3] // 8), torch.nan)]
 
     with pytest.raises(UserError, match=r"val-00000.tar: key 'val_0.*': the features of mean are not finite"):
-        diagnose(replace(MEAN, features=features), fields, shards=Shards.open(two_domains / "fields", "val"), settings=DiagnosisSettings())
+        diagnose(
+            replace(MEAN, features=features),
+            fields,
+            shards=Shards.open(two_domains / "fields", "val"),
+            settings=DiagnosisSettings(),
+        )
 
 
-def test_a_run_is_diagnosed_from_its_folder_alone(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_is_diagnosed_from_its_folder_alone(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "moved")
-    assert main(["smoothness", str(run), "--domain", "fields", "--checkpoint", "best", "--limit", "1", "--out", str(tmp_path / "a.png")]) == 0
+    assert (
+        main(
+            [
+                "smoothness",
+                str(run),
+                "--domain",
+                "fields",
+                "--checkpoint",
+                "best",
+                "--limit",
+                "1",
+                "--out",
+                str(tmp_path / "a.png"),
+            ]
+        )
+        == 0
+    )
     assert "moved, step-" in capsys.readouterr().out

@@ -17,14 +17,24 @@ from multidomain_cct.training.processes.failures import RunFailed, mistakes_in_c
         (UserError("a.tar: bad"), 1, UserError, "^a.tar: bad$"),
         (UserError("a.tar: bad"), 2, UserError, "^rank 1: a.tar: bad$"),
         (ValueError("zip() argument 2 is longer than argument 1"), 2, ValueError, "^zip"),
-        (OSError(errno.ENOSPC, "No space left on device", "/runs/x"), 2, RunFailed, "^rank 1: /runs/x: No space left on device. Make room"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/runs/x"),
+            2,
+            RunFailed,
+            "^rank 1: /runs/x: No space left on device. Make room",
+        ),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
             1,
             RunFailed,
             r"a loader process died: DataLoader worker \(pid 7\) is killed",
         ),
-        (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4"), 2, RunFailed, "^another process of the run has ended"),
+        (
+            RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4"),
+            2,
+            RunFailed,
+            "^another process of the run has ended",
+        ),
         (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4"), 1, RuntimeError, "pair.cc"),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), 2, RuntimeError, "^mat1 and mat2"),
         (RunFailed("step 3: a is nan"), 2, RunFailed, "^step 3: a is nan$"),
@@ -32,7 +42,9 @@ from multidomain_cct.training.processes.failures import RunFailed, mistakes_in_c
         (TooManyBadImages("a: 3 of 9 images"), 2, TooManyBadImages, "^a: 3 of 9 images"),
     ],
 )
-def test_errors_become_one_line_and_faults_of_the_software_stay_what_they_are(error: Exception, world: int, kind: type[Exception], message: str) -> None:
+def test_errors_become_one_line_and_faults_of_the_software_stay_what_they_are(
+    error: Exception, world: int, kind: type[Exception], message: str
+) -> None:
     with pytest.raises(kind, match=message), one_line_errors(1, world):
         raise error
 
@@ -48,7 +60,9 @@ def test_a_fault_of_a_single_process_stays_what_it_is() -> None:
 
 
 def test_processes_that_an_error_leaves_are_ended_and_those_from_before_stay() -> None:
-    older, left = (multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2))
+    older, left = (
+        multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True) for _ in range(2)
+    )
     older.start()
     with pytest.raises(ZeroDivisionError), no_process_left():
         left.start()

@@ -1,4 +1,6 @@
-"""Stopping inside one process; whole runs that are told to end are in tests/reliability/test_b13_sigterm_saves_within_grace.py."""
+"""Stopping inside one process; whole runs that are told to end are in
+tests/reliability/test_b13_sigterm_saves_within_grace.py.
+"""
 
 import os
 import signal
