@@ -1,10 +1,13 @@
-"""How long the dense random field takes for one image, and how near it comes to the mean field over all pairs of pixels.
+"""How long the dense random field takes for one image, and how near it comes to the mean field over all pairs of
+pixels.
 
-python benchmarks/crf.py [--image FILE] [--sizes 160x120 320x240 640x480] [--classes 12] [--threads 1] [--repeats 5] [--json]
+python benchmarks/crf.py [--image FILE] [--sizes 160x120 320x240 640x480] [--classes 12] [--threads 1] [--repeats 5]
+[--json]
 
-Times are medians over the repeats of the whole call: lattice and ten iterations. Without --image a drawn picture is used: regions of a few colours, shading
-and grain. What decides the time is how many points the lattice has, so they are printed; a photograph of much texture has more. Agreement is measured at
-64x48, where the direct mean field in float64 is still quick.
+Times are medians over the repeats of the whole call: lattice and ten iterations. Without --image a drawn picture is
+used: regions of a few colours, shading and grain. What decides the time is how many points the lattice has, so they are
+printed; a photograph of much texture has more. Agreement is measured at 64x48, where the direct mean field in float64
+is still quick.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from multidomain_cct.model.crf import CrfSettings, DenseCrf, dense_crf
+from multidomain_cct.weak.crf import CrfSettings, DenseCrf, dense_crf
 
 COMPARED = (64, 48)
 
@@ -36,7 +39,9 @@ def drawn_picture() -> Image.Image:
     """1280x960: coloured regions, a gradient, grain that a photograph of good light has."""
     rng = np.random.default_rng(0)
     colors = rng.integers(20, 236, (10, 3))
-    regions = Image.fromarray(rng.integers(0, 10, (9, 12), dtype=np.uint8)).resize((1280, 960), Image.Resampling.NEAREST)
+    regions = Image.fromarray(rng.integers(0, 10, (9, 12), dtype=np.uint8)).resize(
+        (1280, 960), Image.Resampling.NEAREST
+    )
     pixels = colors[np.asarray(regions)] * np.linspace(0.6, 1.0, 960)[:, None, None] + rng.normal(0, 12, (960, 1280, 3))
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
@@ -51,7 +56,9 @@ def problem(picture: Image.Image, size: tuple[int, int], classes: int) -> tuple[
 def direct_mean_field(probabilities: Tensor, image: Tensor, settings: CrfSettings) -> Tensor:
     """Mean field over all pairs of pixels, in float64."""
     height, width = image.shape[1:]
-    position = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).flatten(1).T.double()
+    position = (
+        torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).flatten(1).T.double()
+    )
     color = image.flatten(1).T.double()
     coupling = 0
     for weight, points in (
@@ -80,14 +87,22 @@ def time_of(probabilities: Tensor, image: Tensor, repeats: int) -> dict[str, Any
         processors.append(time.process_time() - processor)
     assert field.appearance is not None
     medians = {"seconds": walls, "lattice_seconds": builds, "processor_seconds": processors}
-    return {"lattice_points": field.appearance.num_points} | {name: round(statistics.median(values), 3) for name, values in medians.items()}
+    return {"lattice_points": field.appearance.num_points} | {
+        name: round(statistics.median(values), 3) for name, values in medians.items()
+    }
 
 
 def agreement(picture: Image.Image) -> dict[str, float]:
     probabilities, image = problem(picture, COMPARED, classes=4)
-    found, exact = dense_crf(probabilities, image, CrfSettings()), direct_mean_field(probabilities, image, CrfSettings())
+    found, exact = (
+        dense_crf(probabilities, image, CrfSettings()),
+        direct_mean_field(probabilities, image, CrfSettings()),
+    )
     same = found.argmax(dim=0) == exact.argmax(dim=0)
-    return {"same_labels": round(float(same.double().mean()), 4), "mean_difference": round(float((found - exact).abs().mean()), 5)}
+    return {
+        "same_labels": round(float(same.double().mean()), 4),
+        "mean_difference": round(float((found - exact).abs().mean()), 5),
+    }
 
 
 def main() -> None:
@@ -105,7 +120,9 @@ def main() -> None:
     for text in options.sizes:
         width, height = (int(part) for part in text.split("x"))
         size = (width, height) if (width > height) == (picture.width > picture.height) else (height, width)
-        rows.append({"size": f"{size[0]}x{size[1]}", **time_of(*problem(picture, size, options.classes), options.repeats)})
+        rows.append(
+            {"size": f"{size[0]}x{size[1]}", **time_of(*problem(picture, size, options.classes), options.repeats)}
+        )
     result = {
         "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -118,16 +135,24 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=1))
         return
-    table = Table(title=f"dense CRF, {options.classes} classes, {result['iterations']} iterations, {options.threads} thread(s), {result['machine']}")
+    table = Table(
+        title=f"dense CRF, {options.classes} classes, {result['iterations']} iterations, {options.threads} thread(s), "
+        f"{result['machine']}"
+    )
     for column in ("size", "lattice points", "lattice, s", "in all, s", "processor, s"):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(row["size"], str(row["lattice_points"]), *(f"{row[name]:.3f}" for name in ("lattice_seconds", "seconds", "processor_seconds")))
+        table.add_row(
+            row["size"],
+            str(row["lattice_points"]),
+            *(f"{row[name]:.3f}" for name in ("lattice_seconds", "seconds", "processor_seconds")),
+        )
     console = Console()
     console.print(table)
     same = result["agreement"]
     console.print(
-        f"beside the direct mean field at {COMPARED[0]}x{COMPARED[1]}: {100 * same['same_labels']:.2f} % of labels agree, probabilities differ by"
+        f"beside the direct mean field at {COMPARED[0]}x{COMPARED[1]}: {100 * same['same_labels']:.2f} % of labels "
+        "agree, probabilities differ by"
         f" {same['mean_difference']:.5f} on average"
     )
 

@@ -2,11 +2,12 @@
 
 python benchmarks/evaluate.py [--images 100] [--size 2048x1024] [--classes 19] [--repeats 3] [--threads 1] [--json]
 
-Scores stored predictions: train ids in 8 bits, ignored pixels in the truth. Ten different pairs are drawn and used in turn. What is timed is everything from
-the pair in memory to the mean IoU; beside cityscapesScripts, which takes files, from the PNG files. torchmetrics (MulticlassJaccardIndex) is timed as it comes
-and with `validate_args=False`. All must count the same pixels, and the mean IoU of what they counted must agree to 1e-9; torchmetrics' own mean is taken in 32
-bits, and how far it is from that of 64 is printed. They take turns; medians are compared. A peer that is not installed is left out: pip install torchmetrics
-cityscapesscripts
+Scores stored predictions: train ids in 8 bits, ignored pixels in the truth. Ten different pairs are drawn and used in
+turn. What is timed is everything from the pair in memory to the mean IoU; beside cityscapesScripts, which takes files,
+from the PNG files. torchmetrics (MulticlassJaccardIndex) is timed as it comes and with `validate_args=False`. All must
+count the same pixels, and the mean IoU of what they counted must agree to 1e-9; torchmetrics' own mean is taken in 32
+bits, and how far it is from that of 64 is printed. They take turns; medians are compared. A peer that is not installed
+is left out: pip install torchmetrics cityscapesscripts
 """
 
 from __future__ import annotations
@@ -34,10 +35,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from multidomain_cct.training.scoring import confusion_of, mean_iou
+from multidomain_cct.evaluation.scoring import confusion_of, mean_iou
 
 DRAWN = 10
-PEERS = {"torchmetrics": "torchmetrics.classification", "cityscapesscripts": "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling"}
+PEERS = {
+    "torchmetrics": "torchmetrics.classification",
+    "cityscapesscripts": "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling",
+}
 """What pip calls them, and what of them is used."""
 
 
@@ -64,11 +68,15 @@ class Pairs:
 
 
 def draw(folder: Path, count: int, size: tuple[int, int], classes: int, ids: np.ndarray) -> Pairs:
-    """Regions as truth, of which a border and scattered spots are ignored; the prediction is right in four of five regions, ragged at their edges."""
+    """Regions as truth, of which a border and scattered spots are ignored; the prediction is right in four of five
+    regions, ragged at their edges.
+    """
     rng = np.random.default_rng(0)
     truths, predictions = [], []
     for number in range(DRAWN):
-        regions = Image.fromarray(rng.integers(0, classes, (16, 32), dtype=np.uint8)).resize(size, Image.Resampling.NEAREST)
+        regions = Image.fromarray(rng.integers(0, classes, (16, 32), dtype=np.uint8)).resize(
+            size, Image.Resampling.NEAREST
+        )
         wrong = Image.fromarray(rng.random((16, 32)) < 0.2).resize(size, Image.Resampling.NEAREST)
         truth = np.array(regions)
         prediction = np.where(np.asarray(wrong), (truth + 1) % classes, truth)
@@ -209,7 +217,10 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=1))
         return
-    table = Table(title=f"scoring {options.images} images of {options.size}, {options.classes} classes, {result['date']}, {result['machine']}")
+    table = Table(
+        title=f"scoring {options.images} images of {options.size}, {options.classes} classes, {result['date']}, "
+        f"{result['machine']}"
+    )
     for column in ("", "ms per image", "time / ours", "mIoU - ours", "mIoU as it gives it - ours"):
         table.add_column(column, justify="right")
     for name, row in result["rows"].items():

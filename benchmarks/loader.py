@@ -1,21 +1,27 @@
-"""How fast training views are made, beside bare decoding by the same library and beside a plain Dataset, and how long training waits for them.
+"""How fast training views are made, beside bare decoding by the same library and beside a plain Dataset, and how long
+training waits for them.
 
-python benchmarks/loader.py [--images 8] [--views 32] [--size 2048x1024] [--crop 512] [--repeats 5] [--steps 40] [--json]
+python benchmarks/loader.py [--images 8] [--views 32] [--size 2048x1024] [--crop 512] [--repeats 5] [--steps 40]
+                            [--json]
 
-Draws photographs of 2048x1024 with masks (PNG; as JPEG of quality 95 about 0.8 MB), packs them twice, at 1024x512 as domains/cityscapes.yaml stores them and at
-their original size, and makes the same views of both: a crop of what 1024x512 is at a random scale of 0.5 to 2.
+Draws photographs of 2048x1024 with masks (PNG; as JPEG of quality 95 about 0.8 MB), packs them twice, at 1024x512 as
+domains/cityscapes.yaml stores them and at their original size, and makes the same views of both: a crop of what
+1024x512 is at a random scale of 0.5 to 2.
 
-- loader: everything to the finished batch, in one worker process that has started: of images without masks, of which half have masks, and with masks.
-- bare: Pillow decodes the JPEGs of those very views, and torchvision resizes regions as large as the views' to the crop, as in the loader. No masks, checks,
-  flips, padding, batches.
+- loader: everything to the finished batch, in one worker process that has started: of images without masks, of which
+  half have masks, and with masks.
+- bare: Pillow decodes the JPEGs of those very views, and torchvision resizes regions as large as the views' to the
+  crop, as in the loader. No masks, checks, flips, padding, batches.
 - Pillow: the same, but Pillow resizes too, and no tensor is made.
-- plain: a usual torch Dataset over the folder of PNGs, in one worker process too: open, convert, resize all of it, crop, flip, to tensors; every image with its
-  mask.
+- plain: a usual torch Dataset over the folder of PNGs, in one worker process too: open, convert, resize all of it,
+  crop, flip, to tensors; every image with its mask.
 
-They take turns; medians are compared. Where a view's time goes is measured in one process, on images without masks: reading and checking their bytes, with that
-the views, with that the batches; beside them what a worker process takes for all of it.
+They take turns; medians are compared. Where a view's time goes is measured in one process, on images without masks:
+reading and checking their bytes, with that the views, with that the batches; beside them what a worker process takes
+for all of it.
 
-Waiting is read from the metrics of a short training on drawn images of 320x240 with one worker, two domains as in recipes/real_small.yaml.
+Waiting is read from the metrics of a short training on drawn images of 320x240 with one worker, two domains as in
+recipes/real_small.yaml.
 """
 
 from __future__ import annotations
@@ -47,13 +53,13 @@ from rich.console import Console
 from rich.table import Table
 from torchvision.transforms.v2 import functional as F
 
-from multidomain_cct.data.augment import Augment, image_tensor, training_view
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, DomainStreams, open_streams
+from multidomain_cct.data.batches.views import Augment, image_tensor, training_view
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.order import seed_from
-from multidomain_cct.data.pack import pack
-from multidomain_cct.data.shards import Record, Shards
-from multidomain_cct.data.streams import DataSettings, DomainSettings, DomainStreams, open_streams
+from multidomain_cct.data.packing.pack import pack
+from multidomain_cct.data.shards.reader import Record, Shards
+from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.training.runlog import read_metrics
 
 SCALE = (0.5, 2.0)
@@ -79,7 +85,12 @@ class PlainDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
     """What a user would write."""
 
     def __init__(self, root: Path, size: tuple[int, int], crop: int) -> None:
-        self.images, self.masks, self.size, self.crop = sorted((root / "images").iterdir()), sorted((root / "masks").iterdir()), size, crop
+        self.images, self.masks, self.size, self.crop = (
+            sorted((root / "images").iterdir()),
+            sorted((root / "masks").iterdir()),
+            size,
+            crop,
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -88,13 +99,19 @@ class PlainDataset(torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]):
         image, mask = Image.open(self.images[number]).convert("RGB"), Image.open(self.masks[number])
         factor = random.uniform(*SCALE) / 2
         width, height = round(self.size[0] * factor), round(self.size[1] * factor)
-        image, mask = image.resize((width, height), Image.Resampling.BILINEAR), mask.resize((width, height), Image.Resampling.NEAREST)
+        image, mask = (
+            image.resize((width, height), Image.Resampling.BILINEAR),
+            mask.resize((width, height), Image.Resampling.NEAREST),
+        )
         left, top = random.randint(0, max(0, width - self.crop)), random.randint(0, max(0, height - self.crop))
         box = (left, top, left + self.crop, top + self.crop)
         # Beyond the image, Pillow fills with 0; a user would pad before.
         image, mask = image.crop(box), mask.crop(box)
         if random.random() < 0.5:
-            image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+            image, mask = (
+                image.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+                mask.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+            )
         return F.pil_to_tensor(image), F.pil_to_tensor(mask)[0]
 
 
@@ -161,7 +178,9 @@ class Ours:
         return TrainingSet([streams], seed=0, augment=Augment(scale=list(self.scale)))
 
     def rates(self, labelled: str, unlabelled: str) -> dict[str, float]:
-        """Images per second of one worker process once it has started, with nothing prepared, and of bare work on the same images at the same scales."""
+        """Images per second of one worker process once it has started, with nothing prepared, and of bare work on the
+        same images at the same scales.
+        """
         streams = self.streams(labelled, unlabelled)
         per_step = BATCH * (bool(streams.labelled) + bool(streams.unlabelled))
         count = max(2, self.views // per_step)
@@ -169,10 +188,16 @@ class Ours:
         batches = steps(self.data(streams), 0, STARTED + count, workers=1)
         for _ in range(STARTED):
             next(batches)
-        return {"loader": rate(batches, count, per_step), "bare": bare_rate(views, self.crop), "pillow": pillow_rate(views, self.crop)}
+        return {
+            "loader": rate(batches, count, per_step),
+            "bare": bare_rate(views, self.crop),
+            "pillow": pillow_rate(views, self.crop),
+        }
 
     def stages(self) -> dict[str, float]:
-        """Milliseconds a view, of images without masks, up to the end of each stage; and of bare work, and from a worker process."""
+        """Milliseconds a view, of images without masks, up to the end of each stage; and of bare work, and from a
+        worker process.
+        """
         streams = self.streams("none", "all")
         data, numbers = self.data(streams), range(max(2, self.views // BATCH))
         shown, found = self.shown(streams, numbers), {}
@@ -189,7 +214,10 @@ class Ours:
         found["read"] = per_view(lambda: self.shown(streams, numbers))
         found["views"] = found["read"] + per_view(lambda: [view(record, seed) for record, seed, _ in shown])
         found["batches"] = per_view(lambda: [data[number] for number in numbers])
-        return found | {"bare": 1000 / bare_rate(views, self.crop), "worker": 1000 / self.rates("none", "all")["loader"]}
+        return found | {
+            "bare": 1000 / bare_rate(views, self.crop),
+            "worker": 1000 / self.rates("none", "all")["loader"],
+        }
 
     def shown(self, streams: DomainStreams, numbers: range) -> list[tuple[Record, int, float]]:
         """The record, the seed and the scale of each view in these steps."""
@@ -208,7 +236,10 @@ class Ours:
 def measure_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     raw, width, height = folder / "raw", *(int(side) for side in options.size.split("x"))
     draw(raw, options.images, (width, height), **LOOK)
-    stored = {f"{width // 2}x{height // 2}": replace(DOMAIN, name="half", size=(width // 2, height // 2)), options.size: DOMAIN}
+    stored = {
+        f"{width // 2}x{height // 2}": replace(DOMAIN, name="half", size=(width // 2, height // 2)),
+        options.size: DOMAIN,
+    }
     rows = {}
     for size, domain in stored.items():
         pack(domain, raw, "train", folder / "shards", workers=2)
@@ -224,13 +255,19 @@ def measure_rates(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
         row = {f"{name}_images_per_s": statistics.median(repeat[name] for repeat in found) for name in found[0]}
         for name in BUDGETS:
             peers = {"bare": f"bare_{name}", "pillow": f"pillow_{name}", "plain": "plain"}
-            row |= {f"{name}_over_{peer}": statistics.median(repeat[name] / repeat[own] for repeat in found) for peer, own in peers.items()}
+            row |= {
+                f"{name}_over_{peer}": statistics.median(repeat[name] / repeat[own] for repeat in found)
+                for peer, own in peers.items()
+            }
         row["stages_ms"] = {name: statistics.median(repeat[name] for repeat in stages) for name in stages[0]}
         opened = Shards.open(folder / "shards" / domain.name, "train")
         records = [opened.read(number) for number in range(options.images)]
         row["jpeg_kb"] = statistics.mean(len(record.image) for record in records) / 1024
         stored_masks = [record.mask for record in records if record.mask is not None]
-        row["masks"] = {"stored": reading(stored_masks), "pillow": reading([as_pillow_writes(mask) for mask in stored_masks])}
+        row["masks"] = {
+            "stored": reading(stored_masks),
+            "pillow": reading([as_pillow_writes(mask) for mask in stored_masks]),
+        }
         rows[size] = row
     return rows
 
@@ -261,7 +298,11 @@ def measure_waiting(steps_: int, folder: Path) -> dict[str, float]:
         pack(domain, folder / name, "train", folder / "shards", workers=1)
         (folder / "domains" / f"{name}.yaml").write_text(domain.to_yaml(), encoding="utf-8")
         recipe["domains"][name] = {"labelled": 10, "val_split": ""}
-    recipe |= {"name": "short", "runs": str(folder / "runs"), "training": {"steps": steps_, "log_every": min(10, steps_)}}
+    recipe |= {
+        "name": "short",
+        "runs": str(folder / "runs"),
+        "training": {"steps": steps_, "log_every": min(10, steps_)},
+    }
     recipe["data"]["shards"] = str(folder / "shards")
     recipe["encoder"]["weights"] = "none"
     path = folder / "short.yaml"
@@ -289,7 +330,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if not re.fullmatch(r"[1-9]\d+x[1-9]\d+", options.size):
-        parser.error(f"--size is {options.size!r}; it is WIDTHxHEIGHT in pixels, each 10 or more, for example 2048x1024.")
+        parser.error(
+            f"--size is {options.size!r}; it is WIDTHxHEIGHT in pixels, each 10 or more, for example 2048x1024."
+        )
     for name in ("images", "views", "crop", "repeats", "steps"):
         if vars(options)[name] < 1:
             parser.error(f"--{name} is {vars(options)[name]}; it is at least 1.")
@@ -317,18 +360,31 @@ def main() -> None:
         for name in BUDGETS:
             rates = (f"{row[f'{key}_images_per_s']:.1f}" for key in (name, f"bare_{name}", f"pillow_{name}"))
             plain = f"{row['plain_images_per_s']:.1f}"
-            table.add_row(size, MASKS[name], *rates, plain, *(f"{row[f'{name}_over_{peer}']:.2f}" for peer in ("bare", "pillow", "plain")))
+            table.add_row(
+                size,
+                MASKS[name],
+                *rates,
+                plain,
+                *(f"{row[f'{name}_over_{peer}']:.2f}" for peer in ("bare", "pillow", "plain")),
+            )
         table.add_section()
     Console().print(table)
     for size, row in rows.items():
         ms = row["stages_ms"]
         print(
-            f"A view of {size}: {ms['read']:.2f} ms to read, {ms['views']:.2f} with the view (bare {ms['bare']:.2f}), {ms['batches']:.2f} in a batch;"
+            f"A view of {size}: {ms['read']:.2f} ms to read, {ms['views']:.2f} with the view (bare {ms['bare']:.2f}), "
+            f"{ms['batches']:.2f} in a batch;"
             f" {ms['worker']:.2f} from a worker process."
         )
         stored, pillow = row["masks"]["stored"], row["masks"]["pillow"]
-        print(f"Masks of {size}: {stored['ms']:.2f} ms to read ({stored['kb']:.1f} KB); as Pillow writes them {pillow['ms']:.2f} ms ({pillow['kb']:.1f} KB).")
-    print(f"Training with one worker waits {waiting['share']:.2%} of its time for data, at {waiting['images_per_s']:.1f} images/s.")
+        print(
+            f"Masks of {size}: {stored['ms']:.2f} ms to read ({stored['kb']:.1f} KB); as Pillow writes them "
+            f"{pillow['ms']:.2f} ms ({pillow['kb']:.1f} KB)."
+        )
+    print(
+        f"Training with one worker waits {waiting['share']:.2%} of its time for data, at "
+        f"{waiting['images_per_s']:.1f} images/s."
+    )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
 """How memory and time of a CCT step grow with the auxiliary decoders and with the domains.
 
-python benchmarks/memory.py [--decoders 1 7 15 30] [--domains 1 2 4 8] [--images 64] [any option of benchmarks/step.py] [--json]
+python benchmarks/memory.py [--decoders 1 7 15 30] [--domains 1 2 4 8] [--images 64] [any option of benchmarks/step.py]
+[--json]
 
-Two tables. With K auxiliary decoders of one domain: seconds and peak memory, over those of the smallest K. With D domains that share the same number of
-images per step, half of them labelled: seconds per image, over those of the smallest D. The processes that are compared take turns step by step, as in
-benchmarks/step.py.
+Two tables. With K auxiliary decoders of one domain: seconds and peak memory, over those of the smallest K. With D
+domains that share the same number of images per step, half of them labelled: seconds per image, over those of the
+smallest D. The processes that are compared take turns step by step, as in benchmarks/step.py.
 """
 
 from __future__ import annotations
@@ -20,10 +21,17 @@ from rich.table import Table
 
 
 def arguments() -> tuple[argparse.Namespace, list[int], list[int], int]:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, add_help=False
+    )
     parser.add_argument("--decoders", type=int, nargs="+", default=[1, 7, 15, 30])
     parser.add_argument("--domains", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--images", type=int, default=64, help="per step, over all domains; twice the largest number of domains divides it")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=64,
+        help="per step, over all domains; twice the largest number of domains divides it",
+    )
     own, rest = parser.parse_known_args()
     if own.images % (2 * max(own.domains)):
         parser.error(f"--images is {own.images}, which twice the {max(own.domains)} domains do not divide.")
@@ -52,7 +60,13 @@ def print_table(title: str, first: str, rows: list[dict[str, float]], images: in
     for column in (first, "ms per image", "ratio", "peak MiB", "ratio"):
         table.add_column(column, justify="right")
     for row in rows:
-        table.add_row(str(row[first]), f"{1000 * row['s'] / images:.0f}", f"{row['time_ratio']:.2f}", f"{row['mib']:.0f}", f"{row['memory_ratio']:.2f}")
+        table.add_row(
+            str(row[first]),
+            f"{1000 * row['s'] / images:.0f}",
+            f"{row['time_ratio']:.2f}",
+            f"{row['mib']:.0f}",
+            f"{row['memory_ratio']:.2f}",
+        )
     Console().print(table)
 
 
@@ -60,12 +74,24 @@ def main() -> None:
     options, decoders, domains, images = arguments()
     by_decoders = compare(options, [{"decoders": number} for number in decoders])
     by_domains = compare(options, [{"domains": number, "batch": images // (2 * number)} for number in domains])
-    result: dict[str, Any] = step_benchmark.circumstances(options) | {"images": images, "by_decoders": by_decoders, "by_domains": by_domains}
+    result: dict[str, Any] = step_benchmark.circumstances(options) | {
+        "images": images,
+        "by_decoders": by_decoders,
+        "by_domains": by_domains,
+    }
     if options.json:
         print(json.dumps(result, indent=1))
         return
-    what = f"{options.encoder}, {options.context}, {options.crop}x{options.crop}, C = {options.classes}, {result['date']}, {result['machine']}"
-    print_table(f"Auxiliary decoders, {options.batch} + {options.batch} images, {what}", "decoders", by_decoders, 2 * options.batch)
+    what = (
+        f"{options.encoder}, {options.context}, {options.crop}x{options.crop}, C = {options.classes}, "
+        f"{result['date']}, {result['machine']}"
+    )
+    print_table(
+        f"Auxiliary decoders, {options.batch} + {options.batch} images, {what}",
+        "decoders",
+        by_decoders,
+        2 * options.batch,
+    )
     print_table(f"Domains, {images} images a step, K = {options.decoders}, {what}", "domains", by_domains, images)
 
 

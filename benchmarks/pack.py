@@ -2,8 +2,8 @@
 
 python benchmarks/pack.py [--images 1000] [--workers N] [--repeats 3] [--json]
 
-Draws photographs of 1280x960 with masks, stored by both at 640x480. The two take turns; medians are compared. Efficiency is pack's rate / (workers x the
-plain rate).
+Draws photographs of 1280x960 with masks, stored by both at 640x480. The two take turns; medians are compared.
+Efficiency is pack's rate / (workers x the plain rate).
 """
 
 from __future__ import annotations
@@ -61,8 +61,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    # Not at the top: pack's workers import this file anew, as they do the command's, and need none of what writing shards needs.
-    from multidomain_cct.data.pack import pack
+    # Not at the top: pack's workers import this file anew, as they do the command's, and need none of what writing
+    # shards needs.
+    from multidomain_cct.data.packing.pack import pack
 
     with tempfile.TemporaryDirectory() as folder:
         raw, out = Path(folder) / "raw", Path(folder) / "out"
@@ -84,10 +85,15 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=1))
         return
-    table = Table(title=f"pack, {options.images} images of {SIZE[0]}x{SIZE[1]} to {STORED[0]}x{STORED[1]}, {result['date']}, {result['machine']}")
+    table = Table(
+        title=f"pack, {options.images} images of {SIZE[0]}x{SIZE[1]} to {STORED[0]}x{STORED[1]}, {result['date']}, "
+        f"{result['machine']}"
+    )
     for column in ("plain loop, images/s", f"pack, {options.workers} workers, images/s", "pack / (workers x plain)"):
         table.add_column(column, justify="right")
-    table.add_row(f"{result['plain_images_per_s']:.1f}", f"{result['pack_images_per_s']:.1f}", f"{result['efficiency']:.2f}")
+    table.add_row(
+        f"{result['plain_images_per_s']:.1f}", f"{result['pack_images_per_s']:.1f}", f"{result['efficiency']:.2f}"
+    )
     Console().print(table)
 
 

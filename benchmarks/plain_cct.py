@@ -1,10 +1,13 @@
-"""One step of cross-consistency training as its formulas say it: loops over images, every auxiliary decoder's logits at once, plain autograd.
+"""One step of cross-consistency training as its formulas say it: loops over images, every auxiliary decoder's logits at
+once, plain autograd.
 
-What ours is held against: its numbers in tests/test_reference.py, its time and memory in benchmarks/step.py. It calls a network's trunk and norms, reads the
-weights of its context module and decoders and its settings, and shares no other computation of the step with the package. Random numbers are drawn in the
-package's order, so that on a CPU a seed gives both the same perturbations.
+What ours is held against: its numbers in tests/test_reference.py, its time and memory in benchmarks/step.py. It calls a
+network's trunk and norms, reads the weights of its context module and decoders and its settings, and shares no other
+computation of the step with the package. Random numbers are drawn in the package's order, so that on a CPU a seed gives
+both the same perturbations.
 
-Shapes: B labelled images, U unlabelled images, C classes of the domain, K auxiliary decoders, D feature channels, h w feature size, H W image size.
+Shapes: B labelled images, U unlabelled images, C classes of the domain, K auxiliary decoders, D feature channels, h w
+feature size, H W image size.
 """
 
 from __future__ import annotations
@@ -23,13 +26,21 @@ Box = tuple[int, int, int, int]
 
 
 def step_losses(model: Any, batches: Mapping[str, Any], progress: float, *, passes: str = "one") -> dict[str, Tensor]:
-    """`<domain>/<term>` -> scalar. `passes` through the encoder: `one` for all images of the step, or `two` for each domain, labelled and unlabelled."""
+    """`<domain>/<term>` -> scalar.
+
+    `passes` through the encoder: `one` for all images of the step, or `two` for each domain, labelled and unlabelled.
+    """
     features = encode(model.encoder, batches, passes)
     losses = {}
     for name, batch in batches.items():
         task = model.tasks[name]
         if len(batch.images):
-            supervised = supervised_loss(task.supervised, decode(model.heads[task.head or name].main, features[name, "labelled"]), batch.masks, progress)
+            supervised = supervised_loss(
+                task.supervised,
+                decode(model.heads[task.head or name].main, features[name, "labelled"]),
+                batch.masks,
+                progress,
+            )
             losses[f"{name}/supervised"] = task.weight * supervised
     for name, batch in batches.items():
         if len(batch.unlabelled) and len(model.heads[model.tasks[name].head or name].auxiliaries):
@@ -39,11 +50,19 @@ def step_losses(model: Any, batches: Mapping[str, Any], progress: float, *, pass
 
 def encode(encoder: nn.Module, batches: Mapping[str, Any], passes: str) -> dict[tuple[str, str], Tensor]:
     """(B or U, D, h, w) features by domain and kind of image."""
-    images = [((name, kind), part) for name, batch in batches.items() for kind, part in (("labelled", batch.images), ("unlabelled", batch.unlabelled))]
+    images = [
+        ((name, kind), part)
+        for name, batch in batches.items()
+        for kind, part in (("labelled", batch.images), ("unlabelled", batch.unlabelled))
+    ]
     images.sort(key=lambda item: item[0][1])  # all labelled, then all unlabelled images
     if passes == "two":
-        return {(name, kind): features_of(encoder, part, [(name, len(part))]) for (name, kind), part in images if len(part)}
-    joined = features_of(encoder, torch.cat([part for _, part in images]), [(name, len(part)) for (name, _), part in images])
+        return {
+            (name, kind): features_of(encoder, part, [(name, len(part))]) for (name, kind), part in images if len(part)
+        }
+    joined = features_of(
+        encoder, torch.cat([part for _, part in images]), [(name, len(part)) for (name, _), part in images]
+    )
     return dict(zip([key for key, _ in images], torch.split(joined, [len(part) for _, part in images]), strict=True))
 
 
@@ -56,7 +75,9 @@ def features_of(encoder: Any, images: Tensor, parts: list[tuple[str, int]]) -> T
     encoder.segments.parts = tuple(parts)
     top = encoder.trunk((images - encoder.mean) / encoder.deviation)[-1]
     pooled = [
-        F.interpolate(branch(F.adaptive_avg_pool2d(top, bins)), size=top.shape[-2:], mode="bilinear", align_corners=False)
+        F.interpolate(
+            branch(F.adaptive_avg_pool2d(top, bins)), size=top.shape[-2:], mode="bilinear", align_corners=False
+        )
         for bins, branch in zip(context.BINS, context.branches, strict=True)
     ]
     fused: Tensor = context.fuse(torch.cat([top, *pooled], dim=1))
@@ -74,22 +95,33 @@ def unsupervised_losses(model: Any, name: str, z: Tensor, batch: Any, progress: 
     objects = object_mask(target, batch.valid, task.things, model.encoder.stride)  # (U, h, w)
     perturbed = [perturb(auxiliary.perturbation, z, objects, auxiliary.decoder) for auxiliary in head.auxiliaries]
     kept = [torch.stack([(image != 0).any() for image in maps]) for maps in perturbed]
-    logits = torch.stack([decode(auxiliary.decoder, maps) for auxiliary, maps in zip(head.auxiliaries, perturbed, strict=True)])  # (K, U, C, H, W)
+    logits = torch.stack(
+        [decode(auxiliary.decoder, maps) for auxiliary, maps in zip(head.auxiliaries, perturbed, strict=True)]
+    )  # (K, U, C, H, W)
 
     distance = {"mse": squared_distance, "kl": kl_divergence, "js": jensen_shannon}[settings.distance]
     weight = settings.weight / num_classes if settings.weight_unit == "authors" else settings.weight
     ramp = weight_ramp(settings.ramp, progress / settings.ramp_fraction if settings.ramp_fraction else 1.0)
-    terms = [mean_over_images(distance(own, target), counted & left[:, None, None]) for own, left in zip(logits, kept, strict=True)]
+    terms = [
+        mean_over_images(distance(own, target), counted & left[:, None, None])
+        for own, left in zip(logits, kept, strict=True)
+    ]
     losses = {f"{name}/consistency": task.weight * ramp * weight * sum(terms) / len(terms)}
     if batch.pseudo_labels is not None:
         known = batch.pseudo_labels != IGNORE
-        terms = [mean_over_images(entropy(own, batch.pseudo_labels), known & left[:, None, None]) for own, left in zip(logits, kept, strict=True)]
+        terms = [
+            mean_over_images(entropy(own, batch.pseudo_labels), known & left[:, None, None])
+            for own, left in zip(logits, kept, strict=True)
+        ]
         losses[f"{name}/weak"] = task.weight * ramp * settings.weak_weight * sum(terms) / len(terms)
     return losses
 
 
 def decode(decoder: Any, z: Tensor) -> Tensor:
-    """(U, C, H, W) logits of (U, D, h, w) features: 1x1 convolutions, then sub-pixel convolutions or bilinear upsampling (CCT section 4.1)."""
+    """(U, C, H, W) logits of (U, D, h, w) features:
+
+    1x1 convolutions, then sub-pixel convolutions or bilinear upsampling (CCT section 4.1).
+    """
     logits = F.conv2d(z, decoder.classify.weight, decoder.classify.bias)
     if type(decoder).__name__ == "BilinearDecoder":
         return F.interpolate(logits, scale_factor=decoder.stride, mode="bilinear", align_corners=False)
@@ -144,7 +176,13 @@ def mean_over_images(values: Tensor, counted: Tensor) -> Tensor:
 def weight_ramp(kind: str, t: float) -> float:
     if t >= 1:
         return 1.0
-    return {"exp": math.exp(-5 * (1 - t) ** 2), "linear": t, "cosine": (1 - math.cos(math.pi * t)) / 2, "log": 1 - math.exp(-5 * t), "none": 1.0}[kind]
+    return {
+        "exp": math.exp(-5 * (1 - t) ** 2),
+        "linear": t,
+        "cosine": (1 - math.cos(math.pi * t)) / 2,
+        "log": 1 - math.exp(-5 * t),
+        "none": 1.0,
+    }[kind]
 
 
 # Where objects are
@@ -164,7 +202,9 @@ def object_mask(target: Tensor, valid: Tensor, things: tuple[bool, ...], stride:
 
 
 def regions(mask: Tensor) -> list[list[tuple[int, int]]]:
-    """The positions of each connected region of an (h, w) mask, by flood fill over edges and corners; in the order of their last positions."""
+    """The positions of each connected region of an (h, w) mask, by flood fill over edges and corners; in the order of
+    their last positions.
+    """
     left = {(row, column) for row, column in mask.nonzero().tolist()}
     found = []
     while left:

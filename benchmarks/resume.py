@@ -1,11 +1,13 @@
-"""How long a run that goes on waits for its first batch and its first step, at the start of a long run and near its end, beside a plain DataLoader.
+"""How long a run that goes on waits for its first batch and its first step, at the start of a long run and near its
+end, beside a plain DataLoader.
 
 python benchmarks/resume.py [--samples 1000000] [--repeats 9] [--workers 1] [--json]
 
-One epoch of many samples in batches of eight (names of 64 drawn images of 160x120), gone on with at 0 % and at 99 %. Ours: the streams are opened and
-`steps` is asked for its first batch. Plain: a shuffled torch DataLoader over image files with a seeded generator, of which `accelerate.skip_first_batches`
-skips what has been seen: it draws the order and passes over the numbers, without loading. Both are timed from the call, with one worker process; a step is
-forward and backward of the same small network, which is built before. They take turns; medians are compared.
+One epoch of many samples in batches of eight (names of 64 drawn images of 160x120), gone on with at 0 % and at 99 %.
+Ours: the streams are opened and `steps` is asked for its first batch. Plain: a shuffled torch DataLoader over image
+files with a seeded generator, of which `accelerate.skip_first_batches` skips what has been seen: it draws the order and
+passes over the numbers, without loading. Both are timed from the call, with one worker process; a step is forward and
+backward of the same small network, which is built before. They take turns; medians are compared.
 """
 
 from __future__ import annotations
@@ -34,14 +36,19 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.shards import ShardWriter
-from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.shards.writer import ShardWriter
 
 SIZE, CROP, DRAWN, BATCH, CLASSES = (160, 120), 96, 64, 8, 8
-DOMAIN = Domain("drawn", "folder", {"train": Split("*.jpg", "*.png")}, tuple(LabelClass(f"class {n}", (n, n, n)) for n in range(CLASSES)))
+DOMAIN = Domain(
+    "drawn",
+    "folder",
+    {"train": Split("*.jpg", "*.png")},
+    tuple(LabelClass(f"class {n}", (n, n, n)) for n in range(CLASSES)),
+)
 
 
 def draw(folder: Path) -> None:
@@ -50,7 +57,9 @@ def draw(folder: Path) -> None:
     with ShardWriter(folder / "shards" / DOMAIN.name, "train") as writer:
         for number in range(DRAWN):
             rng = np.random.default_rng(number)
-            mask = Image.fromarray(rng.integers(0, CLASSES, (6, 8), dtype=np.uint8)).resize(SIZE, Image.Resampling.NEAREST)
+            mask = Image.fromarray(rng.integers(0, CLASSES, (6, 8), dtype=np.uint8)).resize(
+                SIZE, Image.Resampling.NEAREST
+            )
             image, content = Image.merge("RGB", [mask.point(lambda value: 20 + 25 * value)] * 3), {}
             for name, picture, kind in (("image", image, "JPEG"), ("mask", mask, "PNG")):
                 buffer = io.BytesIO()
@@ -64,7 +73,11 @@ class PlainDataset(Dataset[tuple[Tensor, Tensor]]):
     """What a user would write; sample n is the file n % 64."""
 
     def __init__(self, folder: Path, samples: int) -> None:
-        self.images, self.masks, self.samples = sorted((folder / "files").glob("*.jpg")), sorted((folder / "files").glob("*.png")), samples
+        self.images, self.masks, self.samples = (
+            sorted((folder / "files").glob("*.jpg")),
+            sorted((folder / "files").glob("*.png")),
+            samples,
+        )
 
     def __len__(self) -> int:
         return self.samples
@@ -80,7 +93,9 @@ def first_of_ours(folder: Path, samples: int, start: int, workers: int) -> tuple
     settings = DataSettings(shards=str(folder / "shards"), labelled_batch=BATCH, crop=[CROP, CROP])
     opened = open_streams(DOMAIN, DomainSettings(unlabelled="none"), settings)
     streams = replace(opened, labelled=list(opened.labelled) * (samples // DRAWN))
-    batch = next(steps(TrainingSet([streams], seed=0, augment=Augment()), start, samples // BATCH, workers=workers))[DOMAIN.name]
+    batch = next(steps(TrainingSet([streams], seed=0, augment=Augment()), start, samples // BATCH, workers=workers))[
+        DOMAIN.name
+    ]
     return batch.images, batch.masks
 
 
@@ -97,7 +112,9 @@ def small_network() -> torch.nn.Module:
     return torch.nn.Sequential(*(part for layer in layers for part in (layer, torch.nn.ReLU())))
 
 
-def timed(first: Callable[..., tuple[Tensor, Tensor]], network: torch.nn.Module, *arguments: object) -> dict[str, float]:
+def timed(
+    first: Callable[..., tuple[Tensor, Tensor]], network: torch.nn.Module, *arguments: object
+) -> dict[str, float]:
     """Seconds from the call to the first batch, and to the end of the first step."""
     started = time.perf_counter()
     images, masks = first(*arguments)
@@ -122,7 +139,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                         # The first of each fills caches.
                         found[name][place].append(taken)
     medians = {
-        name: {place: {key: statistics.median(taken[key] for taken in many) for key in ("batch_s", "step_s")} for place, many in by_place.items()}
+        name: {
+            place: {key: statistics.median(taken[key] for taken in many) for key in ("batch_s", "step_s")}
+            for place, many in by_place.items()
+        }
         for name, by_place in found.items()
     }
     return {
@@ -132,11 +152,17 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "workers": options.workers,
         "first": medians,
         "late_over_early": {
-            name: statistics.median(late["batch_s"] / early["batch_s"] for early, late in zip(by_place["0 %"], by_place["99 %"], strict=True))
+            name: statistics.median(
+                late["batch_s"] / early["batch_s"]
+                for early, late in zip(by_place["0 %"], by_place["99 %"], strict=True)
+            )
             for name, by_place in found.items()
         },
         "plain_over_ours": {
-            place: statistics.median(p["batch_s"] / o["batch_s"] for p, o in zip(found["plain"][place], found["ours"][place], strict=True)) for place in places
+            place: statistics.median(
+                p["batch_s"] / o["batch_s"] for p, o in zip(found["plain"][place], found["ours"][place], strict=True)
+            )
+            for place in places
         },
     }
 
@@ -149,7 +175,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if options.samples < 100 * DRAWN:
-        parser.error(f"--samples is {options.samples}; it is at least {100 * DRAWN}, so that 99 % is another place than the end.")
+        parser.error(
+            f"--samples is {options.samples}; it is at least {100 * DRAWN}, so that 99 % is another place than the end."
+        )
     # Both cut the same number of samples into whole batches.
     options.samples -= options.samples % DRAWN
     torch.set_num_threads(1)
@@ -164,7 +192,9 @@ def main() -> None:
         for place, taken in by_place.items():
             table.add_row(name, place, f"{taken['batch_s']:.3f}", f"{taken['step_s']:.3f}")
     Console().print(table)
-    print(f"99 % over 0 %: ours {result['late_over_early']['ours']:.2f}, plain {result['late_over_early']['plain']:.2f}")
+    print(
+        f"99 % over 0 %: ours {result['late_over_early']['ours']:.2f}, plain {result['late_over_early']['plain']:.2f}"
+    )
     print(f"plain over ours at 99 %: {result['plain_over_ours']['99 %']:.1f}")
 
 

@@ -1,9 +1,11 @@
-"""A thousand million samples in a hundred thousand shards, without their data: memory of index and order, time to the first batch, time to seek.
+"""A thousand million samples in a hundred thousand shards, without their data: memory of index and order, time to the
+first batch, time to seek.
 
     python benchmarks/scale.py
 
-The index is made up and every sample shows the same image; the catalogue, the selection, the order, the loader and the decoding are those of a run. Prints
-the figures of docs/scale.md: at most 1 s to seek, at most 100 MB a process beyond the indexes in use.
+The index is made up and every sample shows the same image; the catalogue, the selection, the order, the loader and the
+decoding are those of a run. Prints the figures of docs/scale.md: at most 1 s to seek, at most 100 MB a process beyond
+the indexes in use.
 """
 
 from __future__ import annotations
@@ -23,14 +25,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from multidomain_cct.data.augment import Augment
-from multidomain_cct.data.catalogue import Catalogue, catalogue_path
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.selection import AllBut, Selection
+from multidomain_cct.data.batches.streams import DomainStreams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.selection import AllBut, Selection
-from multidomain_cct.data.shard_index import ShardIndex
-from multidomain_cct.data.shards import Shards
-from multidomain_cct.data.streams import DomainStreams
+from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
+from multidomain_cct.data.shards.index import ShardIndex
+from multidomain_cct.data.shards.reader import Shards
 
 NUM_SHARDS, PER_SHARD, BATCH, WINDOW = 100_000, 10_000, 8, 64
 
@@ -94,7 +96,16 @@ def measure(window: int) -> None:
         path = catalogue_path(Path(folder), "train")
         made_up_catalogue().save(path)
         # The first batch of all pays for what is imported when first used.
-        first_batch(streams(Shards(MadeUpFolder(image), Catalogue(("a.tar",), np.array([99]), np.array([0]), *(np.zeros((1, 1), np.uint8),) * 4)), 0), 0)
+        first_batch(
+            streams(
+                Shards(
+                    MadeUpFolder(image),
+                    Catalogue(("a.tar",), np.array([99]), np.array([0]), *(np.zeros((1, 1), np.uint8),) * 4),
+                ),
+                0,
+            ),
+            0,
+        )
         before, began = resident(), time.perf_counter()
         shards = Shards(MadeUpFolder(image), Catalogue.load(path))
         source, opened = streams(shards, window), time.perf_counter() - began
@@ -104,7 +115,8 @@ def measure(window: int) -> None:
         used, index = resident() - before, shards._index_bytes / 1e6
     assert len({*keys, *late_keys}) == 2 * BATCH
     print(
-        f"{len(shards):.0e} samples, {NUM_SHARDS:.0e} shards, window {window}: opened in {opened:.2f} s, first batch in {seconds:.2f} s, batch at 99 % in "
+        f"{len(shards):.0e} samples, {NUM_SHARDS:.0e} shards, window {window}: opened in {opened:.2f} s, first batch "
+        f"in {seconds:.2f} s, batch at 99 % in "
         f"{seek:.2f} s; {used:.0f} MB more in the process, about {index:.0f} MB of them indexes in use"
     )
 

@@ -1,19 +1,23 @@
-"""How fast a CCT step is, and how much memory it takes, beside the plain implementation of the same formulas (benchmarks/plain_cct.py) and beside its encoder.
+"""How fast a CCT step is, and how much memory it takes, beside the plain implementation of the same formulas
+(benchmarks/plain_cct.py) and beside its encoder.
 
-python benchmarks/step.py [--encoder resnet18] [--context fpn] [--stride 8] [--width 128] [--decoder pixelshuffle] [--crop 128] [--batch 2]
-                          [--decoders 30] [--classes 21] [--domains 1] [--steps 3] [--device cpu] [--threads 1] [--only ours] [--json]
-                          [--sample 0] [--consistency-stride 1] [--checkpoint] [--compile]
-                          [--return-memory]
+python benchmarks/step.py [--encoder resnet18] [--context fpn] [--stride 8] [--width 128] [--decoder pixelshuffle]
+                          [--crop 128] [--batch 2] [--decoders 30] [--classes 21] [--domains 1] [--steps 3]
+                          [--device cpu] [--threads 1] [--only ours] [--json] [--sample 0] [--consistency-stride 1]
+                          [--checkpoint] [--compile] [--return-memory]
 
-A step is forward, backward and SGD with momentum on drawn images. The plain one sends labelled and unlabelled images through the encoder in two passes,
-brings PSP's averages to the size of the map before it convolves them, holds the logits of all K auxiliary decoders until its one backward pass, and keeps
-torch's default memory format; the networks start from the same weights. `encoder` is forward and backward of our encoder alone, in one pass, on the same
-images. Ours and `encoder` keep the memory that they free, as `train` does, unless --return-memory is given; `--only ours returning` compares our step with one
-that does not keep it. The K auxiliary decoders are spread evenly over the authors' thirty.
+A step is forward, backward and SGD with momentum on drawn images. The plain one sends labelled and unlabelled images
+through the encoder in two passes, brings PSP's averages to the size of the map before it convolves them, holds the
+logits of all K auxiliary decoders until its one backward pass, and keeps torch's default memory format; the networks
+start from the same weights. `encoder` is forward and backward of our encoder alone, in one pass, on the same images.
+Ours and `encoder` keep the memory that they free, as `train` does, unless --return-memory is given;
+`--only ours returning` compares our step with one that does not keep it. The K auxiliary decoders are spread evenly
+over the authors' thirty.
 
-A process for each takes turns with the others step by step, so that none runs while another is timed; medians are compared. Memory is the peak of the
-resident set (on a GPU: of torch's allocations) in a process that does nothing else; what it holds before the first step is given apart. The options from
---sample to --compile are those of recipes that trade exactness or time: they change ours only.
+A process for each takes turns with the others step by step, so that none runs while another is timed; medians are
+compared. Memory is the peak of the resident set (on a GPU: of torch's allocations) in a process that does nothing else;
+what it holds before the first step is given apart. The options from --sample to --compile are those of recipes that
+trade exactness or time: they change ours only.
 """
 
 from __future__ import annotations
@@ -61,7 +65,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--consistency-stride", type=int, default=1)
     parser.add_argument("--checkpoint", action="store_true", help="recompute the encoder's activations in backward")
     parser.add_argument("--compile", action="store_true", help="torch.compile the encoder")
-    parser.add_argument("--return-memory", action="store_true", help="give freed memory back to the system, as any other program does")
+    parser.add_argument(
+        "--return-memory", action="store_true", help="give freed memory back to the system, as any other program does"
+    )
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(given)
 
@@ -71,7 +77,7 @@ def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     # torch is imported by the processes that need it only: their memory is what is measured.
     import torch
 
-    from multidomain_cct.data.loader import Batch
+    from multidomain_cct.data.batches.loader import Batch
     from multidomain_cct.methods.cct import CCT
     from multidomain_cct.model.encoder import EncoderSettings
     from multidomain_cct.model.losses import ConsistencySettings
@@ -81,10 +87,14 @@ def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     authors = Perturbations().each()
     mix = tuple(authors[number * len(authors) // options.decoders % len(authors)] for number in range(options.decoders))
     ours = which in ("ours", "returning")
-    consistency = ConsistencySettings(sample=options.sample, stride=options.consistency_stride) if ours else ConsistencySettings()
+    consistency = (
+        ConsistencySettings(sample=options.sample, stride=options.consistency_stride) if ours else ConsistencySettings()
+    )
     task = Task(tuple(number % 2 == 1 for number in range(options.classes)), perturbations=mix, consistency=consistency)
     extras = {"checkpoint": options.checkpoint, "compile": options.compile} if ours else {}
-    encoder = EncoderSettings(name=options.encoder, stride=options.stride, context=options.context, width=options.width, **extras)
+    encoder = EncoderSettings(
+        name=options.encoder, stride=options.stride, context=options.context, width=options.width, **extras
+    )
     names = [f"domain_{number}" for number in range(options.domains)]
     model = CCT(encoder, {name: task for name in names}, decoder=options.decoder).to(options.device)
     generator, size = torch.Generator().manual_seed(0), (options.batch, options.crop, options.crop)
@@ -92,10 +102,15 @@ def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     for name in names:
         # Coarse blocks, as real images have them: on noise every pixel would be an object of its own.
         blocks = torch.randint(0, 256, (2, options.batch, 3, 4, 4), dtype=torch.uint8, generator=generator)
-        labelled, unlabelled = (block.repeat_interleave(-(-options.crop // 4), 2).repeat_interleave(-(-options.crop // 4), 3) for block in blocks)
+        labelled, unlabelled = (
+            block.repeat_interleave(-(-options.crop // 4), 2).repeat_interleave(-(-options.crop // 4), 3)
+            for block in blocks
+        )
         masks = torch.randint(0, options.classes, size, dtype=torch.uint8, generator=generator)
         images, others = (part[..., : options.crop, : options.crop].contiguous() for part in (labelled, unlabelled))
-        batches[name] = Batch(images, masks, others, torch.ones(size, dtype=torch.bool)).to(torch.device(options.device))
+        batches[name] = Batch(images, masks, others, torch.ones(size, dtype=torch.bool)).to(
+            torch.device(options.device)
+        )
     return model, batches
 
 
@@ -109,7 +124,9 @@ def plain_step_losses() -> Any:
 
 
 def serve(which: str, options: argparse.Namespace, pipe: Connection) -> None:
-    """Take a step whenever asked and answer with its seconds; at the end with the memory in MiB, before the first step and at its peak."""
+    """Take a step whenever asked and answer with its seconds; at the end with the memory in MiB, before the first step
+    and at its peak.
+    """
     import torch
 
     from multidomain_cct.commands.kept_memory import keep_freed_memory
@@ -141,7 +158,11 @@ def serve(which: str, options: argparse.Namespace, pipe: Connection) -> None:
         return time.perf_counter() - started
 
     def peak() -> float:
-        return torch.cuda.max_memory_allocated() / MIB if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return (
+            torch.cuda.max_memory_allocated() / MIB
+            if on_gpu
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        )
 
     before = peak()
     pipe.send(None)
@@ -200,7 +221,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         result |= {f"{which}_mib_before": memory[which][0], f"{which}_mib_peak": memory[which][1]}
     for name, (above, below) in RATIOS.items():
         if above in workers and below in workers:
-            result[f"{name}_time"] = statistics.median(a / b for a, b in zip(seconds[above], seconds[below], strict=True))
+            result[f"{name}_time"] = statistics.median(
+                a / b for a, b in zip(seconds[above], seconds[below], strict=True)
+            )
             result[f"{name}_memory"] = memory[above][1] / memory[below][1]
     return result
 
@@ -211,13 +234,24 @@ def main() -> None:
     if options.json:
         print(json.dumps(result, indent=1))
         return
-    what = f"{options.encoder}, {options.context}, {options.domains} x ({options.batch} + {options.batch}) images of {options.crop}x{options.crop}"
-    title = f"CCT step, {what}, {options.decoder}, C = {options.classes}, K = {options.decoders}, {result['date']}, {result['machine']}"
+    what = (
+        f"{options.encoder}, {options.context}, {options.domains} x ({options.batch} + {options.batch}) images of "
+        f"{options.crop}x{options.crop}"
+    )
+    title = (
+        f"CCT step, {what}, {options.decoder}, C = {options.classes}, K = {options.decoders}, {result['date']}, "
+        f"{result['machine']}"
+    )
     table = Table(title=title)
     for column in ("", "s per step", "peak MiB", "MiB before the first step"):
         table.add_column(column, justify="right")
     for which in options.only:
-        table.add_row(which, f"{result[f'{which}_s']:.3f}", f"{result[f'{which}_mib_peak']:.0f}", f"{result[f'{which}_mib_before']:.0f}")
+        table.add_row(
+            which,
+            f"{result[f'{which}_s']:.3f}",
+            f"{result[f'{which}_mib_peak']:.0f}",
+            f"{result[f'{which}_mib_before']:.0f}",
+        )
     for name, (above, below) in RATIOS.items():
         if f"{name}_time" in result:
             table.add_row(f"{above} / {below}", f"{result[f'{name}_time']:.2f}", f"{result[f'{name}_memory']:.2f}", "")

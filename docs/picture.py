@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from multidomain_cct.data.augment import decode
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.batches.views import decode
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.results.pictures import colored, overlay
 from multidomain_cct.results.predict import predicted_ids
-from multidomain_cct.training.checkpoint import load_run
+from multidomain_cct.training.checkpoints.checkpoint import load_run
 
 RUNS = ("runs/demo_supervised", "runs/demo")
 TITLES = ("image", "12 labels", "12 labels + unlabelled images (CCT)", "truth")
@@ -33,15 +33,21 @@ def main() -> None:
         for number in numbers:
             image, mask = decode(shards.read(number), domain)
             assert mask is not None
-            answers = [predicted_ids(run.model, image, name, run.recipe.evaluation, torch.device("cpu")) for run in runs]
-            rows.append([image, *(overlay(image, ids, domain, 0.75) for ids in answers), colored(np.asarray(mask), domain)])
+            answers = [
+                predicted_ids(run.model, image, name, run.recipe.evaluation, torch.device("cpu")) for run in runs
+            ]
+            rows.append(
+                [image, *(overlay(image, ids, domain, 0.75) for ids in answers), colored(np.asarray(mask), domain)]
+            )
     width, height = rows[0][0].width * SCALE, rows[0][0].height * SCALE
     sheet = Image.new("RGB", (len(TITLES) * (width + GAP) - GAP, HEADING + len(rows) * (height + GAP) - GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for column, title in enumerate(TITLES):
         pen.text((column * (width + GAP) + 2, 4), title, fill=(40, 40, 40), font=font)
         for row, pictures in enumerate(rows):
-            picture = pictures[column].resize((width, height), Image.Resampling.NEAREST if column == 3 else Image.Resampling.LANCZOS)
+            picture = pictures[column].resize(
+                (width, height), Image.Resampling.NEAREST if column == 3 else Image.Resampling.LANCZOS
+            )
             sheet.paste(picture, (column * (width + GAP), HEADING + row * (height + GAP)))
     folder = Path(__file__).with_name("images")
     folder.mkdir(exist_ok=True)

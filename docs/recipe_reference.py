@@ -1,4 +1,7 @@
-"""Writes docs/recipe.md from the settings dataclasses. Run it with `make docs`; tests/test_docs.py checks that the page is current."""
+"""Writes docs/recipe.md from the settings dataclasses.
+
+Run it with `make docs`; tests/test_docs.py checks that the page is current.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,9 @@ from multidomain_cct.training.recipe import Recipe
 PAGE = Path(__file__).with_name("recipe.md")
 INTRODUCTION = """# Recipe reference
 
-A recipe is one YAML file; every setting can also be given on the command line as a dotted `key=value`. What is left out has the default below. Unknown keys
-are refused, with the nearest known one. This page is generated from the code by `make docs`.
+A recipe is one YAML file; every setting can also be given on the command line as a dotted `key=value`. What is left
+out has the default below. Unknown keys are refused, with the nearest known one. This page is generated from the code by
+`make docs`.
 """
 
 
@@ -32,7 +36,11 @@ def _own_docstrings(kind: type) -> dict[str, str]:
     assert isinstance(body, ast.ClassDef)
     found = {}
     for statement, following in zip(body.body, body.body[1:], strict=False):
-        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
             assert isinstance(statement.target, ast.Name)
             found[statement.target.id] = " ".join(str(following.value.value).split())
     return found
@@ -71,13 +79,21 @@ def section(kind: type, path: str) -> list[str]:
         general = next((part for part in get_args(hint) if is_dataclass(part)), None) if entry is hint else None
         if general is not None:
             # A domain's own section has the keys of the recipe's.
-            lines.append(f"| `{field.name}` | section | | {documented[field.name]} See [{field.name}](#{field.name}). |")
+            lines.append(
+                f"| `{field.name}` | section | | {documented[field.name]} See [{field.name}](#{field.name}). |"
+            )
         elif is_dataclass(entry):
             inner = f"{full}.NAME" if entry is not hint else full
-            lines.append(f"| `{field.name}` | section | | {documented[field.name]} See [{inner}](#{inner.lower().replace('.', '')}). |")
+            lines.append(
+                f"| `{field.name}` | section | | {documented[field.name]} See "
+                f"[{inner}](#{inner.lower().replace('.', '')}). |"
+            )
             below += section(entry, inner)
         else:
-            lines.append(f"| `{field.name}` | {type_name(hint)} | `{default_of(field)}` | {documented[field.name].replace('|', '&#124;')} |")
+            lines.append(
+                f"| `{field.name}` | {type_name(hint)} | `{default_of(field)}` | "
+                f"{documented[field.name].replace('|', '&#124;')} |"
+            )
     return lines + below
 
 

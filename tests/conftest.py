@@ -1,4 +1,6 @@
-"""Real tiny things that several tests share: two domains drawn on the spot, their shards, and a run of two steps on them."""
+"""Real tiny things that several tests share: two domains drawn on the spot, their shards, and a run of two steps on
+them.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.shards import ShardWriter
+from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe, recipe_from
 
@@ -21,7 +23,9 @@ TINY_DOMAINS = {"fields": ("grass", "sky", "barn"), "shapes": ("square", "ground
 
 
 def _picture(rng: np.random.Generator, domain: Domain, size: tuple[int, int]) -> tuple[bytes, bytes]:
-    """JPEG and PNG of one image and its mask: a background class, a box of each other class in about its colour, and an unlabelled strip."""
+    """JPEG and PNG of one image and its mask: a background class, a box of each other class in about its colour, and an
+    unlabelled strip.
+    """
     width, height = size
     ids = np.full((height, width), domain.num_classes - 1, dtype=np.uint8)
     for train_id in range(domain.num_classes - 1):
@@ -42,7 +46,9 @@ def tiny_domain() -> Callable[..., Domain]:
     def build(name: str, classes: tuple[str, ...] = ("square", "ground")) -> Domain:
         rng = np.random.default_rng(len(name))
         colors = [tuple(int(v) for v in rng.integers(30, 226, 3)) for _ in classes]
-        rows = tuple(LabelClass(label, (color[0], color[1], color[2])) for label, color in zip(classes, colors, strict=True))
+        rows = tuple(
+            LabelClass(label, (color[0], color[1], color[2])) for label, color in zip(classes, colors, strict=True)
+        )
         splits = {split: Split(f"images/{split}/*.jpg", f"masks/{split}/*.png") for split in ("train", "val")}
         return Domain(name=name, layout="folder", splits=splits, classes=rows, title=f"Tiny {name}")
 
@@ -51,9 +57,18 @@ def tiny_domain() -> Callable[..., Domain]:
 
 @pytest.fixture(scope="session")
 def tiny_shards() -> Callable[..., Path]:
-    """A function (root, domain, counts by split, size, labelled) that draws images into shards under root and returns the domain's folder."""
+    """A function (root, domain, counts by split, size, labelled) that draws images into shards under root and returns
+    the domain's folder.
+    """
 
-    def write(root: Path, domain: Domain, counts: Mapping[str, int] | None = None, *, size: tuple[int, int] = (96, 72), labelled: bool = True) -> Path:
+    def write(
+        root: Path,
+        domain: Domain,
+        counts: Mapping[str, int] | None = None,
+        *,
+        size: tuple[int, int] = (96, 72),
+        labelled: bool = True,
+    ) -> Path:
         for split, count in (counts or {"train": 6, "val": 3}).items():
             rng = np.random.default_rng([len(split), count, *domain.name.encode()])
             with ShardWriter(root / domain.name, split) as writer:
@@ -67,9 +82,13 @@ def tiny_shards() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_training(tiny_domain: Callable[..., Domain], tiny_shards: Callable[..., Path]) -> Callable[..., Path]:
-    """A function (workspace, name, class names by domain, overrides) that trains two steps of CCT in the workspace and returns the run's folder."""
+    """A function (workspace, name, class names by domain, overrides) that trains two steps of CCT in the workspace and
+    returns the run's folder.
+    """
 
-    def run(workspace: Path, name: str = "tiny", classes: Mapping[str, tuple[str, ...]] | None = None, **overrides: object) -> Path:
+    def run(
+        workspace: Path, name: str = "tiny", classes: Mapping[str, tuple[str, ...]] | None = None, **overrides: object
+    ) -> Path:
         domains = {domain: tiny_domain(domain, names) for domain, names in (classes or TINY_DOMAINS).items()}
         (workspace / "domains").mkdir(exist_ok=True)
         for domain in domains.values():
@@ -80,27 +99,42 @@ def tiny_training(tiny_domain: Callable[..., Domain], tiny_shards: Callable[...,
             "name": name,
             "runs": str(workspace / "runs"),
             "domains": {domain: {"labelled": "2"} for domain in domains},
-            "data": {"shards": str(workspace / "shards"), "labelled_batch": 2, "unlabelled_batch": 2, "crop": [64, 64], "workers": 0},
+            "data": {
+                "shards": str(workspace / "shards"),
+                "labelled_batch": 2,
+                "unlabelled_batch": 2,
+                "crop": [64, 64],
+                "workers": 0,
+            },
             "encoder": {"name": "test_resnet", "stride": 8, "context": "none", "width": 32},
             "decoder": "bilinear",
             "perturbations": {kind: {"count": 1} for kind in ("feature_noise", "feature_drop", "dropout")},
             "optimiser": {"lr": 0.05},
             "training": {"steps": 2, "log_every": 1, "evaluate_every": 1},
         }
-        return train(recipe_from(plain | overrides, name), [workspace / "domains"], command=f"multidomain_cct train {name}.yaml")
+        return train(
+            recipe_from(plain | overrides, name), [workspace / "domains"], command=f"multidomain_cct train {name}.yaml"
+        )
 
     return run
 
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_training: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder of a run of two domains (fields, shapes), with checkpoints, evaluations, and its shards beside it. Copy it to change it."""
+    """Folder of a run of two domains (fields, shapes), with checkpoints, evaluations, and its shards beside it.
+
+    Copy it to change it.
+    """
     return tiny_training(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="session")
-def two_domains(tiny_domain: Callable[..., Domain], tiny_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the shards of fields (10 train, 6 unlabelled, 3 val) and shapes (8 train, 5 val), and domains/ with their specifications."""
+def two_domains(
+    tiny_domain: Callable[..., Domain], tiny_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A folder with the shards of fields (10 train, 6 unlabelled, 3 val) and shapes (8 train, 5 val), and domains/ with
+    their specifications.
+    """
     root = tmp_path_factory.mktemp("two_domains")
     (root / "domains").mkdir()
     for name, train_count, val_count in (("fields", 10, 3), ("shapes", 8, 5)):
@@ -113,14 +147,22 @@ def two_domains(tiny_domain: Callable[..., Domain], tiny_shards: Callable[..., P
 
 @pytest.fixture
 def tiny_recipe(two_domains: Path, tmp_path: Path) -> Callable[..., Recipe]:
-    """A function that makes recipes on two_domains whose runs lie under tmp_path/runs; its keyword arguments are recipe keys, with __ for a dot."""
+    """A function that makes recipes on two_domains whose runs lie under tmp_path/runs; its keyword arguments are recipe
+    keys, with __ for a dot.
+    """
 
     def make(**changes: Any) -> Recipe:
         plain: dict[str, Any] = {
             "name": "tiny",
             "runs": str(tmp_path / "runs"),
             "domains": {"fields": {"labelled": "4", "unlabelled_splits": ["unlabelled"]}, "shapes": {"labelled": "4"}},
-            "data": {"shards": str(two_domains), "crop": [64, 64], "labelled_batch": 2, "unlabelled_batch": 2, "workers": 0},
+            "data": {
+                "shards": str(two_domains),
+                "crop": [64, 64],
+                "labelled_batch": 2,
+                "unlabelled_batch": 2,
+                "workers": 0,
+            },
             "encoder": {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32},
             "decoder": "bilinear",
             "perturbations": {kind: {"count": 1} for kind in ("feature_noise", "feature_drop", "dropout")},

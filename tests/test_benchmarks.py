@@ -1,4 +1,7 @@
-"""Each benchmark runs with its smallest settings, and what it prints has the figures that are read from it. None is judged here: machines differ."""
+"""Each benchmark runs with its smallest settings, and what it prints has the figures that are read from it.
+
+None is judged here: machines differ.
+"""
 
 from __future__ import annotations
 
@@ -39,15 +42,21 @@ def numbers(value: Any) -> list[float]:
 
 
 def test_loader_prints_rates_over_bare_decoding_and_over_a_plain_dataset_and_the_share_of_waiting() -> None:
-    found = printed("loader.py", "--images", 4, "--views", 8, "--size", "256x128", "--crop", 64, "--repeats", 1, "--steps", 1)
+    found = printed(
+        "loader.py", "--images", 4, "--views", 8, "--size", "256x128", "--crop", 64, "--repeats", 1, "--steps", 1
+    )
     assert set(found["stored"]) == {"128x64", "256x128"}
     for size, row in found["stored"].items():
         assert row["plain_images_per_s"] > 0
         for ours in ("without_masks", "half_with_masks", "with_masks"):
             for peer in ("bare", "pillow"):
-                assert row[f"{ours}_over_{peer}"] == pytest.approx(row[f"{ours}_images_per_s"] / row[f"{peer}_{ours}_images_per_s"])
+                assert row[f"{ours}_over_{peer}"] == pytest.approx(
+                    row[f"{ours}_images_per_s"] / row[f"{peer}_{ours}_images_per_s"]
+                )
             assert row[f"{ours}_over_plain"] == pytest.approx(row[f"{ours}_images_per_s"] / row["plain_images_per_s"])
-        assert 0 < row["stages_ms"]["read"] < row["stages_ms"]["views"] and {"batches", "worker", "bare"} < set(row["stages_ms"])
+        assert 0 < row["stages_ms"]["read"] < row["stages_ms"]["views"] and {"batches", "worker", "bare"} < set(
+            row["stages_ms"]
+        )
         # Bits per pixel of photographs: an empty picture would decode far too quickly.
         width, height = map(int, size.split("x"))
         assert 2 < 8 * 1024 * row["jpeg_kb"] / (width * height) < 8
@@ -98,7 +107,10 @@ def test_resume_prints_the_first_batch_and_step_at_both_places_of_both() -> None
 def test_resume_refuses_a_run_that_is_too_short_to_have_an_end() -> None:
     finished = run("resume.py", "--samples", 100)
     assert finished.returncode == 2
-    assert finished.stderr.splitlines()[-1] == "resume.py: error: --samples is 100; it is at least 6400, so that 99 % is another place than the end."
+    assert (
+        finished.stderr.splitlines()[-1]
+        == "resume.py: error: --samples is 100; it is at least 6400, so that 99 % is another place than the end."
+    )
 
 
 def test_pack_prints_its_rate_beside_the_plain_loop() -> None:
@@ -106,25 +118,58 @@ def test_pack_prints_its_rate_beside_the_plain_loop() -> None:
     assert found["efficiency"] == pytest.approx(found["pack_images_per_s"] / found["plain_images_per_s"])
 
 
-TINY_STEP = ("--encoder", "test_resnet", "--context", "none", "--width", 32, "--crop", 64, "--batch", 1, "--classes", 3, "--steps", 1)
+TINY_STEP = (
+    "--encoder",
+    "test_resnet",
+    "--context",
+    "none",
+    "--width",
+    32,
+    "--crop",
+    64,
+    "--batch",
+    1,
+    "--classes",
+    3,
+    "--steps",
+    1,
+)
 
 
 def test_step_prints_times_and_memory_of_each_and_their_ratios() -> None:
     found = printed("step.py", *TINY_STEP, "--decoders", 3)
     for which in ("plain", "ours", "encoder"):
         assert found[f"{which}_s"] > 0 and found[f"{which}_mib_peak"] >= found[f"{which}_mib_before"] > 0
-    assert found["step_time"] == pytest.approx(found["ours_s"] / found["plain_s"]) and found["tax_time"] == pytest.approx(found["ours_s"] / found["encoder_s"])
+    assert found["step_time"] == pytest.approx(found["ours_s"] / found["plain_s"]) and found[
+        "tax_time"
+    ] == pytest.approx(found["ours_s"] / found["encoder_s"])
     assert found["step_memory"] == pytest.approx(found["ours_mib_peak"] / found["plain_mib_peak"])
 
 
 def test_step_takes_the_settings_that_trade_exactness_or_time_for_ours_only() -> None:
-    found = printed("step.py", *TINY_STEP, "--decoders", 3, "--only", "ours", "--sample", 1, "--consistency-stride", 2, "--checkpoint")
+    found = printed(
+        "step.py",
+        *TINY_STEP,
+        "--decoders",
+        3,
+        "--only",
+        "ours",
+        "--sample",
+        1,
+        "--consistency-stride",
+        2,
+        "--checkpoint",
+    )
     assert found["ours_s"] > 0 and "plain_s" not in found and "step_time" not in found
 
 
 def test_memory_prints_growth_with_decoders_and_domains() -> None:
-    found = printed("memory.py", *TINY_STEP[:-6], "--classes", 3, "--steps", 1, "--decoders", 1, 2, "--domains", 1, 2, "--images", 4)
-    assert [row["decoders"] for row in found["by_decoders"]] == [1, 2] and [row["domains"] for row in found["by_domains"]] == [1, 2]
+    found = printed(
+        "memory.py", *TINY_STEP[:-6], "--classes", 3, "--steps", 1, "--decoders", 1, 2, "--domains", 1, 2, "--images", 4
+    )
+    assert [row["decoders"] for row in found["by_decoders"]] == [1, 2] and [
+        row["domains"] for row in found["by_domains"]
+    ] == [1, 2]
     for rows in (found["by_decoders"], found["by_domains"]):
         assert rows[0]["time_ratio"] == rows[0]["memory_ratio"] == 1 and rows[1]["mib"] > 0
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from multidomain_cct.__main__ import main
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
-from multidomain_cct.training.checkpoint import checkpoints
+from multidomain_cct.errors import UserError
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.runlog import read_metrics
@@ -46,14 +47,17 @@ domains: {meadow: {labelled: 3}, dusk: {labelled: none}}
 data: {crop: [32, 32], labelled_batch: 2, unlabelled_batch: 2, workers: 0}
 encoder: {name: test_resnet, context: fpn, width: 32}
 decoder: bilinear
-perturbations: {feature_noise: {count: 1}, feature_drop: {count: 1}, adversarial_noise: {count: 0}, guided_cutout: {count: 1}}
+perturbations:
+  {feature_noise: {count: 1}, feature_drop: {count: 1}, adversarial_noise: {count: 0}, guided_cutout: {count: 1}}
 training: {steps: 2, log_every: 1}
 """
 
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory with raw pictures of a meadow by day, with masks, and at dusk, where only the val pictures have masks, in the raw ids of the day."""
+    """A working directory with raw pictures of a meadow by day, with masks, and at dusk, where only the val pictures
+    have masks, in the raw ids of the day.
+    """
     rng = np.random.default_rng(0)
     for place, split, count in (("meadow", "train", 5), ("meadow", "val", 2), ("dusk", "train", 4), ("dusk", "val", 3)):
         folder = tmp_path / "raw" / place / split
@@ -74,11 +78,17 @@ def logged_keys(run: Path) -> set[str]:
     return {key for line in read_metrics(run / "metrics.jsonl") for key in line}
 
 
-def test_a_domain_with_borrowed_labels_is_packed_trained_scored_and_predicted(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_domain_with_borrowed_labels_is_packed_trained_scored_and_predicted(
+    workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in ("meadow", "dusk"):
         assert main(["pack", name, "--raw", "raw", "--workers", "1"]) == 0
     packed = capsys.readouterr().out
-    assert "dusk/train: 4 images (0 labelled)" in packed and "dusk/val: 3 images (3 labelled)" in packed and "cow" in packed.split("dusk/val")[1]
+    assert (
+        "dusk/train: 4 images (0 labelled)" in packed
+        and "dusk/val: 3 images (3 labelled)" in packed
+        and "cow" in packed.split("dusk/val")[1]
+    )
     shards = Shards.open(Path("data/shards/dusk"), "val")
     for number, key in enumerate(shards.keys):
         raw = np.asarray(Image.open(f"raw/dusk/val/{key}.png"))
@@ -89,9 +99,19 @@ def test_a_domain_with_borrowed_labels_is_packed_trained_scored_and_predicted(wo
     assert main(["mine.yaml"]) == 0
     run = Path("runs/mine")
     keys = logged_keys(run)
-    assert {"train/meadow/supervised", "train/meadow/consistency", "train/dusk/consistency", "val/meadow/miou", "val/dusk/iou/cow"} <= keys
+    assert {
+        "train/meadow/supervised",
+        "train/meadow/consistency",
+        "train/dusk/consistency",
+        "val/meadow/miou",
+        "val/dusk/iou/cow",
+    } <= keys
     assert "train/dusk/supervised" not in keys
-    heads = {name.split(".")[1] for name in load_file(checkpoints(run / "checkpoints")[-1] / "model.safetensors") if name.startswith("heads.")}
+    heads = {
+        name.split(".")[1]
+        for name in load_file(checkpoints(run / "checkpoints")[-1] / "model.safetensors")
+        if name.startswith("heads.")
+    }
     assert heads == {"meadow"}
 
     # From here on the run's folder is enough: the specifications are gone.
@@ -100,7 +120,11 @@ def test_a_domain_with_borrowed_labels_is_packed_trained_scored_and_predicted(wo
     capsys.readouterr()
     assert main(["evaluate", "runs/mine", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)["domains"]
-    assert list(scores) == ["meadow", "dusk"] and list(scores["dusk"]["iou"]) == ["grass", "cow"] and scores["dusk"]["images"] == 3
+    assert (
+        list(scores) == ["meadow", "dusk"]
+        and list(scores["dusk"]["iou"]) == ["grass", "cow"]
+        and scores["dusk"]["images"] == 3
+    )
     last = {key: value for line in read_metrics(run / "metrics.jsonl") for key, value in line.items()}
     assert scores["dusk"]["miou"] == last["val/dusk/miou"]
 
@@ -113,11 +137,20 @@ def test_a_domain_with_borrowed_labels_is_packed_trained_scored_and_predicted(wo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"recipe": ("meadow: {labelled: 3}, ", "")}, 'domains.dusk borrows the labels of "meadow", which is not in the recipe. Add it: domains.meadow.'),
-        ({"dusk": ("labels_of: meadow", "labels_of: medow")}, 'labels_of is "medow"; it is the name of another domain. '),
+        (
+            {"recipe": ("meadow: {labelled: 3}, ", "")},
+            'domains.dusk borrows the labels of "meadow", which is not in the recipe. Add it: domains.meadow.',
+        ),
+        (
+            {"dusk": ("labels_of: meadow", "labels_of: medow")},
+            'labels_of is "medow"; it is the name of another domain. ',
+        ),
         ({"dusk": ("labels_of: meadow", "labels_of: dusk")}, 'labels_of is "dusk"; it is the name of another domain. '),
         ({"dusk": ("splits:", "classes: [{name: cow, color: [1, 2, 3]}]\nsplits:")}, "but its classes are others"),
-        ({"recipe": ("labelled: none", "labelled: 2")}, "domains.dusk.labelled asks for 2 labelled images; there are 0."),
+        (
+            {"recipe": ("labelled: none", "labelled: 2")},
+            "domains.dusk.labelled asks for 2 labelled images; there are 0.",
+        ),
     ],
 )
 def test_labels_that_cannot_be_borrowed_end_training_with_one_line(
@@ -140,8 +173,12 @@ def test_labels_that_cannot_be_borrowed_end_training_with_one_line(
 
 
 @pytest.fixture(scope="module")
-def kinds_of_domains(tiny_domain: Callable[..., Domain], tiny_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Shards and domains/ of `fields` (train, val), `dusk` that borrows its labels (train without masks, val), and `shapes` (train, train_weak, val)."""
+def kinds_of_domains(
+    tiny_domain: Callable[..., Domain], tiny_shards: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Shards and domains/ of `fields` (train, val), `dusk` that borrows its labels (train without masks, val), and
+    `shapes` (train, train_weak, val).
+    """
     root = tmp_path_factory.mktemp("kinds")
     (root / "domains").mkdir()
     fields, shapes = tiny_domain("fields", ("grass", "sky", "barn")), tiny_domain("shapes")
@@ -162,7 +199,11 @@ PSEUDO_LABELS_ONLY = {"train_split": "train_weak", "weak_split": "train_weak"}
 
 
 def terms_by_step(run: Path) -> list[set[str]]:
-    return [{key.removeprefix("train/") for key in line if key.startswith("train/")} for line in read_metrics(run / "metrics.jsonl") if "lr" in line]
+    return [
+        {key.removeprefix("train/") for key in line if key.startswith("train/")}
+        for line in read_metrics(run / "metrics.jsonl")
+        if "lr" in line
+    ]
 
 
 @pytest.mark.parametrize("schedule", ["together", "alternate"])
@@ -177,23 +218,42 @@ def terms_by_step(run: Path) -> list[set[str]]:
     ],
 )
 def test_labels_only_images_only_and_pseudo_labels_only_train_beside_each_other(
-    tiny_recipe: TinyRecipe, kinds_of_domains: Path, schedule: str, method: str, fields: set[str], dusk: set[str], shapes: set[str]
+    tiny_recipe: TinyRecipe,
+    kinds_of_domains: Path,
+    schedule: str,
+    method: str,
+    fields: set[str],
+    dusk: set[str],
+    shapes: set[str],
 ) -> None:
     recipe = tiny_recipe(
         method=method,
         domains={"fields": LABELS_ONLY, "dusk": IMAGES_ONLY, "shapes": PSEUDO_LABELS_ONLY},
-        data={"shards": str(kinds_of_domains), "crop": [64, 64], "labelled_batch": 2, "unlabelled_batch": 2, "workers": 0, "schedule": schedule},
+        data={
+            "shards": str(kinds_of_domains),
+            "crop": [64, 64],
+            "labelled_batch": 2,
+            "unlabelled_batch": 2,
+            "workers": 0,
+            "schedule": schedule,
+        },
         training={"steps": 3, "log_every": 1},
     )
     run = train(recipe, [kinds_of_domains / "domains"])
-    each = [{f"{name}/{term}" for term in terms} for name, terms in (("fields", fields), ("dusk", dusk), ("shapes", shapes)) if terms]
+    each = [
+        {f"{name}/{term}" for term in terms}
+        for name, terms in (("fields", fields), ("dusk", dusk), ("shapes", shapes))
+        if terms
+    ]
     # A domain that adds nothing has no turn; it is scored all the same.
     expected = [set().union(*each)] * 3 if schedule == "together" else (each * 3)[:3]
     assert terms_by_step(run) == expected
     assert {"val/fields/miou", "val/dusk/miou", "val/shapes/miou"} <= logged_keys(run)
 
 
-def test_pseudo_labels_add_a_term_beside_labelled_and_unlabelled_images(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
+def test_pseudo_labels_add_a_term_beside_labelled_and_unlabelled_images(
+    tiny_recipe: TinyRecipe, kinds_of_domains: Path
+) -> None:
     runs = {}
     # With frozen norms an image's loss does not depend on the others of the step.
     frozen = {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "frozen"}
@@ -201,47 +261,81 @@ def test_pseudo_labels_add_a_term_beside_labelled_and_unlabelled_images(tiny_rec
         recipe = tiny_recipe(name=name, domains={"shapes": choice}, data__shards=str(kinds_of_domains), encoder=frozen)
         runs[name] = read_metrics(train(recipe, [kinds_of_domains / "domains"]) / "metrics.jsonl")
     assert runs["with"][0]["train/shapes/weak"] > 0 and not any("train/shapes/weak" in line for line in runs["without"])
-    assert runs["with"][0]["train/shapes/supervised"] == pytest.approx(runs["without"][0]["train/shapes/supervised"], rel=1e-5)
+    assert runs["with"][0]["train/shapes/supervised"] == pytest.approx(
+        runs["without"][0]["train/shapes/supervised"], rel=1e-5
+    )
 
 
 def test_a_label_space_without_a_labelled_image_is_refused(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
-    for domains in ({"fields": LABELS_ONLY, "shapes": IMAGES_ONLY}, {"shapes": IMAGES_ONLY | {"weak_split": "train_weak"}}):
+    for domains in (
+        {"fields": LABELS_ONLY, "shapes": IMAGES_ONLY},
+        {"shapes": IMAGES_ONLY | {"weak_split": "train_weak"}},
+    ):
         recipe = tiny_recipe(domains=domains, data__shards=str(kinds_of_domains))
-        with pytest.raises(ValueError, match="domains.shapes has no labelled image, and no other domain with its classes has one"):
+        with pytest.raises(
+            UserError, match="domains.shapes has no labelled image, and no other domain with its classes has one"
+        ):
             train(recipe, [kinds_of_domains / "domains"])
         assert not recipe.folder.exists()
 
 
 def test_a_trained_run_adapts_to_unlabelled_images_alone(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
-    first = train(tiny_recipe(domains={"shapes": LABELS_ONLY}, data__shards=str(kinds_of_domains)), [kinds_of_domains / "domains"])
-    recipe = tiny_recipe(name="adapted", domains={"shapes": IMAGES_ONLY}, data__shards=str(kinds_of_domains), init_from=str(first))
+    first = train(
+        tiny_recipe(domains={"shapes": LABELS_ONLY}, data__shards=str(kinds_of_domains)), [kinds_of_domains / "domains"]
+    )
+    recipe = tiny_recipe(
+        name="adapted", domains={"shapes": IMAGES_ONLY}, data__shards=str(kinds_of_domains), init_from=str(first)
+    )
     assert terms_by_step(train(recipe, [kinds_of_domains / "domains"])) == [{"shapes/consistency"}] * 2
 
 
-def test_a_run_to_start_from_must_have_the_head_that_is_not_taught(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
-    first = train(tiny_recipe(domains={"fields": LABELS_ONLY}, data__shards=str(kinds_of_domains)), [kinds_of_domains / "domains"])
-    recipe = tiny_recipe(name="other", domains={"shapes": IMAGES_ONLY}, data__shards=str(kinds_of_domains), init_from=str(first))
-    with pytest.raises(ValueError, match="domains.shapes has no labelled image.* start from a run that has its head"):
+def test_a_run_to_start_from_must_have_the_head_that_is_not_taught(
+    tiny_recipe: TinyRecipe, kinds_of_domains: Path
+) -> None:
+    first = train(
+        tiny_recipe(domains={"fields": LABELS_ONLY}, data__shards=str(kinds_of_domains)), [kinds_of_domains / "domains"]
+    )
+    recipe = tiny_recipe(
+        name="other", domains={"shapes": IMAGES_ONLY}, data__shards=str(kinds_of_domains), init_from=str(first)
+    )
+    with pytest.raises(UserError, match="domains.shapes has no labelled image.* start from a run that has its head"):
         train(recipe, [kinds_of_domains / "domains"])
 
 
 def test_a_domain_that_adds_nothing_has_no_norms_of_its_own(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
     encoder = {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "per_domain"}
-    recipe = tiny_recipe(method="supervised", domains={"fields": LABELS_ONLY, "dusk": IMAGES_ONLY}, data__shards=str(kinds_of_domains), encoder=encoder)
-    with pytest.raises(ValueError, match="domains.dusk has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded"):
+    recipe = tiny_recipe(
+        method="supervised",
+        domains={"fields": LABELS_ONLY, "dusk": IMAGES_ONLY},
+        data__shards=str(kinds_of_domains),
+        encoder=encoder,
+    )
+    with pytest.raises(
+        UserError,
+        match="domains.dusk has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded",
+    ):
         train(recipe, [kinds_of_domains / "domains"])
 
 
 def test_comparing_label_spaces_needs_unlabelled_images(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
-    recipe = tiny_recipe(method="usss", domains={"fields": LABELS_ONLY, "shapes": LABELS_ONLY}, data__shards=str(kinds_of_domains))
-    with pytest.raises(ValueError, match="method is `usss`, which learns from unlabelled images, and no domain has any"):
+    recipe = tiny_recipe(
+        method="usss", domains={"fields": LABELS_ONLY, "shapes": LABELS_ONLY}, data__shards=str(kinds_of_domains)
+    )
+    with pytest.raises(UserError, match="method is `usss`, which learns from unlabelled images, and no domain has any"):
         train(recipe, [kinds_of_domains / "domains"])
 
 
-def test_a_run_that_starts_from_a_mean_teachers_takes_the_teacher(tiny_recipe: TinyRecipe, kinds_of_domains: Path) -> None:
+def test_a_run_that_starts_from_a_mean_teachers_takes_the_teacher(
+    tiny_recipe: TinyRecipe, kinds_of_domains: Path
+) -> None:
     folders, shards = [kinds_of_domains / "domains"], str(kinds_of_domains)
     old = train(tiny_recipe(method="mean_teacher", domains={"fields": {"labelled": "2"}}, data__shards=shards), folders)
-    recipe = tiny_recipe(name="new", domains={"fields": LABELS_ONLY}, data__shards=shards, init_from=str(old), optimiser={"lr": 1e-12})
-    teacher, new = (load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors") for run in (old, train(recipe, folders)))
+    recipe = tiny_recipe(
+        name="new", domains={"fields": LABELS_ONLY}, data__shards=shards, init_from=str(old), optimiser={"lr": 1e-12}
+    )
+    teacher, new = (
+        load_file(sorted((run / "checkpoints").glob("step-*"))[-1] / "model.safetensors")
+        for run in (old, train(recipe, folders))
+    )
     name = "heads.fields.main.classify.weight"
     assert (new[name] - teacher[f"teacher.{name}"]).abs().max() < 1e-6 < (new[name] - teacher[name]).abs().max()

@@ -53,7 +53,9 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return lines[0]
 
 
-def test_three_commands_lead_from_a_folder_of_photographs_to_predictions(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_three_commands_lead_from_a_folder_of_photographs_to_predictions(
+    yard: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (yard / "yard.yaml").write_text(
         "domains: {yard: {labelled: 2, unlabelled_splits: [more], val_split: train}}\n"
         "data: {crop: [32, 32], labelled_batch: 2, unlabelled_batch: 2, workers: 0}\n"
@@ -71,7 +73,9 @@ def test_three_commands_lead_from_a_folder_of_photographs_to_predictions(yard: P
     assert index.size == (64, 48) and set(np.unique(np.asarray(index))) <= {0, 1}
 
 
-def test_domains_lists_what_is_known_and_packed(yard: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_domains_lists_what_is_known_and_packed(
+    yard: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     main(["pack", "yard", "--raw", "raw", "--workers", "1", "--split", "more"])
     capsys.readouterr()
@@ -84,20 +88,39 @@ def test_domains_lists_what_is_known_and_packed(yard: Path, capsys: pytest.Captu
     assert "broken.yaml: layout is missing" in capsys.readouterr().err
 
 
-def test_evaluate_prints_tables_and_json_and_keeps_the_scores(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluate_prints_tables_and_json_and_keeps_the_scores(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     assert main(["evaluate", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("fields", "shapes", "barn", "mIoU", "pixel accuracy", "mean of 2 domains", "3 images at label resolution"))
+    assert all(
+        word in printed
+        for word in (
+            "fields",
+            "shapes",
+            "barn",
+            "mIoU",
+            "pixel accuracy",
+            "mean of 2 domains",
+            "3 images at label resolution",
+        )
+    )
     written = json.loads(next(run.glob("evaluation-val-*.json")).read_text())
     assert main(["evaluate", str(run), "--json", "--domain", "fields", "--checkpoint", "best"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert list(answer["domains"]) == ["fields"] and set(answer["domains"]["fields"]["iou"]) == set(written["domains"]["fields"]["iou"])
+    assert list(answer["domains"]) == ["fields"] and set(answer["domains"]["fields"]["iou"]) == set(
+        written["domains"]["fields"]["iou"]
+    )
     assert main(["evaluate", str(run), "--json", "--window", "64,64", "--scales", "0.75,1", "--flip"]) == 0
-    assert "window 64x64, scales [0.75, 1.0], flip" in json.loads(capsys.readouterr().out)["domains"]["shapes"]["protocol"]
+    assert (
+        "window 64x64, scales [0.75, 1.0], flip" in json.loads(capsys.readouterr().out)["domains"]["shapes"]["protocol"]
+    )
 
 
-def test_predict_skips_and_reports_what_it_cannot_read(tiny_run: Path, yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predict_skips_and_reports_what_it_cannot_read(
+    tiny_run: Path, yard: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (yard / "raw/more/broken.jpg").write_bytes(b"not an image")
     assert main(["predict", str(tiny_run), "--domain", "fields", "--out", "out", "raw/more"]) == 1
     printed = capsys.readouterr()
@@ -105,7 +128,9 @@ def test_predict_skips_and_reports_what_it_cannot_read(tiny_run: Path, yard: Pat
     assert "error: skipped " in printed.err and "broken.jpg" in printed.err
 
 
-def test_report_prints_the_runs_beside_each_other(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_report_prints_the_runs_beside_each_other(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     other = shutil.copytree(tiny_run, tmp_path / "other[red]")
     assert main(["report", str(tiny_run), str(other), "--out", str(tmp_path / "page.html")]) == 0
     printed = capsys.readouterr().out
@@ -122,14 +147,18 @@ def test_scores_of_other_domains_and_settings_have_files_of_their_own(tiny_run: 
     assert len(list(run.glob("evaluation-val-step-*.json"))) == 3
 
 
-def test_the_checkpoint_of_another_run_is_refused(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_checkpoint_of_another_run_is_refused(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     other = next((tiny_run / "checkpoints").iterdir())
     assert "is not a checkpoint of" in mistake(capsys, "evaluate", run, "--checkpoint", other)
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (yard / "domains/yard.yaml").write_text(SPEC.replace("name: cat", 'name: "cat [front] [/]"').replace("layout:", 'title: "Yard [small]"\nlayout:'))
+    (yard / "domains/yard.yaml").write_text(
+        SPEC.replace("name: cat", 'name: "cat [front] [/]"').replace("layout:", 'title: "Yard [small]"\nlayout:')
+    )
     assert main(["pack", "yard", "--raw", "raw", "--workers", "1"]) == 0
     assert "cat [front] [/]" in capsys.readouterr().out
 
@@ -150,11 +179,16 @@ def test_index_makes_foreign_shards_usable(yard: Path, capsys: pytest.CaptureFix
 
 
 def test_mistakes_about_domains_and_raw_data(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert 'names the domain "yrad"' in (line := mistake(capsys, "pack", "yrad", "--raw", "raw")) and 'Did you mean "yard"' in line
+    assert (
+        'names the domain "yrad"' in (line := mistake(capsys, "pack", "yrad", "--raw", "raw"))
+        and 'Did you mean "yard"' in line
+    )
     assert "--raw is missing" in mistake(capsys, "pack", "yard")
     assert "nowhere" in mistake(capsys, "pack", "yard", "--raw", "nowhere")
     assert "--workers is 0" in mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "0")
-    assert '"trian"' in (line := mistake(capsys, "pack", "yard", "--raw", "raw", "--split", "trian")) and "train" in line
+    assert (
+        '"trian"' in (line := mistake(capsys, "pack", "yard", "--raw", "raw", "--split", "trian")) and "train" in line
+    )
     (yard / "raw/masks/2.png").unlink()
     assert "2.jpg" in mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "1")
     Image.new("L", (10, 10)).save(yard / "raw/masks/2.png")
@@ -162,7 +196,9 @@ def test_mistakes_about_domains_and_raw_data(yard: Path, capsys: pytest.CaptureF
     (yard / "domains/yard.yaml").write_text(SPEC.replace("ids: [4]", "ids: [0]"))
     assert 'raw id 0 belongs to both "grass" and "cat"' in mistake(capsys, "pack", "yard", "--raw", "raw")
     (yard / "domains/yard.yaml").write_text(SPEC.replace("200, 0, 0", "200, 0, 256"))
-    assert "classes[1].color is [200, 0, 256]; a colour is three integers from 0 to 255" in mistake(capsys, "pack", "yard", "--raw", "raw")
+    assert "classes[1].color is [200, 0, 256]; a colour is three integers from 0 to 255" in mistake(
+        capsys, "pack", "yard", "--raw", "raw"
+    )
     assert not list(yard.glob("data/shards/**/*.tar"))
 
 
@@ -175,20 +211,26 @@ def test_a_raw_folder_that_lacks_a_split(yard: Path, capsys: pytest.CaptureFixtu
     assert "split train of yard needs images/*.jpg" in mistake(capsys, "pack", "yard", "--raw", "raw")
 
 
-def test_a_raw_id_without_class_is_an_error_when_the_spec_says_so(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_raw_id_without_class_is_an_error_when_the_spec_says_so(
+    yard: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (yard / "domains/yard.yaml").write_text(SPEC + "unknown: error\n")
     line = mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "1")
     assert "9" in line and "masks/" in line
     assert not list(yard.glob("data/shards/**/*.tar"))
 
 
-def test_mistakes_about_training(yard: Path, capsys: pytest.CaptureFixture[str], tiny_recipe: Callable[..., Recipe], two_domains: Path) -> None:
+def test_mistakes_about_training(
+    yard: Path, capsys: pytest.CaptureFixture[str], tiny_recipe: Callable[..., Recipe], two_domains: Path
+) -> None:
     assert "there is no such recipe" in mistake(capsys, "nothing.yaml")
     path = yard / "tiny.yaml"
     path.write_text(tiny_recipe().to_yaml())
     domains = ("--domains", two_domains / "domains")
     assert 'unknown key "data.crpo"' in mistake(capsys, path, "data.crpo=1")
-    assert "has no train shards. Make them: python -m multidomain_cct pack fields" in mistake(capsys, path, "data.shards=nowhere", *domains)
+    assert "has no train shards. Make them: python -m multidomain_cct pack fields" in mistake(
+        capsys, path, "data.shards=nowhere", *domains
+    )
     assert "asks for 99 labelled images; there are 10" in mistake(capsys, path, "domains.fields.labelled=99", *domains)
     assert "which encoder.stride 8 does not divide" in mistake(capsys, path, "data.crop=[60,60]", *domains)
     assert "Nearest: resnet" in mistake(capsys, path, "encoder.name=resnet5o", *domains)
@@ -204,14 +246,20 @@ def test_a_train_id_outside_the_table_is_named_by_shard_and_key(
     domains = shutil.copytree(two_domains / "domains", yard / "other")
     text = (domains / "fields.yaml").read_text()
     start = text.index("- name: barn")
-    (domains / "fields.yaml").write_text(text[:start] + text[text.index("title:", start) :] if "title:" in text[start:] else text[:start] + "unknown: ignore\n")
+    (domains / "fields.yaml").write_text(
+        text[:start] + text[text.index("title:", start) :]
+        if "title:" in text[start:]
+        else text[:start] + "unknown: ignore\n"
+    )
     path = yard / "tiny.yaml"
     path.write_text(tiny_recipe(data__workers=1).to_yaml())
     line = mistake(capsys, path, "--domains", domains)
     assert "train-00000.tar: key 'train_0" in line and "train id 2" in line and "classes 0 to 1" in line
 
 
-def test_a_run_that_fails_exits_with_1(yard: Path, capsys: pytest.CaptureFixture[str], tiny_recipe: Callable[..., Recipe], two_domains: Path) -> None:
+def test_a_run_that_fails_exits_with_1(
+    yard: Path, capsys: pytest.CaptureFixture[str], tiny_recipe: Callable[..., Recipe], two_domains: Path
+) -> None:
     path = yard / "tiny.yaml"
     path.write_text(tiny_recipe(optimiser={"lr": 1e30}, training={"steps": 9, "max_skipped": 1}).to_yaml())
     assert main([str(path), "--domains", str(two_domains / "domains")]) == 1
@@ -221,8 +269,12 @@ def test_a_run_that_fails_exits_with_1(yard: Path, capsys: pytest.CaptureFixture
 
 def test_mistakes_about_runs(tiny_run: Path, yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "is not a run's folder" in mistake(capsys, "evaluate", yard)
-    assert 'has no head for the domain "fieldz". It has: fields, shapes. Did you mean "fields"' in mistake(capsys, "evaluate", tiny_run, "--domain", "fieldz")
-    assert 'no head for the domain "yard"' in mistake(capsys, "predict", tiny_run, "--domain", "yard", "--out", "out", "raw/more")
+    assert 'has no head for the domain "fieldz". It has: fields, shapes. Did you mean "fields"' in mistake(
+        capsys, "evaluate", tiny_run, "--domain", "fieldz"
+    )
+    assert 'no head for the domain "yard"' in mistake(
+        capsys, "predict", tiny_run, "--domain", "yard", "--out", "out", "raw/more"
+    )
     assert "has no test shards" in mistake(capsys, "evaluate", tiny_run, "--split", "test")
     assert "there is no such checkpoint" in mistake(capsys, "evaluate", tiny_run, "--checkpoint", "step-9")
     assert "not a run" in mistake(capsys, "report", yard)
@@ -232,7 +284,9 @@ def test_mistakes_about_runs(tiny_run: Path, yard: Path, capsys: pytest.CaptureF
     assert not (yard / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["evaluate"], ["predict", "run"], ["evaluate", "run", "--window", "3"], ["pack"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["evaluate"], ["predict", "run"], ["evaluate", "run", "--window", "3"], ["pack"]]
+)
 def test_incomplete_commands_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -240,19 +294,44 @@ def test_incomplete_commands_exit_with_2(arguments: list[str]) -> None:
 
 
 def test_a_wheel_carries_domains_and_recipes_and_works_outside_the_clone(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)], cwd=ROOT, check=True, capture_output=True, timeout=120)
+    subprocess.run(
+        [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        timeout=120,
+    )
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         archive.extractall(tmp_path / "site")
-    assert {"multidomain_cct/domains/cityscapes.yaml", "multidomain_cct/recipes/demo.yaml", "multidomain_cct/results/report.html.jinja"} <= names
+    assert {
+        "multidomain_cct/domains/cityscapes.yaml",
+        "multidomain_cct/recipes/demo.yaml",
+        "multidomain_cct/results/report.html.jinja",
+    } <= names
     site = str(tmp_path / "site")
-    code = f"import sys; sys.path.insert(0, {site!r}); import multidomain_cct.__main__ as m; print(m.__file__); sys.exit(m.main())"
+    code = (
+        f"import sys; sys.path.insert(0, {site!r}); import multidomain_cct.__main__ as m; print(m.__file__); "
+        "sys.exit(m.main())"
+    )
     known = subprocess.run(
-        [sys.executable, "-c", code, "domains"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env={"PATH": "", "COLUMNS": "200"}
+        [sys.executable, "-c", code, "domains"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": "", "COLUMNS": "200"},
     )
     assert str(tmp_path / "site") in known.stdout and "pascal_voc" in known.stdout and known.returncode == 0
-    trained = subprocess.run([sys.executable, "-c", code, "recipes/demo.yaml"], cwd=tmp_path, capture_output=True, text=True, timeout=120, env={"PATH": ""})
+    trained = subprocess.run(
+        [sys.executable, "-c", code, "recipes/demo.yaml"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={"PATH": ""},
+    )
     assert trained.returncode == 2 and "toy_street has no train shards" in trained.stderr
 
 
@@ -267,3 +346,42 @@ def test_a_place_that_cannot_be_written_is_one_line(yard: Path, capsys: pytest.C
     assert main(["pack", "yard", "--raw", "raw", "--workers", "1", "--out", "occupied"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: occupied/yard: Not a directory")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(
+    yard: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def faulty(*arguments: object) -> None:
+        list(zip([1], [], strict=True))
+
+    monkeypatch.setattr("multidomain_cct.commands.pack.find_domain", faulty)
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2 is shorter"):
+        main(["pack", "yard", "--raw", "raw"])
+    assert "error:" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--traceback", "absent.yaml"],
+        ["absent.yaml", "seed=1", "--traceback"],
+        ["pack", "--traceback", "absent", "--raw", "raw"],
+    ],
+)
+def test_the_traceback_of_a_mistake_is_shown_when_asked_for(
+    yard: Path, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("Traceback (most recent call last):") and "multidomain_cct.errors.UserError: " in shown
+    # The one line stays the last.
+    assert shown.splitlines()[-1].startswith("error: ")
+
+
+def test_the_environment_can_ask_for_tracebacks(
+    yard: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MDCCT_TRACEBACK", "1")
+    assert main(["absent.yaml"]) == 2 and "Traceback" in capsys.readouterr().err
+    monkeypatch.setenv("MDCCT_TRACEBACK", "0")
+    mistake(capsys, "absent.yaml")

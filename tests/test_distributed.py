@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from multidomain_cct.data.order import Stream
+from multidomain_cct.data.batches.order import Stream
+from multidomain_cct.data.batches.streams import open_streams
 from multidomain_cct.data.specification import read_domain
-from multidomain_cct.data.streams import open_streams
-from multidomain_cct.training.checkpoint import checkpoints
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.recipe import Recipe, recipe_from
 from multidomain_cct.training.runlog import read_metrics
 
@@ -50,11 +50,14 @@ run.build_model = keep
 for recipe in recipes:
     seen.clear()
     loop.train(read_recipe(recipe), [domains])
-    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in models[-1].state_dict().values())).hexdigest()
+    tensors = models[-1].state_dict().values()
+    digest = hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in tensors)).hexdigest()
     found = {"seen": seen, "weights": digest}
     (out / f"{recipe.stem}-{state.process_index}.json").write_text(json.dumps(found))
 """
-"""Trains recipes one after the other; each process writes what it has seen of each and a digest of its model at the end."""
+"""Trains recipes one after the other; each process writes what it has seen of each and a digest of its model at the
+end.
+"""
 
 BATCH_OF_FOUR = {"crop": [64, 64], "labelled_batch": 4, "unlabelled_batch": 4, "workers": 0}
 SPOIL = """
@@ -72,7 +75,8 @@ CCT.forward = spoilt
 """
 
 
-# Nothing random but the data: frozen norms and a perturbation without randomness. Draws of the other perturbations differ by process, as designed.
+# Nothing random but the data: frozen norms and a perturbation without randomness. Draws of the other perturbations
+# differ by process, as designed.
 DETERMINISTIC: dict[str, Any] = {
     "encoder": {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "frozen"},
     "perturbations": {
@@ -84,14 +88,26 @@ DETERMINISTIC: dict[str, Any] = {
 
 
 def run_processes(
-    count: int, recipes: Recipe | list[Recipe], shards: Path, folder: Path, *, spoil: bool = False, command: bool = False
+    count: int,
+    recipes: Recipe | list[Recipe],
+    shards: Path,
+    folder: Path,
+    *,
+    spoil: bool = False,
+    command: bool = False,
 ) -> subprocess.CompletedProcess[str]:
-    """Train in `count` processes: by the script above, with a loss made nan on the second process, or by the command itself."""
+    """Train in `count` processes: by the script above, with a loss made nan on the second process, or by the command
+    itself.
+    """
     paths = []
     for recipe in [recipes] if isinstance(recipes, Recipe) else recipes:
         paths.append(str(folder / f"{recipe.name}.yaml"))
         Path(paths[-1]).write_text(recipe.to_yaml())
-    launcher = [sys.executable] if count == 1 else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    launcher = (
+        [sys.executable]
+        if count == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    )
     if command:
         arguments = [*launcher, "-m", "multidomain_cct", *paths, "--domains", str(shards / "domains")]
     else:
@@ -100,7 +116,8 @@ def run_processes(
     return subprocess.run(arguments, capture_output=True, text=True, timeout=600)
 
 
-# Without randomness of its own a method computes in two processes what it computes in one; the others draw for each process apart.
+# Without randomness of its own a method computes in two processes what it computes in one; the others draw for each
+# process apart.
 SAME = {
     "cct_together": {"schedule": "together"},
     "cct_alternate": {"schedule": "alternate"},
@@ -146,12 +163,21 @@ def worlds(two_domains: Path, tmp_path_factory: pytest.TempPathFactory) -> World
     return Worlds(folder)
 
 
-def _recipe(name: str, runs: Path, shards: Path, *, schedule: str = "together", norm: str = "frozen", **changes: Any) -> Recipe:
+def _recipe(
+    name: str, runs: Path, shards: Path, *, schedule: str = "together", norm: str = "frozen", **changes: Any
+) -> Recipe:
     plain = DETERMINISTIC | {
         "name": name,
         "runs": str(runs),
         "domains": {"fields": {"labelled": "4", "unlabelled_splits": ["unlabelled"]}, "shapes": {"labelled": "4"}},
-        "data": {"shards": str(shards), "crop": [64, 64], "labelled_batch": 2, "unlabelled_batch": 2, "workers": 0, "schedule": schedule},
+        "data": {
+            "shards": str(shards),
+            "crop": [64, 64],
+            "labelled_batch": 2,
+            "unlabelled_batch": 2,
+            "workers": 0,
+            "schedule": schedule,
+        },
         "decoder": "bilinear",
     }
     return recipe_from(plain | {"encoder": DETERMINISTIC["encoder"] | {"norm": norm}} | changes, name)
@@ -165,10 +191,13 @@ def test_two_processes_see_and_compute_what_one_does(worlds: Worlds, name: str) 
     for step, (number, batches) in enumerate(one):
         assert [ranks[step][0] for ranks in two] == [number, number]
         for domain, keys in batches.items():
-            # Each rank's keys are its labelled, then its unlabelled images; one process has two of each, two have one of each.
+            # Each rank's keys are its labelled, then its unlabelled images; one process has two of each, two have one
+            # of each.
             halves = [ranks[step][1][domain] for ranks in two]
             kinds = range(len(halves[0]))
-            assert keys == [half[kind] for kind in kinds for half in halves] and len(kinds) == (1 if name == "supervised" else 2)
+            assert keys == [half[kind] for kind in kinds for half in halves] and len(kinds) == (
+                1 if name == "supervised" else 2
+            )
     for alone, together in zip(worlds.metrics(name, 1), worlds.metrics(name, 2), strict=True):
         terms = [key for key in alone if key.startswith(("train/", "val/"))]
         assert terms and terms == [key for key in together if key.startswith(("train/", "val/"))]
@@ -182,7 +211,8 @@ def test_two_processes_see_and_compute_what_one_does(worlds: Worlds, name: str) 
 
 @pytest.mark.parametrize("name", [*SAME, *DRAWING])
 def test_processes_end_with_the_same_model(worlds: Worlds, name: str) -> None:
-    # The last evaluation gives all processes the first one's statistics; parameters, teachers and class embeddings agree by themselves.
+    # The last evaluation gives all processes the first one's statistics; parameters, teachers and class embeddings
+    # agree by themselves.
     assert worlds.of_process(name, 2, 0)["weights"] == worlds.of_process(name, 2, 1)["weights"]
     losses = [value for line in worlds.metrics(name, 2) for key, value in line.items() if key.startswith("train/")]
     assert len(losses) >= 5 and all(math.isfinite(value) for value in losses)
@@ -212,10 +242,16 @@ def test_a_bad_sample_on_one_process_is_named(tiny_recipe: TinyRecipe, two_domai
     assert line.startswith("error: rank 1: ") and f"key '{record.key}': the bytes differ" in line
 
 
-def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_both(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
-    """Alternating domains and accumulated micro-batches, with the trouble in the last micro-batch, where a wrapped model waits for a backward pass."""
+def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_both(
+    tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path
+) -> None:
+    """Alternating domains and accumulated micro-batches, with the trouble in the last micro-batch, where a wrapped
+    model waits for a backward pass.
+    """
     settings = DETERMINISTIC | {"training": DETERMINISTIC["training"] | {"accumulation": 2}}
-    recipe = tiny_recipe(name="nan", data={**BATCH_OF_FOUR, "shards": str(two_domains), "schedule": "alternate"}, **settings)
+    recipe = tiny_recipe(
+        name="nan", data={**BATCH_OF_FOUR, "shards": str(two_domains), "schedule": "alternate"}, **settings
+    )
     done = run_processes(2, recipe, two_domains, tmp_path, spoil=True)
     assert done.returncode == 0, done.stderr[-2000:]
     (notice,) = [line for line in done.stdout.splitlines() if "was skipped" in line]
@@ -224,7 +260,9 @@ def test_a_loss_that_is_not_finite_on_one_process_is_skipped_by_both(tiny_recipe
     assert notice.count("train_") == len(spoilt)
 
 
-def test_a_batch_that_does_not_divide_is_one_line_from_one_process(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
+def test_a_batch_that_does_not_divide_is_one_line_from_one_process(
+    tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path
+) -> None:
     recipe = tiny_recipe(name="odd", data__labelled_batch=3, **DETERMINISTIC)
     done = run_processes(2, recipe, two_domains, tmp_path, command=True)
     assert done.returncode != 0

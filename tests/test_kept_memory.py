@@ -31,7 +31,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 
 def bytes_taken(which: str) -> int:
     """From the system, by tensors of 640 MiB in all, one after the other."""
-    return int(subprocess.run([sys.executable, "-c", PAGES_TAKEN, which], capture_output=True, text=True, check=True).stdout)
+    return int(
+        subprocess.run([sys.executable, "-c", PAGES_TAKEN, which], capture_output=True, text=True, check=True).stdout
+    )
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc, whose setting this is")

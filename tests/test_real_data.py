@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from multidomain_cct.data.augment import decode
-from multidomain_cct.data.loader import TrainingSet
-from multidomain_cct.data.pack import pack
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.batches.loader import TrainingSet
+from multidomain_cct.data.batches.streams import open_streams
+from multidomain_cct.data.batches.views import decode
+from multidomain_cct.data.packing.pack import pack
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import domain_folders, find_domain
-from multidomain_cct.data.streams import open_streams
 from multidomain_cct.training.recipe import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +52,11 @@ def test_every_image_is_in_the_shards_with_its_mask(shards: Path) -> None:
 
 
 def test_three_real_domains_make_batches_from_yaml_alone(shards: Path) -> None:
-    overrides = [f"data.shards={shards}", "domains.ccp.unlabelled_splits=[unlabelled]", *(f"domains.{name}.labelled=50" for name in COUNTS)]
+    overrides = [
+        f"data.shards={shards}",
+        "domains.ccp.unlabelled_splits=[unlabelled]",
+        *(f"domains.{name}.labelled=50" for name in COUNTS),
+    ]
     recipe = read_recipe(ROOT / "recipes" / "real_small.yaml", overrides)
     folders = domain_folders([ROOT / "domains"])
     streams = [open_streams(find_domain(name, folders), choice, recipe.data) for name, choice in recipe.domains.items()]

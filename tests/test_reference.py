@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings

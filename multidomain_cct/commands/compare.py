@@ -1,4 +1,6 @@
-"""`compare`: trains the recipes and seeds of an experiment, each in a process of its own, and writes the table of their scores."""
+"""`compare`: trains the recipes and seeds of an experiment, each in a process of its own, and writes the table of their
+scores.
+"""
 
 from __future__ import annotations
 
@@ -21,10 +23,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, domain_options, say
+from multidomain_cct.errors import UserError
 
 if TYPE_CHECKING:
-    from multidomain_cct.results.compare import Comparison
-    from multidomain_cct.results.experiment import Experiment, Run, RunScores
+    from multidomain_cct.results.comparison.experiment import Experiment, Run, RunScores
+    from multidomain_cct.results.comparison.tables import Comparison
 
 _LOOK_EVERY = 0.2
 """Seconds between looks at the running processes."""
@@ -33,22 +36,31 @@ _GRACE = 10
 
 
 def register(words: Words) -> None:
-    command = words.add_parser("compare", parents=[domain_options()], help="train recipes x seeds -> a table with mean and deviation")
+    command = words.add_parser(
+        "compare", parents=[domain_options()], help="train recipes x seeds -> a table with mean and deviation"
+    )
     command.add_argument("experiment", type=Path, metavar="EXPERIMENT")
-    command.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, each with its share of the cores (default: 1)")
-    command.add_argument("--out", type=Path, metavar="FILE.md", help="receives the table, and FILE.json the numbers (default: results/EXPERIMENT.md)")
+    command.add_argument(
+        "--jobs", type=int, default=1, metavar="N", help="runs at once, each with its share of the cores (default: 1)"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE.md",
+        help="receives the table, and FILE.json the numbers (default: results/EXPERIMENT.md)",
+    )
     command.add_argument("--dry-run", action="store_true", help="say what would be trained, and train nothing")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.results.experiment import planned_runs, read_experiment
+    from multidomain_cct.results.comparison.experiment import planned_runs, read_experiment
 
     if options.jobs < 1:
-        raise ValueError(f"--jobs is {options.jobs}; it is at least 1.")
+        raise UserError(f"--jobs is {options.jobs}; it is at least 1.")
     out: Path = options.out or Path("results") / f"{options.experiment.stem}.md"
     if out.suffix != ".md":
-        raise ValueError(f"--out is {out}; it ends in .md, and the numbers go beside it into a file that ends in .json.")
+        raise UserError(f"--out is {out}; it ends in .md, and the numbers go beside it into a file that ends in .json.")
     experiment = read_experiment(options.experiment)
     runs = planned_runs(options.experiment, experiment)
     training = _Training(experiment, runs, options.domains, options.jobs, out, _command(options))
@@ -60,7 +72,10 @@ def run(options: argparse.Namespace) -> int:
     try:
         training.train()
     except KeyboardInterrupt:
-        complain(f"stopped with {len(training.scores)} of {len(runs)} runs finished. The same command goes on from the last checkpoints.")
+        complain(
+            f"stopped with {len(training.scores)} of {len(runs)} runs finished. The same command goes on from the "
+            "last checkpoints."
+        )
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -110,20 +125,20 @@ class _Training:
 
     @property
     def comparison(self) -> Comparison:
-        from multidomain_cct.results.compare import Comparison
+        from multidomain_cct.results.comparison.tables import Comparison
 
         return Comparison(self.experiment, self.runs, self.scores, self.failures)
 
     def print_plan(self) -> None:
         """One line per run, in the order of training: its state and its command."""
-        from multidomain_cct.results.experiment import state_of
+        from multidomain_cct.results.comparison.experiment import state_of
 
         for each in self.runs:
             say(f"{each.recipe.name} ({state_of(each)}): {shlex.join(_words(each, self.domains))}")
 
     def train(self) -> None:
         """Train what is not finished, `jobs` at once, and write the table after each run."""
-        from multidomain_cct.results.experiment import finished_scores
+        from multidomain_cct.results.comparison.experiment import finished_scores
 
         waiting, running = [], list[_Child]()
         for each in self.runs:
@@ -155,18 +170,24 @@ class _Training:
         with each.log.open("ab") as log:
             if not _locked(log):
                 self._failed(
-                    each, f"{each.log} is being written by a training that is still under way. Wait for it, or end it, and give the same command again."
+                    each,
+                    f"{each.log} is being written by a training that is still under way. Wait for it, or end it, and "
+                    "give the same command again.",
                 )
                 return
             begin = log.tell()
             # In this process's group, so that what ends the group ends the trainings too.
             process = subprocess.Popen(
-                _words(each, self.domains), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=_child_environment(self.jobs)
+                _words(each, self.domains),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=_child_environment(self.jobs),
             )
         running.append(_Child(each, process, begin, time.monotonic()))
 
     def _ended(self, child: _Child) -> None:
-        from multidomain_cct.results.experiment import finished_scores
+        from multidomain_cct.results.comparison.experiment import finished_scores
 
         code = child.process.returncode
         found = finished_scores(child.run) if code == 0 else None
@@ -183,7 +204,7 @@ class _Training:
 
     def write(self) -> None:
         """Write the table as it now is."""
-        from multidomain_cct.results.compare import write_comparison
+        from multidomain_cct.results.comparison.tables import write_comparison
 
         write_comparison(self.comparison, self.out, command=self.command, date=datetime.now(UTC).strftime("%Y-%m-%d"))
 
@@ -195,13 +216,18 @@ def _words(each: Run, domains: Sequence[Path]) -> list[str]:
 
 
 def _child_environment(jobs: int) -> Mapping[str, str]:
-    """This process's variables, with a share of the cores for each training; a number of threads that the user has set stays."""
+    """This process's variables, with a share of the cores for each training; a number of threads that the user has set
+    stays.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return {"OMP_NUM_THREADS": str(max(1, cores // jobs))} | os.environ
 
 
 def _locked(log: BinaryIO) -> bool:
-    """Whether the log is now ours. The training inherits the lock and keeps it until it ends, also when this process dies before it."""
+    """Whether the log is now ours.
+
+    The training inherits the lock and keeps it until it ends, also when this process dies before it.
+    """
     # Here, because Windows has no such module, and this command alone needs it.
     import fcntl
 
@@ -239,7 +265,9 @@ def _last_error(child: _Child, code: int) -> str:
 
 
 def _line(scores: RunScores) -> str:
-    domains = "  ".join(f"{name} {'n/a' if value is None else f'{100 * value:.1f}'}" for name, value in scores.miou.items())
+    domains = "  ".join(
+        f"{name} {'n/a' if value is None else f'{100 * value:.1f}'}" for name, value in scores.miou.items()
+    )
     return f"{scores.row}-seed{scores.seed}  {domains}"
 
 

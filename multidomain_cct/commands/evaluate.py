@@ -14,7 +14,9 @@ from multidomain_cct.commands.terminal import DONE, Words, prediction_options, s
 def register(words: Words) -> None:
     command = words.add_parser("evaluate", parents=[prediction_options()], help="per-domain mIoU of a run")
     command.add_argument("folder", type=Path, metavar="RUN")
-    command.add_argument("--domain", action="append", default=[], metavar="D", help="domain to score; may be repeated (default: all)")
+    command.add_argument(
+        "--domain", action="append", default=[], metavar="D", help="domain to score; may be repeated (default: all)"
+    )
     command.add_argument("--split", metavar="S", help="split to score (default: the recipe's val_split)")
     command.add_argument("--shards", type=Path, metavar="DIR", help="folder of shards (default: the recipe's)")
     command.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -23,7 +25,7 @@ def register(words: Words) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from multidomain_cct.results.evaluate import evaluate, override, print_scores, scores_as_json, write_scores
-    from multidomain_cct.training.checkpoint import load_run
+    from multidomain_cct.training.checkpoints.checkpoint import load_run
 
     trained = load_run(options.folder, options.checkpoint)
     settings = override(trained.recipe.evaluation, window=options.window, scales=options.scales, flip=options.flip)

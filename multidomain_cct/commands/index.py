@@ -6,23 +6,31 @@ import argparse
 from pathlib import Path
 
 from multidomain_cct.commands.terminal import DONE, Words, say
+from multidomain_cct.errors import UserError
 
 
 def register(words: Words) -> None:
     command = words.add_parser("index", help="index WebDataset shards that somebody else wrote")
     command.add_argument("shards", nargs="+", type=Path, metavar="SHARD")
     command.add_argument("--image", default="jpg", metavar="ENDING", help="ending of the images (default: jpg)")
-    command.add_argument("--mask", default="png", metavar="ENDING", help="ending of the masks, 8-bit train ids (default: png)")
-    command.add_argument("--verify", action="store_true", help="read the shards whole and compare every byte with their index")
-    command.add_argument("--catalogue", action="store_true", help="list the shards' splits in catalogues: for very many shards, or to offer them at an address")
+    command.add_argument(
+        "--mask", default="png", metavar="ENDING", help="ending of the masks, 8-bit train ids (default: png)"
+    )
+    command.add_argument(
+        "--verify", action="store_true", help="read the shards whole and compare every byte with their index"
+    )
+    command.add_argument(
+        "--catalogue",
+        action="store_true",
+        help="list the shards' splits in catalogues: for very many shards, or to offer them at an address",
+    )
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.data.catalogue import Catalogue, catalogue_path
-    from multidomain_cct.data.shard_index import index_path
-    from multidomain_cct.data.shards import shard_paths
-    from multidomain_cct.data.tar_index import Extensions, index_shard, verify_shard
+    from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
+    from multidomain_cct.data.shards.index import index_path, shard_paths
+    from multidomain_cct.data.shards.scan import Extensions, index_shard, verify_shard
 
     if options.verify:
         for path in options.shards:
@@ -31,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
         for folder, split in dict.fromkeys((path.parent, path.name.rpartition("-")[0]) for path in options.shards):
             paths = shard_paths(folder, split)
             if not paths:
-                raise FileNotFoundError(f"{folder} has no {split} shards. A shard is named SPLIT-NUMBER.tar.")
+                raise UserError(f"{folder} has no {split} shards. A shard is named SPLIT-NUMBER.tar.")
             catalogue = Catalogue.of(paths)
             catalogue.save(catalogue_path(folder, split))
             say(f"{catalogue_path(folder, split)}: {int(catalogue.samples.sum())} samples in {len(paths)} shard(s)")

@@ -1,7 +1,8 @@
 """Memory that stays with the process once it is freed.
 
-The C library gives large blocks back to the system as soon as they are freed, and the system clears each page of the next ones before they can be written. A
-training step on a CPU takes and frees the same megabytes again and again, and so spends up to a fifth of its time on pages (docs/speed.md).
+The C library gives large blocks back to the system as soon as they are freed, and the system clears each page of the
+next ones before they can be written. A training step on a CPU takes and frees the same megabytes again and again, and
+so spends up to a fifth of its time on pages (docs/speed.md).
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> bool:
-    """Let this process, and those forked from it, reuse the memory that they free, and say whether that was possible: it is with glibc.
+    """Let this process, and those forked from it, reuse the memory that they free, and say whether that was possible:
+    it is with glibc.
 
     A process then never shrinks below its peak.
     """

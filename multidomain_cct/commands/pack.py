@@ -14,30 +14,43 @@ from rich.table import Table
 from multidomain_cct.commands.terminal import DONE, SHARDS, Words, domain_options, progress_bar
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.specification import domain_folders, find_domain
+from multidomain_cct.errors import UserError
 
 if TYPE_CHECKING:
-    from multidomain_cct.data.pack import Summary
+    from multidomain_cct.data.packing.pack import Summary
 
 
 def register(words: Words) -> None:
     command = words.add_parser("pack", parents=[domain_options()], help="raw data set -> shards")
     command.add_argument("domain", metavar="DOMAIN")
-    command.add_argument("--raw", type=Path, metavar="DIR", help="folder of the raw data set (not needed for toy domains)")
-    command.add_argument("--split", action="append", default=[], metavar="S", help="split to pack; may be repeated (default: all)")
-    command.add_argument("--out", type=Path, default=Path(SHARDS), metavar="DIR", help=f"folder with one folder of shards per domain (default: {SHARDS})")
+    command.add_argument(
+        "--raw", type=Path, metavar="DIR", help="folder of the raw data set (not needed for toy domains)"
+    )
+    command.add_argument(
+        "--split", action="append", default=[], metavar="S", help="split to pack; may be repeated (default: all)"
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        default=Path(SHARDS),
+        metavar="DIR",
+        help=f"folder with one folder of shards per domain (default: {SHARDS})",
+    )
     command.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.data.pack import pack
-    from multidomain_cct.data.toy import render_toy
+    from multidomain_cct.data.packing.pack import pack
+    from multidomain_cct.data.toy.scenes import render_toy
 
     domain = find_domain(options.domain, domain_folders(options.domains))
     if options.workers is not None and options.workers < 1:
-        raise ValueError(f"--workers is {options.workers}; it is at least 1.")
+        raise UserError(f"--workers is {options.workers}; it is at least 1.")
     if options.raw is None and domain.layout != "toy":
-        raise ValueError(f"--raw is missing: name the folder of the raw data set {domain.name} (layout {domain.layout}).")
+        raise UserError(
+            f"--raw is missing: name the folder of the raw data set {domain.name} (layout {domain.layout})."
+        )
     with tempfile.TemporaryDirectory() as folder:
         raw = options.raw or Path(folder)
         if domain.layout == "toy":
@@ -51,31 +64,35 @@ def run(options: argparse.Namespace) -> int:
 
 def _present_splits(domain: Domain, raw: Path) -> list[str]:
     """The splits that the raw folder holds; those of a data set that was fetched in part are said to be missing."""
-    from multidomain_cct.data.layouts import raw_samples
+    from multidomain_cct.data.packing.layouts import raw_samples
+    from multidomain_cct.data.packing.raw_files import MissingRawFiles
 
     if not raw.is_dir():
-        raise FileNotFoundError(f"--raw: {raw}: there is no such folder.")
+        raise UserError(f"--raw: {raw}: there is no such folder.")
     present, errors = [], []
     for split in domain.splits:
         try:
             raw_samples(domain, raw, split)
             present.append(split)
-        except FileNotFoundError as error:
+        except MissingRawFiles as error:
             errors.append(str(error))
     if not present:
-        raise FileNotFoundError(errors[0])
+        raise UserError(errors[0])
     for line in errors:
         Console(stderr=True, soft_wrap=True).print(f"left out: {line}", markup=False, highlight=False)
     return present
 
 
 def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -> None:
-    from multidomain_cct.data.pack import ignored_share
+    from multidomain_cct.data.packing.pack import ignored_share
 
     console = Console(highlight=False)
-    sizes = ", ".join(f"{count} of {size}" for size, count in summary.sizes.most_common(3)) + (", ..." if len(summary.sizes) > 3 else "")
+    sizes = ", ".join(f"{count} of {size}" for size, count in summary.sizes.most_common(3)) + (
+        ", ..." if len(summary.sizes) > 3 else ""
+    )
     console.print(
-        f"{domain.name}/{split}: {summary.images} images ({summary.labelled} labelled) in {summary.shards} shard(s) under {folder}; {sizes} pixels, "
+        f"{domain.name}/{split}: {summary.images} images ({summary.labelled} labelled) in {summary.shards} shard(s) "
+        f"under {folder}; {sizes} pixels, "
         f"{summary.image_bytes / max(1, summary.images) / 1024:.0f} KiB an image",
         markup=False,
         soft_wrap=True,
@@ -89,5 +106,7 @@ def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -
     table.add_row(str(IGNORE), "ignored", f"{100 * ignored_share(summary):.2f} %")
     console.print(table)
     if summary.unknown:
-        values = ", ".join(f"{value} ({count} px)" for value, count in summary.unknown.most_common(8)) + (" ..." if len(summary.unknown) > 8 else "")
+        values = ", ".join(f"{value} ({count} px)" for value, count in summary.unknown.most_common(8)) + (
+            " ..." if len(summary.unknown) > 8 else ""
+        )
         console.print(f"raw values that no class names, now {IGNORE}: {values}", markup=False, soft_wrap=True)

@@ -22,13 +22,15 @@ def run(options: argparse.Namespace) -> int:
 
     from multidomain_cct.results.evaluate import override
     from multidomain_cct.results.predict import predict
-    from multidomain_cct.training.checkpoint import load_run
+    from multidomain_cct.training.checkpoints.checkpoint import load_run
 
     trained = load_run(options.folder, options.checkpoint)
     settings = override(trained.recipe.evaluation, window=options.window, scales=options.scales, flip=options.flip)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with progress_bar("predict") as progress:
-        summary = predict(trained, options.domain, options.images, options.out, settings, device=device, progress=progress)
+        summary = predict(
+            trained, options.domain, options.images, options.out, settings, device=device, progress=progress
+        )
     for line in summary.unreadable:
         complain(f"skipped {line}")
     unreadable = f", {len(summary.unreadable)} skipped" if summary.unreadable else ""

@@ -14,35 +14,48 @@ from rich.table import Table
 
 from multidomain_cct.commands.terminal import DONE, SHARDS, Words, domain_options, progress_bar, say
 from multidomain_cct.data.specification import domain_folders, find_domain
+from multidomain_cct.errors import UserError
 
 if TYPE_CHECKING:
     from multidomain_cct.data.domain import Domain
-    from multidomain_cct.results.smoothness import Diagnosis, Subject
+    from multidomain_cct.results.smoothness.diagnosis import Diagnosis, Subject
 
 MOST_IMAGES = 12
 """Images that fit into a picture one can look at."""
 
 
 def register(words: Words) -> None:
-    command = words.add_parser("smoothness", parents=[domain_options()], help="do features vary where classes meet? a picture, and AUCs")
+    command = words.add_parser(
+        "smoothness", parents=[domain_options()], help="do features vary where classes meet? a picture, and AUCs"
+    )
     command.add_argument("encoder", metavar="RUN|ENCODER", help="a run's folder, or any model of timm")
     command.add_argument("--domain", required=True, metavar="D", help="whose images and classes")
     command.add_argument("--out", required=True, type=Path, metavar="FILE.png")
     command.add_argument("--split", default="val", metavar="S", help="split of the images (default: val)")
-    command.add_argument("--images", type=int, default=6, metavar="N", help=f"images in the picture, 1 to {MOST_IMAGES} (default: 6)")
+    command.add_argument(
+        "--images", type=int, default=6, metavar="N", help=f"images in the picture, 1 to {MOST_IMAGES} (default: 6)"
+    )
     command.add_argument("--limit", type=int, metavar="N", help="images in the averages (default: all of the split)")
-    command.add_argument("--borders", choices=("labels", "prediction"), help="whose class borders (default: the labels', without masks the run's prediction)")
-    command.add_argument("--weights", metavar="W", help="of an ENCODER: timm, lite, none or a .safetensors file (default: timm)")
-    command.add_argument("--checkpoint", metavar="C", help="of a RUN: last, best or a checkpoint's folder (default: last)")
+    command.add_argument(
+        "--borders",
+        choices=("labels", "prediction"),
+        help="whose class borders (default: the labels', without masks the run's prediction)",
+    )
+    command.add_argument(
+        "--weights", metavar="W", help="of an ENCODER: timm, lite, none or a .safetensors file (default: timm)"
+    )
+    command.add_argument(
+        "--checkpoint", metavar="C", help="of a RUN: last, best or a checkpoint's folder (default: last)"
+    )
     command.add_argument("--shards", type=Path, metavar="DIR", help=f"folder of shards (default: the run's; {SHARDS})")
     command.add_argument("--json", action="store_true", help="print JSON instead of the table")
     command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.data.shards import Shards
-    from multidomain_cct.results.smoothness import DiagnosisSettings, diagnose
-    from multidomain_cct.results.smoothness_panel import write_panel
+    from multidomain_cct.data.shards.reader import Shards
+    from multidomain_cct.results.smoothness.diagnosis import DiagnosisSettings, diagnose
+    from multidomain_cct.results.smoothness.panel import write_panel
 
     _require_sensible(options)
     settings = DiagnosisSettings(options.split, options.borders, options.limit, options.images)
@@ -62,18 +75,38 @@ def run(options: argparse.Namespace) -> int:
 
 def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
     """A row per stage: its grid, and the AUCs of its features and of image patches of the same size."""
-    where = f"{diagnosis.subject} on {diagnosis.domain.name}/{diagnosis.split}: {diagnosis.images} images, borders of the {diagnosis.borders}"
+    where = (
+        f"{diagnosis.subject} on {diagnosis.domain.name}/{diagnosis.split}: {diagnosis.images} images, borders of the "
+        f"{diagnosis.borders}"
+    )
     console.print(where, markup=False, highlight=False, soft_wrap=True)
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     table.add_column("stage")
-    for title in ("stride", "channels", "border\nshare", "AUC features\n(pooled)", "AUC patches\n(pooled)", "difference"):
+    for title in (
+        "stride",
+        "channels",
+        "border\nshare",
+        "AUC features\n(pooled)",
+        "AUC patches\n(pooled)",
+        "difference",
+    ):
         table.add_column(title, justify="right")
     for score in diagnosis.stages:
         areas = [_pair(score.auc, score.pooled_auc), _pair(score.patch_auc, score.patch_pooled_auc)]
-        gain = "none" if score.gain is None else f"{score.gain:+.3f}" + (f"±{score.gain_error:.3f}" if score.gain_error is not None else "")
-        table.add_row(score.name, str(score.stride), str(score.channels), f"{100 * score.border_share:.0f} %", *areas, gain)
+        gain = (
+            "none"
+            if score.gain is None
+            else f"{score.gain:+.3f}" + (f"±{score.gain_error:.3f}" if score.gain_error is not None else "")
+        )
+        table.add_row(
+            score.name, str(score.stride), str(score.channels), f"{100 * score.border_share:.0f} %", *areas, gain
+        )
     console.print(table)
-    console.print("AUC: mean over images (of all positions together); difference: its mean over images ± standard error", highlight=False, soft_wrap=True)
+    console.print(
+        "AUC: mean over images (of all positions together); difference: its mean over images ± standard error",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _pair(mean: float | None, pooled: float | None) -> str:
@@ -82,9 +115,11 @@ def _pair(mean: float | None, pooled: float | None) -> str:
 
 def _require_sensible(options: argparse.Namespace) -> None:
     if options.out.suffix.lower() != ".png" or options.out.is_dir():
-        raise ValueError(f"--out is {options.out}; it names the picture, a file that ends in .png.")
+        raise UserError(f"--out is {options.out}; it names the picture, a file that ends in .png.")
     if not 1 <= options.images <= MOST_IMAGES:
-        raise ValueError(f"--images is {options.images}; it is 1 to {MOST_IMAGES}. More images go into the averages with --limit.")
+        raise UserError(
+            f"--images is {options.images}; it is 1 to {MOST_IMAGES}. More images go into the averages with --limit."
+        )
 
 
 def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
@@ -92,21 +127,29 @@ def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
     import timm
     import torch
 
-    from multidomain_cct.results.smoothness import published_encoder, trained_encoder
-    from multidomain_cct.training.checkpoint import load_run
+    from multidomain_cct.results.smoothness.diagnosis import published_encoder, trained_encoder
+    from multidomain_cct.training.checkpoints.checkpoint import load_run
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named, folder = options.encoder, Path(options.encoder)
     if (folder / "recipe.yaml").is_file():
         if options.weights is not None:
-            raise ValueError(f"--weights is {options.weights}, but {named} is a run and has its own. Leave it out, or name an encoder.")
+            raise UserError(
+                f"--weights is {options.weights}, but {named} is a run and has its own. Leave it out, or name an "
+                "encoder."
+            )
         trained = load_run(folder, options.checkpoint or "last")
         subject = trained_encoder(trained, options.domain, device)
         return subject, trained.domains[options.domain], options.shards or Path(trained.recipe.data.shards)
     if not timm.is_model(named):
         near = ", ".join(difflib.get_close_matches(named, timm.list_models(), n=3, cutoff=0.5)) or "none"
-        raise ValueError(f"{named} is neither a run's folder (it has no recipe.yaml) nor a model of timm. Nearest models: {near}.")
+        raise UserError(
+            f"{named} is neither a run's folder (it has no recipe.yaml) nor a model of timm. Nearest models: {near}."
+        )
     if options.checkpoint is not None:
-        raise ValueError(f"--checkpoint is {options.checkpoint}, but {named} is a model of timm and has none. Leave it out, or name a run.")
+        raise UserError(
+            f"--checkpoint is {options.checkpoint}, but {named} is a model of timm and has none. Leave it out, or "
+            "name a run."
+        )
     domain = find_domain(options.domain, domain_folders(options.domains))
     return published_encoder(named, options.weights or "timm", device), domain, options.shards or Path(SHARDS)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from multidomain_cct.data.printable import printable
+from multidomain_cct.files.printable import printable
 
 DONE, FAILED, MISTAKE = 0, 1, 2
 SHARDS = "data/shards"
@@ -23,17 +23,23 @@ Words = Any
 
 def complain(message: str) -> None:
     """One line on standard error."""
-    Console(stderr=True, soft_wrap=True).print(f"error: {printable(' '.join(message.split()))}", markup=False, highlight=False)
+    Console(stderr=True, soft_wrap=True).print(
+        f"error: {printable(' '.join(message.split()))}", markup=False, highlight=False
+    )
 
 
 def speaks(error: Exception) -> bool:
-    """Whether this process of a run is the one that prints the error: the rank that it names, or the first for what all processes find."""
+    """Whether this process of a run is the one that prints the error: the rank that it names, or the first for what all
+    processes find.
+    """
     named = re.match(r"rank (\d+): ", str(error))
     return os.environ.get("RANK", "0") == (named[1] if named else "0")
 
 
 def leave(code: int) -> int:
-    """The exit code; of a run in several processes the process ends here, because tidying up might wait for processes that are gone."""
+    """The exit code; of a run in several processes the process ends here, because tidying up might wait for processes
+    that are gone.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -43,13 +49,22 @@ def leave(code: int) -> int:
 
 def say(text: str) -> None:
     """A line on standard output, or several, as they are."""
-    Console().print("\n".join(printable(line) for line in text.split("\n")), markup=False, highlight=False, soft_wrap=True)
+    Console().print(
+        "\n".join(printable(line) for line in text.split("\n")), markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def domain_options() -> argparse.ArgumentParser:
     """The option of all commands that look for domains by name."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--domains", metavar="DIR", type=Path, action="append", default=[], help="folder of domain files, looked at first; may be repeated")
+    parser.add_argument(
+        "--domains",
+        metavar="DIR",
+        type=Path,
+        action="append",
+        default=[],
+        help="folder of domain files, looked at first; may be repeated",
+    )
     return parser
 
 
@@ -57,8 +72,12 @@ def prediction_options() -> argparse.ArgumentParser:
     """The options of all commands that predict whole images."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--checkpoint", default="last", help="last, best or a checkpoint's folder (default: last)")
-    parser.add_argument("--window", type=numbers(int, 2), metavar="W,H", help="sliding window for images larger than this")
-    parser.add_argument("--scales", type=numbers(float), metavar="S,...", help="image scales to average over, for example 0.75,1,1.25")
+    parser.add_argument(
+        "--window", type=numbers(int, 2), metavar="W,H", help="sliding window for images larger than this"
+    )
+    parser.add_argument(
+        "--scales", type=numbers(float), metavar="S,...", help="image scales to average over, for example 0.75,1,1.25"
+    )
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     return parser
 
@@ -80,7 +99,14 @@ class progress_bar:
 
     def __init__(self, title: str) -> None:
         rate = TextColumn("{task.fields[rate]}")
-        self._bar = Progress(TextColumn(title, markup=False), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn(), console=Console(stderr=True))
+        self._bar = Progress(
+            TextColumn(title, markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            rate,
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        )
 
     def __enter__(self) -> progress_bar:
         return self

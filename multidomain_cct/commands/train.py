@@ -21,15 +21,17 @@ def register(words: Words) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from multidomain_cct.results.report import write_report
-    from multidomain_cct.training.failures import RunFailed
     from multidomain_cct.training.loop import train
+    from multidomain_cct.training.processes.failures import RunFailed
+    from multidomain_cct.training.processes.stopping import STOPPED, RunStopped
     from multidomain_cct.training.recipe import read_recipe
-    from multidomain_cct.training.stopping import STOPPED, RunStopped
 
     recipe = read_recipe(options.recipe, options.overrides)
     command = shlex.join(["multidomain_cct", *sys.argv[1:]])
     try:
-        folder = train(recipe, domain_folders(options.domains, options.recipe), command=command, named_by=str(options.recipe))
+        folder = train(
+            recipe, domain_folders(options.domains, options.recipe), command=command, named_by=str(options.recipe)
+        )
     except (RunFailed, RunStopped) as error:
         if speaks(error):
             complain(str(error))

@@ -1,1 +1,1 @@
-"""Floor 1: from raw folders to batches."""
+"""From raw folders to batches."""

@@ -1,7 +1,7 @@
 """A domain: one data set with one label space, read from one YAML file.
 
-The class table is the only source of label facts. Number of classes, palette, and the lookup from raw ids or colours to train ids are computed from it. A train
-id is a class's position in the table.
+The class table is the only source of label facts. Number of classes, palette, and the lookup from raw ids or colours to
+train ids are computed from it. A train id is a class's position in the table.
 """
 
 from __future__ import annotations
@@ -56,13 +56,17 @@ class Domain:
     splits: dict[str, Split]
     classes: tuple[LabelClass, ...]
     labels_of: str = ""
-    """Another domain whose label space this one has: it is trained and predicted with that domain's head. Empty: its own."""
+    """Another domain whose label space this one has: it is trained and predicted with that domain's head. Empty: its
+    own.
+    """
     title: str = ""
     licence: str = ""
     source: str = ""
     """Where the data set is published."""
     size: tuple[int, int] | None = None
-    """Box (width, height) into which `pack` fits the images, keeping their aspect ratio and never enlarging; None keeps the original size."""
+    """Box (width, height) into which `pack` fits the images, keeping their aspect ratio and never enlarging; None keeps
+    the original size.
+    """
     score_at_full_size: tuple[str, ...] = ("val", "test")
     """Splits whose masks keep their own resolution when packed, so that scores are at the labels' resolution."""
     unknown: str = "ignore"
@@ -86,7 +90,9 @@ class Domain:
 
     @cached_property
     def id_lookup(self) -> tuple[np.ndarray, np.ndarray]:
-        """Two arrays of length 65536 over raw ids: uint8 train ids (255 where none), and bool, whether the table knows the id."""
+        """Two arrays of length 65536 over raw ids: uint8 train ids (255 where none), and bool, whether the table knows
+        the id.
+        """
         train = np.full(65536, IGNORE, dtype=np.uint8)
         known = np.zeros(65536, dtype=bool)
         known[list(self.ignore_ids)] = True

@@ -1,4 +1,7 @@
-"""A domain's YAML file -> Domain, and where such files are found. Everything a person can get wrong in one is refused here, by file and field."""
+"""A domain's YAML file -> Domain, and where such files are found.
+
+Everything a person can get wrong in one is refused here, by file and field.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from multidomain_cct.data.domain import IGNORE, LAYOUTS, Domain, LabelClass, Split
-from multidomain_cct.data.strict_yaml import did_you_mean, read_yaml
+from multidomain_cct.errors import UserError
+from multidomain_cct.files.strict_yaml import did_you_mean, read_yaml
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
@@ -17,7 +21,7 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 def read_domain(path: Path) -> Domain:
     """The domain that a YAML file describes.
 
-    Raises FileNotFoundError when there is no such file, and ValueError, naming file and field, for anything in it that cannot be used.
+    Raises UserError, naming file and field, when there is no such file and for anything in it that cannot be used.
     """
     raw = read_yaml(path)
     where = str(path)
@@ -25,27 +29,50 @@ def read_domain(path: Path) -> Domain:
     _refuse_unknown_keys(raw, allowed, where)
     for required in ("layout", "splits", *(() if raw.get("labels_of") else ("classes",))):
         if required not in raw:
-            raise ValueError(f"{where}: {required} is missing. A domain needs name, layout, splits and classes (or labels_of); docs/own_data.md shows one.")
+            raise UserError(
+                f"{where}: {required} is missing. A domain needs name, layout, splits and classes (or labels_of); "
+                "docs/own_data.md shows one."
+            )
     name = str(raw.get("name", path.stem))
     if not _NAME.fullmatch(name):
-        raise ValueError(f"{where}: name is {name!r}; a name starts with a letter and holds letters, digits, - and _ only.")
+        raise UserError(
+            f"{where}: name is {name!r}; a name starts with a letter and holds letters, digits, - and _ only."
+        )
     if name != path.stem:
-        raise ValueError(f'{where}: name is "{name}", but the file is named {path.name}. A domain is found by its file name: make them equal.')
+        raise UserError(
+            f'{where}: name is "{name}", but the file is named {path.name}. A domain is found by its file name: make '
+            "them equal."
+        )
     if raw["layout"] not in LAYOUTS:
-        raise ValueError(f"{where}: layout is {raw['layout']!r}. Known: {', '.join(LAYOUTS)}.{did_you_mean(str(raw['layout']), LAYOUTS)}")
+        raise UserError(
+            f"{where}: layout is {raw['layout']!r}. Known: "
+            f"{', '.join(LAYOUTS)}.{did_you_mean(str(raw['layout']), LAYOUTS)}"
+        )
     if raw.get("unknown", "ignore") not in ("ignore", "error"):
-        raise ValueError(f"{where}: unknown is {raw['unknown']!r}; it is `ignore` (such pixels become {IGNORE} and are counted) or `error`.")
+        raise UserError(
+            f"{where}: unknown is {raw['unknown']!r}; it is `ignore` (such pixels become {IGNORE} and are counted) or "
+            "`error`."
+        )
     domain = Domain(
         name=name,
         layout=raw["layout"],
         splits=_read_splits(raw["splits"], raw["layout"], where),
-        # Borrowed classes are filled in by `find_domain`, which knows where other domains are; a run's folder keeps them.
+        # Borrowed classes are filled in by `find_domain`, which knows where other domains are; a run's folder keeps
+        # them.
         classes=_read_classes(raw["classes"], where) if "classes" in raw else (),
         size=_read_size(raw.get("size", "original"), where),
-        score_at_full_size=tuple(str(s) for s in _list(raw.get("score_at_full_size", Domain.score_at_full_size), f"{where}: score_at_full_size")),
+        score_at_full_size=tuple(
+            str(s)
+            for s in _list(raw.get("score_at_full_size", Domain.score_at_full_size), f"{where}: score_at_full_size")
+        ),
         unknown=raw.get("unknown", "ignore"),
-        ignore_ids=tuple(_raw_id(v, f"{where}: ignore_ids") for v in _list(raw.get("ignore_ids", Domain.ignore_ids), f"{where}: ignore_ids")),
-        ignore_colors=tuple(_color(v, f"{where}: ignore_colors") for v in _list(raw.get("ignore_colors", ()), f"{where}: ignore_colors")),
+        ignore_ids=tuple(
+            _raw_id(v, f"{where}: ignore_ids")
+            for v in _list(raw.get("ignore_ids", Domain.ignore_ids), f"{where}: ignore_ids")
+        ),
+        ignore_colors=tuple(
+            _color(v, f"{where}: ignore_colors") for v in _list(raw.get("ignore_colors", ()), f"{where}: ignore_colors")
+        ),
         **{key: str(raw.get(key, "")) for key in ("labels_of", "title", "licence", "source")},
     )
     _refuse_ambiguous_values(domain, where)
@@ -53,10 +80,13 @@ def read_domain(path: Path) -> Domain:
 
 
 def domain_folders(extra: Sequence[Path] = (), recipe: Path | None = None) -> list[Path]:
-    """The folders in which domains are looked for, first match first. Raises FileNotFoundError for an extra one that is not there."""
+    """The folders in which domains are looked for, first match first.
+
+    Raises UserError for an extra one that is not there.
+    """
     for folder in extra:
         if not folder.is_dir():
-            raise FileNotFoundError(f"--domains: {folder}: there is no such folder.")
+            raise UserError(f"--domains: {folder}: there is no such folder.")
     beside = [] if recipe is None else [recipe.resolve().parent / "domains", recipe.resolve().parent.parent / "domains"]
     # A wheel carries domains/ inside the package; a clone has it beside the package.
     package = Path(__file__).resolve().parents[1]
@@ -74,22 +104,27 @@ def known_domains(folders: Iterable[Path]) -> dict[str, Path]:
 
 
 def find_domain(name: str, folders: Sequence[Path], named_by: str = "the command") -> Domain:
-    """The domain called `name`, from the first folder that has it; classes that it borrows (`labels_of`) are filled in."""
+    """The domain called `name`, from the first folder that has it, with the classes that it borrows (`labels_of`)."""
     known = known_domains(folders)
     if name not in known:
-        raise ValueError(f'{named_by} names the domain "{name}". Known: {", ".join(known) or "none"}.{did_you_mean(name, known)}')
+        raise UserError(
+            f'{named_by} names the domain "{name}". Known: {", ".join(known) or "none"}.{did_you_mean(name, known)}'
+        )
     domain = read_domain(known[name])
     if not domain.labels_of:
         return domain
     where = f'{known[name]}: labels_of is "{domain.labels_of}"'
     others = [other for other in known if other != name]
     if domain.labels_of not in others:
-        raise ValueError(f"{where}; it is the name of another domain. Known: {', '.join(others) or 'none'}.{did_you_mean(domain.labels_of, others)}")
+        raise UserError(
+            f"{where}; it is the name of another domain. Known: "
+            f"{', '.join(others) or 'none'}.{did_you_mean(domain.labels_of, others)}"
+        )
     lender = read_domain(known[domain.labels_of])
     if lender.labels_of:
-        raise ValueError(f'{where}, which borrows its labels itself. Name "{lender.labels_of}".')
+        raise UserError(f'{where}, which borrows its labels itself. Name "{lender.labels_of}".')
     if domain.classes and domain.class_fingerprint != lender.class_fingerprint:
-        raise ValueError(f"{where}, but its classes are others. Leave `classes` out, or leave labels_of out.")
+        raise UserError(f"{where}, but its classes are others. Leave `classes` out, or leave labels_of out.")
     borrower = replace(
         domain,
         classes=domain.classes or lender.classes,
@@ -104,41 +139,59 @@ def _read_splits(raw: Any, layout: str, where: str) -> dict[str, Split]:
     if isinstance(raw, list):
         raw = {name: None for name in raw}
     if not isinstance(raw, dict) or not raw:
-        raise ValueError(f"{where}: splits is {raw!r}; it is a list of split names, or a mapping of names to images and masks.")
+        raise UserError(
+            f"{where}: splits is {raw!r}; it is a list of split names, or a mapping of names to images and masks."
+        )
     splits = {}
     for name, value in raw.items():
         if not _NAME.fullmatch(str(name)):
-            raise ValueError(f"{where}: splits has the name {name!r}; a name starts with a letter and holds letters, digits, - and _ only.")
+            raise UserError(
+                f"{where}: splits has the name {name!r}; a name starts with a letter and holds letters, digits, - and "
+                "_ only."
+            )
         value = value or {}
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: splits.{name} is {value!r}; it is a mapping with `images` and, for a labelled split, `masks`.")
+            raise UserError(
+                f"{where}: splits.{name} is {value!r}; it is a mapping with `images` and, for a labelled split, "
+                "`masks`."
+            )
         _refuse_unknown_keys(value, [f.name for f in fields(Split)], f"{where}: splits.{name}")
         for key, text in value.items():
             if not isinstance(text, (str, type(None))):
-                raise ValueError(f"{where}: splits.{name}.{key} is {text!r}; it is one glob, such as {key}/{name}/*.png.")
+                raise UserError(
+                    f"{where}: splits.{name}.{key} is {text!r}; it is one glob, such as {key}/{name}/*.png."
+                )
         split = Split(**{key: text or "" for key, text in value.items()})
         if layout == "folder" and not split.images:
-            raise ValueError(f"{where}: splits.{name}.images is missing; the layout `folder` needs a glob such as images/{name}/*.jpg.")
+            raise UserError(
+                f"{where}: splits.{name}.images is missing; the layout `folder` needs a glob such as "
+                f"images/{name}/*.jpg."
+            )
         splits[str(name)] = split
     return splits
 
 
 def _read_classes(raw: Any, where: str) -> tuple[LabelClass, ...]:
     if not isinstance(raw, list) or not raw:
-        raise ValueError(f"{where}: classes is {raw!r}; it is a list of rows such as {{name: road, color: [128, 64, 128], ids: [7], thing: false}}.")
+        raise UserError(
+            f"{where}: classes is {raw!r}; it is a list of rows such as {{name: road, color: [128, 64, 128], ids: "
+            f"[7], thing: false}}."
+        )
     if len(raw) > IGNORE:
-        raise ValueError(f"{where}: classes has {len(raw)} rows; masks are 8 bits wide, so at most {IGNORE} classes fit.")
+        raise UserError(
+            f"{where}: classes has {len(raw)} rows; masks are 8 bits wide, so at most {IGNORE} classes fit."
+        )
     rows = []
     for position, row in enumerate(raw):
         here = f"{where}: classes[{position}]"
         if not isinstance(row, dict) or row.get("name") in (None, "") or "color" not in row:
-            raise ValueError(f"{here} is {row!r}; a row needs at least name and color.")
+            raise UserError(f"{here} is {row!r}; a row needs at least name and color.")
         _refuse_unknown_keys(row, [f.name for f in fields(LabelClass)], here)
         ids = row.get("ids")
         if isinstance(ids, int):
             ids = [ids]
         if not isinstance(row.get("thing", False), bool):
-            raise ValueError(f"{here}.thing is {row['thing']!r}; it is true (countable object) or false (stuff).")
+            raise UserError(f"{here}.thing is {row['thing']!r}; it is true (countable object) or false (stuff).")
         rows.append(
             LabelClass(
                 name=str(row["name"]),
@@ -158,25 +211,42 @@ def _refuse_ambiguous_values(domain: Domain, where: str) -> None:
     with_ids = [label.ids is not None for label in domain.classes]
     if any(with_ids) and not all(with_ids):
         position = with_ids.index(False)
-        raise ValueError(f"{where}: classes[{position}] ({domain.classes[position].name}) has no ids but other classes do. Give every class its ids, or none.")
+        raise UserError(
+            f"{where}: classes[{position}] ({domain.classes[position].name}) has no ids but other classes do. Give "
+            "every class its ids, or none."
+        )
     for position, label in enumerate(domain.classes):
         if label.name in names:
-            raise ValueError(f'{where}: classes[{position}].name "{label.name}" is also the name of classes[{names[label.name]}]; names must differ.')
+            raise UserError(
+                f'{where}: classes[{position}].name "{label.name}" is also the name of classes[{names[label.name]}]; '
+                "names must differ."
+            )
         names[label.name] = position
         for raw_id in label.ids if label.ids is not None else (position,):
             if raw_id in ids:
-                raise ValueError(f'{where}: raw id {raw_id} belongs to both "{ids[raw_id]}" and "{label.name}"; a raw id has one class.')
+                raise UserError(
+                    f'{where}: raw id {raw_id} belongs to both "{ids[raw_id]}" and "{label.name}"; a raw id has one '
+                    "class."
+                )
             ids[raw_id] = label.name
         for color in label.colors or (label.color,):
             if color in colors:
-                raise ValueError(f'{where}: raw color {list(color)} belongs to both "{colors[color]}" and "{label.name}"; a raw colour has one class.')
+                raise UserError(
+                    f'{where}: raw color {list(color)} belongs to both "{colors[color]}" and "{label.name}"; a raw '
+                    "colour has one class."
+                )
             colors[color] = label.name
     for raw_id in domain.ignore_ids:
         if raw_id in ids:
-            raise ValueError(f'{where}: raw id {raw_id} is in ignore_ids and in class "{ids[raw_id]}"; it can only be one.')
+            raise UserError(
+                f'{where}: raw id {raw_id} is in ignore_ids and in class "{ids[raw_id]}"; it can only be one.'
+            )
     for color in domain.ignore_colors:
         if color in colors:
-            raise ValueError(f'{where}: raw color {list(color)} is in ignore_colors and in class "{colors[color]}"; it can only be one.')
+            raise UserError(
+                f'{where}: raw color {list(color)} is in ignore_colors and in class "{colors[color]}"; it can only be '
+                "one."
+            )
 
 
 def _read_size(raw: Any, where: str) -> tuple[int, int] | None:
@@ -184,28 +254,30 @@ def _read_size(raw: Any, where: str) -> tuple[int, int] | None:
         return None
     if isinstance(raw, (list, tuple)) and len(raw) == 2 and all(type(v) is int and v > 0 for v in raw):
         return raw[0], raw[1]
-    raise ValueError(f"{where}: size is {raw!r}; it is `original` or [width, height] in pixels.")
+    raise UserError(f"{where}: size is {raw!r}; it is `original` or [width, height] in pixels.")
 
 
 def _list(raw: Any, where: str) -> Sequence[Any]:
     if isinstance(raw, (list, tuple)):
         return raw
-    raise ValueError(f"{where} is {raw!r}; it is a list, written [...].")
+    raise UserError(f"{where} is {raw!r}; it is a list, written [...].")
 
 
 def _color(raw: Any, where: str) -> tuple[int, int, int]:
     if isinstance(raw, (list, tuple)) and len(raw) == 3 and all(type(v) is int and 0 <= v <= 255 for v in raw):
         return raw[0], raw[1], raw[2]
-    raise ValueError(f"{where} is {raw!r}; a colour is three integers from 0 to 255.")
+    raise UserError(f"{where} is {raw!r}; a colour is three integers from 0 to 255.")
 
 
 def _raw_id(raw: Any, where: str) -> int:
     if type(raw) is int and 0 <= raw <= 65535:
         return raw
-    raise ValueError(f"{where} holds {raw!r}; a raw id is an integer from 0 to 65535.")
+    raise UserError(f"{where} holds {raw!r}; a raw id is an integer from 0 to 65535.")
 
 
 def _refuse_unknown_keys(found: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
     for key in found:
         if key not in allowed:
-            raise ValueError(f'{where}: unknown key "{key}". Allowed: {", ".join(allowed)}.{did_you_mean(str(key), allowed)}')
+            raise UserError(
+                f'{where}: unknown key "{key}". Allowed: {", ".join(allowed)}.{did_you_mean(str(key), allowed)}'
+            )

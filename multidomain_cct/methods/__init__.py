@@ -1,1 +1,4 @@
-"""Floor 3: what is made of unlabelled images, one file for each method. All share the encoder, the heads, the data and the loop; only the losses differ."""
+"""How unlabelled images are used, one file for each method.
+
+All share the encoder, the heads, the data and the loop; only the losses differ.
+"""

@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.data.loader import Batch
 from multidomain_cct.model.auxiliary import auxiliary_losses
 from multidomain_cct.model.decoders import DecoderGroup, Grid
 from multidomain_cct.model.distances import DISTANCES

@@ -1,4 +1,5 @@
-"""Mean teacher: a running average of the model predicts the weak view, the model itself the strong one (Tarvainen and Valpola 2017).
+"""Mean teacher: a running average of the model predicts the weak view, the model itself the strong one (Tarvainen and
+Valpola 2017).
 
 Shapes: U unlabelled images, H W image size.
 """
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.views import draw_cutmix, strong_view
 from multidomain_cct.model.distances import DISTANCES
 from multidomain_cct.model.losses import at_least_float32, confident, mean_over_valid
@@ -25,15 +27,17 @@ class MeanTeacherSettings:
     """Only `method: mean_teacher` reads them; weight, distance, confidence and ramp are those of `consistency`."""
 
     decay: float = 0.99
-    """Share of the teacher that stays at a step, 0 to below 1; in the first steps less, so that it forgets its random start."""
+    """Share of the teacher that stays at a step, 0 to below 1; in the first steps less, so that it forgets its random
+    start.
+    """
     cutmix: float = 0.5
     """Probability that a strong view has a rectangle of another image (French et al. 2020)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.decay < 1:
-            raise ValueError(f"mean_teacher.decay is {self.decay}; it lies in 0 to below 1.")
+            raise UserError(f"mean_teacher.decay is {self.decay}; it lies in 0 to below 1.")
         if not 0 <= self.cutmix <= 1:
-            raise ValueError(f"mean_teacher.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
+            raise UserError(f"mean_teacher.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
 
 
 class MeanTeacher(Segmenter):
@@ -56,7 +60,9 @@ class MeanTeacher(Segmenter):
         return self
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses: supervised, and `<domain>/consistency` of the model's strong view with the teacher's weak one."""
+        """The step's losses: supervised, and `<domain>/consistency` of the model's strong view with the teacher's weak
+        one.
+        """
         if not self.updates:
             # The model may have been given weights since the teacher was copied from it.
             self._follow(decay=0.0)

@@ -1,4 +1,5 @@
-"""UniMatch: two strong views and one view of perturbed features are to agree with the confident predictions of the weak view (Yang et al., CVPR 2023).
+"""UniMatch: two strong views and one view of perturbed features are to agree with the confident predictions of the weak
+view (Yang et al., CVPR 2023).
 
 Shapes: U unlabelled images, C classes of the domain, D feature channels, H W image size, h w feature size.
 """
@@ -12,7 +13,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.views import CutMix, draw_cutmix, pseudo_labels, strong_view
 from multidomain_cct.model.losses import mean_over_valid, pixel_cross_entropy
 from multidomain_cct.model.network import Segmenter, labelled_images
@@ -33,13 +35,13 @@ class UniMatchSettings:
 
     def __post_init__(self) -> None:
         if self.weight < 0:
-            raise ValueError(f"unimatch.weight is {self.weight}; it is 0 or more.")
+            raise UserError(f"unimatch.weight is {self.weight}; it is 0 or more.")
         if not 0 <= self.confidence < 1:
-            raise ValueError(f"unimatch.confidence is {self.confidence}; it lies in 0 to below 1.")
+            raise UserError(f"unimatch.confidence is {self.confidence}; it lies in 0 to below 1.")
         if not 0 < self.dropout < 1:
-            raise ValueError(f"unimatch.dropout is {self.dropout}; it lies between 0 and 1.")
+            raise UserError(f"unimatch.dropout is {self.dropout}; it lies between 0 and 1.")
         if not 0 <= self.cutmix <= 1:
-            raise ValueError(f"unimatch.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
+            raise UserError(f"unimatch.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
 
 
 class UniMatch(Segmenter):
@@ -50,7 +52,9 @@ class UniMatch(Segmenter):
         self.settings = settings
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses: supervised, and `<domain>/strong` and `<domain>/feature`, half of the unsupervised weight each."""
+        """The step's losses: supervised, and `<domain>/strong` and `<domain>/feature`, half of the unsupervised weight
+        each.
+        """
         mixes: dict[tuple[str, str], CutMix] = {}
         images = labelled_images(batches)
         for name, batch in batches.items():
@@ -75,6 +79,8 @@ class UniMatch(Segmenter):
         return losses
 
     def _agreement(self, logits: Tensor, ids: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
-        """Scalar: cross-entropy on the confident pixels, as a mean over all valid ones: the more are confident, the more the term weighs."""
+        """Scalar: cross-entropy on the confident pixels, as a mean over all valid ones: the more are confident, the
+        more the term weighs.
+        """
         pixels = pixel_cross_entropy(logits, ids)
         return mean_over_valid(pixels * (confidence >= self.settings.confidence), valid)

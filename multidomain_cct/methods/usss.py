@@ -1,7 +1,8 @@
-"""Universal semi-supervised segmentation: entropy in a label embedding that all domains share (Kalluri, Varma, Chandraker, Jawahar, ICCV 2019).
+"""Universal semi-supervised segmentation: entropy in a label embedding that all domains share (Kalluri, Varma,
+Chandraker, Jawahar, ICCV 2019).
 
-Each position of an image is embedded and compared with the embeddings of the classes; on unlabelled images it should be like few classes of its own domain, and
-like few of each other domain. The other rival in the paper's tables.
+Each position of an image is embedded and compared with the embeddings of the classes; on unlabelled images it should be
+like few classes of its own domain, and like few of each other domain. The other rival in the paper's tables.
 
 Shapes: B images, C classes of a domain, E embedding channels, D feature channels, h w feature size.
 """
@@ -17,9 +18,10 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.data.loader import Batch
-from multidomain_cct.data.order import seed_from
+from multidomain_cct.errors import UserError
+from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.model.losses import at_least_float32, mean_over_valid
 from multidomain_cct.model.network import Segmenter, labelled_images
 
@@ -42,26 +44,29 @@ class UsssSettings:
     def __post_init__(self) -> None:
         for name, value in (("across", self.across), ("within", self.within)):
             if value < 0:
-                raise ValueError(f"usss.{name} is {value}; it is 0 or more.")
+                raise UserError(f"usss.{name} is {value}; it is 0 or more.")
         if self.channels < 1:
-            raise ValueError(f"usss.channels is {self.channels}; it is at least 1.")
+            raise UserError(f"usss.channels is {self.channels}; it is at least 1.")
         if not self.temperature > 0:
-            raise ValueError(f"usss.temperature is {self.temperature}; it is above 0.")
+            raise UserError(f"usss.temperature is {self.temperature}; it is above 0.")
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"usss.momentum is {self.momentum}; it lies in 0 to below 1.")
+            raise UserError(f"usss.momentum is {self.momentum}; it lies in 0 to below 1.")
 
 
 class Usss(Segmenter):
     """Class embeddings are running means of the labelled positions' embeddings, and carry no gradient.
 
-    The paper takes them from networks that were trained on each domain before, and keeps them fixed; running means need no such networks and follow the
-    encoder that is being trained.
+    The paper takes them from networks that were trained on each domain before, and keeps them fixed; running means need
+    no such networks and follow the encoder that is being trained.
     """
 
     def __init__(self, *arguments: Any, settings: UsssSettings, seed: int = 0, **options: Any) -> None:
         super().__init__(*arguments, seed=seed, **options)
         if len(self.heads) < 2:
-            raise ValueError(f"method is `usss`, which compares label spaces, but the recipe has {len(self.heads)}. Add a domain, or choose another method.")
+            raise UserError(
+                f"method is `usss`, which compares label spaces, but the recipe has {len(self.heads)}. Add a domain, "
+                "or choose another method."
+            )
         self.settings = settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(seed, "embedding"))
@@ -71,8 +76,12 @@ class Usss(Segmenter):
                 self.register_buffer(f"classes_{name}", F.normalize(start, dim=1))
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses: supervised, and on unlabelled images `<domain>/within` and `<domain>/across`, entropies in nats."""
-        features = self.encode(labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()})
+        """The step's losses: supervised, and on unlabelled images `<domain>/within` and `<domain>/across`, entropies in
+        nats.
+        """
+        features = self.encode(
+            labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()}
+        )
         losses = self.supervised_losses(features, batches, progress)
         for name, batch in batches.items():
             if (name, "labelled") in features:
@@ -103,7 +112,7 @@ class Usss(Segmenter):
 
     @torch.no_grad()
     def _remember(self, label_space: str, embedded: Tensor, masks: Tensor) -> None:
-        """Move each class that occurs toward the mean embedding of its positions, those that other processes see too."""
+        """Move each class that occurs toward the mean embedding of its positions, in all processes."""
         table = self.get_buffer(f"classes_{label_space}")
         ids = self._at_positions(masks)
         labelled = ids != IGNORE
@@ -113,7 +122,9 @@ class Usss(Segmenter):
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(sums)
             torch.distributed.all_reduce(counts)
-        moved = F.normalize(self.settings.momentum * table + (1 - self.settings.momentum) * F.normalize(sums, dim=1), dim=1)
+        moved = F.normalize(
+            self.settings.momentum * table + (1 - self.settings.momentum) * F.normalize(sums, dim=1), dim=1
+        )
         # A new tensor, not a change in place: a graph may still need the old one.
         setattr(self, f"classes_{label_space}", torch.where(counts[:, None] > 0, moved, table))
 

@@ -1,4 +1,5 @@
-"""Strong views of unlabelled images: changes of colour and sharpness that leave every pixel in its place, and patches of one image in another.
+"""Strong views of unlabelled images: changes of colour and sharpness that leave every pixel in its place, and patches
+of one image in another.
 
 Shapes: U unlabelled images, H W image size.
 """
@@ -33,7 +34,10 @@ def strong_view(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class CutMix:
-    """For each image a rectangle that is taken from the next image of the batch (Yun et al. 2019; French et al. 2020)."""
+    """For each image a rectangle that is taken from the next image of the batch (Yun et al.
+
+    2019; French et al. 2020).
+    """
 
     inside: Tensor
     """(U, H, W) bool: pixels that come from the next image."""
@@ -44,8 +48,16 @@ class CutMix:
         return torch.where(inside, pixels.roll(1, dims=0), pixels)
 
 
-def draw_cutmix(images: Tensor, *, probability: float = 0.5, area: Sequence[float] = (0.02, 0.4), aspect: Sequence[float] = (0.3, 1 / 0.3)) -> CutMix:
-    """A rectangle for each of (U, 3, H, W) images with this probability, of this share of the image's area, as in UniMatch."""
+def draw_cutmix(
+    images: Tensor,
+    *,
+    probability: float = 0.5,
+    area: Sequence[float] = (0.02, 0.4),
+    aspect: Sequence[float] = (0.3, 1 / 0.3),
+) -> CutMix:
+    """A rectangle for each of (U, 3, H, W) images with this probability, of this share of the image's area, as in
+    UniMatch.
+    """
     count, _, height, width = images.shape
     device = images.device
 

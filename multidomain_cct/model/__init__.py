@@ -1,1 +1,1 @@
-"""Floor 2: encoder, decoders, losses."""
+"""Encoder, decoders, perturbations, losses."""

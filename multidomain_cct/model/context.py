@@ -23,10 +23,12 @@ def _block(channels: int, width: int, kernel: int, normed: Any) -> nn.Sequential
 
 
 class PyramidPooling(nn.Module):
-    """The trunk's last map beside its averages over 1, 2, 3 and 6 bins a side, fused by a 3x3 convolution (PSPNet, as in the authors' code).
+    """The trunk's last map beside its averages over 1, 2, 3 and 6 bins a side, fused by a 3x3 convolution (PSPNet, as
+    in the authors' code).
 
-    Averages brought to the map's size are half of that convolution's channels, yet hold a few cells each. Convolution and interpolation are linear, so each
-    cell is multiplied by the weights once, and the products are spread over the positions: the same features for half of the multiplications.
+    Averages brought to the map's size are half of that convolution's channels, yet hold a few cells each. Convolution
+    and interpolation are linear, so each cell is multiplied by the weights once, and the products are spread over the
+    positions: the same features for half of the multiplications.
     """
 
     BINS = (1, 2, 3, 6)
@@ -41,11 +43,15 @@ class PyramidPooling(nn.Module):
         top = levels[-1]
         images, channels, height, width = top.shape
         convolution, norm, activation = self.fuse
-        own, *others = torch.split(convolution.get_parameter("weight"), [channels, *[channels // 4] * len(self.BINS)], dim=1)
+        own, *others = torch.split(
+            convolution.get_parameter("weight"), [channels, *[channels // 4] * len(self.BINS)], dim=1
+        )
         products = []
         for bins, branch, weight in zip(self.BINS, self.branches, others, strict=True):
             cells = branch(F.adaptive_avg_pool2d(top, bins)).flatten(2).transpose(1, 2)  # (B, bins^2, C)
-            taps = cells @ weight.permute(0, 2, 3, 1).flatten(0, 2).T  # (B, bins^2, 9 D): with channels last the weights are a view
+            taps = (
+                cells @ weight.permute(0, 2, 3, 1).flatten(0, 2).T
+            )  # (B, bins^2, 9 D): with channels last the weights are a view
             products.append(taps.view(images, bins**2, -1, 9).transpose(2, 3).flatten(1, 2))
         seen = torch.cat([_seen(bins, (height, width), top) for bins in self.BINS], dim=1)
         spread = (seen @ torch.cat(products, dim=1)).transpose(1, 2).view(images, -1, height, width)
@@ -54,8 +60,12 @@ class PyramidPooling(nn.Module):
 
 
 def _seen(bins: int, size: tuple[int, int], like: Tensor) -> Tensor:
-    """(h w, 9 bins^2): how much of each cell of a map that is interpolated to (h, w) the taps of a 3x3 convolution see at each position."""
-    cells = torch.eye(bins**2, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device).view(-1, 1, bins, bins)
+    """(h w, 9 bins^2): how much of each cell of a map that is interpolated to (h, w) the taps of a 3x3 convolution see
+    at each position.
+    """
+    cells = torch.eye(bins**2, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device).view(
+        -1, 1, bins, bins
+    )
     maps = F.interpolate(cells, size=size, mode="bilinear", align_corners=False)
     return F.unfold(maps, 3, padding=1).flatten(0, 1).T.to(like.dtype)
 
@@ -65,7 +75,9 @@ class FeaturePyramid(nn.Module):
 
     def __init__(self, levels: Sequence[int], width: int, normed: Any) -> None:
         super().__init__()
-        self.laterals = nn.ModuleList(nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), normed(width)) for channels in levels)
+        self.laterals = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), normed(width)) for channels in levels
+        )
         self.fuse = _block(width, width, 3, normed)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:

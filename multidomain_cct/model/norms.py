@@ -34,7 +34,10 @@ class PerDomainNorm(nn.Module):
         joined: dict[str, list[Tensor]] = {}
         for (name, _), piece in zip(parts, pieces, strict=True):
             joined.setdefault(name, []).append(piece)
-        normed = {name: iter(torch.split(self.norms[name](torch.cat(own)), [len(piece) for piece in own])) for name, own in joined.items()}
+        normed = {
+            name: iter(torch.split(self.norms[name](torch.cat(own)), [len(piece) for piece in own]))
+            for name, own in joined.items()
+        }
         return torch.cat([next(normed[name]) for name, _ in parts])
 
 

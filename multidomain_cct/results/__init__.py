@@ -1,1 +1,1 @@
-"""Floor 4: what a run is worth and what it sees."""
+"""What a run is worth and what it sees."""

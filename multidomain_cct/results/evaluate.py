@@ -14,17 +14,21 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from multidomain_cct.data.shards import Shards
-from multidomain_cct.data.strict_yaml import did_you_mean
-from multidomain_cct.model.inference import InferenceSettings
-from multidomain_cct.training.checkpoint import LoadedRun
-from multidomain_cct.training.scoring import Score, arithmetic_and_harmonic, score
+from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.errors import UserError
+from multidomain_cct.evaluation.inference import InferenceSettings
+from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
+from multidomain_cct.files.strict_yaml import did_you_mean
+from multidomain_cct.training.checkpoints.checkpoint import LoadedRun
 
 
 def require_head(run: LoadedRun, domain: str) -> str:
-    """The domain's name. Raises ValueError when the run has no head for it."""
+    """The domain's name. Raises UserError when the run has no head for it."""
     if domain not in run.domains:
-        raise ValueError(f'{run.folder} has no head for the domain "{domain}". It has: {", ".join(run.domains)}.{did_you_mean(domain, run.domains)}')
+        raise UserError(
+            f'{run.folder} has no head for the domain "{domain}". It has: '
+            f"{', '.join(run.domains)}.{did_you_mean(domain, run.domains)}"
+        )
     return domain
 
 
@@ -41,8 +45,9 @@ def evaluate(
 ) -> list[Score]:
     """One score per domain.
 
-    `split` None scores each domain's val split of the recipe; `settings` None predicts as in training; `shards` replaces the recipe's folder of shards.
-    `seen` is told each key. Raises ValueError for a domain without a head and FileNotFoundError for a split without shards.
+    `split` None scores each domain's val split of the recipe; `settings` None predicts as in training; `shards`
+    replaces the recipe's folder of shards. `seen` is told each key. Raises UserError for a domain without a head and
+    for a split without shards.
     """
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     root = shards or Path(run.recipe.data.shards)
@@ -51,21 +56,33 @@ def evaluate(
         splits = {name: chosen for name, chosen in splits.items() if chosen}
     if not splits or not all(splits.values()):
         name = next((name for name, chosen in splits.items() if not chosen), next(iter(run.domains)))
-        raise ValueError(f"{run.folder}: the recipe gives {name} no val_split, so there is nothing to score by default. Name a split with --split.")
+        raise UserError(
+            f"{run.folder}: the recipe gives {name} no val_split, so there is nothing to score by default. Name a "
+            "split with --split."
+        )
     opened = {name: Shards.open(root / name, chosen) for name, chosen in splits.items()}
     model, settings = run.model.to(device), settings or run.recipe.evaluation
-    return [score(model, opened[name], run.domains[name], splits[name], settings, device=device, workers=workers, seen=seen) for name in splits]
+    return [
+        score(model, opened[name], run.domains[name], splits[name], settings, device=device, workers=workers, seen=seen)
+        for name in splits
+    ]
 
 
-def override(settings: InferenceSettings, *, window: list[int] | None, scales: list[float] | None, flip: bool) -> InferenceSettings:
+def override(
+    settings: InferenceSettings, *, window: list[int] | None, scales: list[float] | None, flip: bool
+) -> InferenceSettings:
     """The recipe's way of predicting with what the command line asks for."""
-    return replace(settings, window=window or settings.window, scales=scales or settings.scales, flip=flip or settings.flip)
+    return replace(
+        settings, window=window or settings.window, scales=scales or settings.scales, flip=flip or settings.flip
+    )
 
 
 def print_scores(console: Console, run: LoadedRun, scores: Sequence[Score]) -> None:
     """A table per domain: IoU per class, mIoU, pixel accuracy, and how the numbers were made."""
     for result in scores:
-        table = Table(title=escape(f"{result.domain.name}: {result.domain.title or result.split}"), title_justify="left")
+        table = Table(
+            title=escape(f"{result.domain.name}: {result.domain.title or result.split}"), title_justify="left"
+        )
         table.add_column("class")
         table.add_column("IoU", justify="right")
         table.add_column("share of pixels", justify="right")
@@ -76,10 +93,15 @@ def print_scores(console: Console, run: LoadedRun, scores: Sequence[Score]) -> N
         table.add_row("mIoU", f"{100 * result.miou:.1f}", style="bold")
         table.add_row("pixel accuracy", f"{100 * result.pixel_accuracy:.1f}")
         console.print(table)
-        console.print(f"{result.protocol}, {run.checkpoint.name} of {run.folder}", markup=False, highlight=False, soft_wrap=True)
+        console.print(
+            f"{result.protocol}, {run.checkpoint.name} of {run.folder}", markup=False, highlight=False, soft_wrap=True
+        )
     if len(scores) > 1:
         arithmetic, harmonic = arithmetic_and_harmonic([result.miou for result in scores])
-        console.print(f"mean of {len(scores)} domains: mIoU {100 * arithmetic:.1f} (harmonic {100 * harmonic:.1f})", highlight=False)
+        console.print(
+            f"mean of {len(scores)} domains: mIoU {100 * arithmetic:.1f} (harmonic {100 * harmonic:.1f})",
+            highlight=False,
+        )
 
 
 def scores_as_json(run: LoadedRun, scores: Sequence[Score]) -> dict[str, Any]:
@@ -97,7 +119,9 @@ def scores_as_json(run: LoadedRun, scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def write_scores(run: LoadedRun, scores: Sequence[Score]) -> Path:
-    """Keep the scores in the run's folder and return the file; other splits, checkpoints, domains or settings have files of their own."""
+    """Keep the scores in the run's folder and return the file; other splits, checkpoints, domains or settings have
+    files of their own.
+    """
     parts = ["evaluation", *dict.fromkeys(result.split for result in scores), run.checkpoint.name]
     if len(scores) < len(run.domains):
         parts += [result.domain.name for result in scores]

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.printable import printable
+from multidomain_cct.files.printable import printable
 
 RIGHT, WRONG, IGNORED = (72, 72, 72), (225, 45, 45), (0, 0, 0)
 """Colours of an error map."""
@@ -32,14 +32,21 @@ def indexed(ids: np.ndarray, domain: Domain) -> Image.Image:
 
 
 def overlay(image: Image.Image, ids: np.ndarray, domain: Domain, opacity: float = 0.5) -> Image.Image:
-    """The RGB image with the classes' colours laid over it; opacity is 0 to 1. Where the id is 255 the image stays as it is."""
+    """The RGB image with the classes' colours laid over it; opacity is 0 to 1.
+
+    Where the id is 255 the image stays as it is.
+    """
     strength = Image.fromarray(np.where(ids == IGNORE, 0, round(255 * opacity)).astype(np.uint8))
     return Image.composite(colored(ids, domain), image, strength)
 
 
 def legend(domain: Domain, present: Iterable[int], *, width: int = 320, text_size: int = 14) -> Image.Image:
     """A swatch and a name for each of the train ids that are present, in columns; at least `width` pixels wide."""
-    rows = [(_short(domain.classes[train_id].name), domain.classes[train_id].color) for train_id in sorted(set(present)) if train_id < domain.num_classes]
+    rows = [
+        (_short(domain.classes[train_id].name), domain.classes[train_id].color)
+        for train_id in sorted(set(present))
+        if train_id < domain.num_classes
+    ]
     if IGNORE in present:
         rows.append(("no class", IGNORED))
     font = ImageFont.load_default(size=text_size)
@@ -66,7 +73,7 @@ def with_legend(image: Image.Image, legend: Image.Image) -> Image.Image:
 
 
 def error_map(truth: np.ndarray, prediction: np.ndarray) -> Image.Image:
-    """Where (H, W) predicted train ids are right (grey), wrong (red), or not scored because the truth is 255 (black)."""
+    """Where (H, W) predicted train ids are right (grey), wrong (red), or not scored, where the truth is 255 (black)."""
     colors = np.array([RIGHT, WRONG, IGNORED], dtype=np.uint8)
     kind = np.where(truth == IGNORE, 2, (truth != prediction).astype(np.uint8))
     return Image.fromarray(colors[kind])

@@ -13,14 +13,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from multidomain_cct.data.augment import image_tensor
+from multidomain_cct.data.batches.views import image_tensor
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.encode import load_image
-from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.data.images import load_image
+from multidomain_cct.errors import UserError
+from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.results.evaluate import require_head
 from multidomain_cct.results.pictures import colored, indexed, legend, overlay, with_legend
-from multidomain_cct.training.checkpoint import LoadedRun
+from multidomain_cct.training.checkpoints.checkpoint import LoadedRun
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """What counts as an image in a folder; a file that is named itself may have any ending."""
@@ -50,11 +51,11 @@ def predict(
 ) -> PredictSummary:
     """Predict the classes of `domain` for images and folders of images.
 
-    `a/b.jpg` in the folder source `a` becomes `b.png` in `out/index` (palette PNG; indices are train ids), `out/color` and `out/overlay`; index and color
-    have the size of the image turned upright. Images that would meet under one name keep their ending in it: `b.jpg.png`. `progress(images, total)` wraps
-    the iteration.
+    `a/b.jpg` in the folder source `a` becomes `b.png` in `out/index` (palette PNG; indices are train ids), `out/color`
+    and `out/overlay`; index and color have the size of the image turned upright. Images that would meet under one name
+    keep their ending in it: `b.jpg.png`. `progress(images, total)` wraps the iteration.
 
-    Raises ValueError or FileNotFoundError, before anything is written, for a domain without a head, a source without images, names that meet
+    Raises UserError, before anything is written, for a domain without a head, a source without images, names that meet
     nevertheless, and an output in place of an input.
     """
     classes = run.domains[require_head(run, domain)]
@@ -68,20 +69,26 @@ def predict(
     for name, path in pairs if progress is None else progress(pairs, len(pairs)):
         try:
             image = load_image(path, str(path))
-        except ValueError as error:
+        except UserError as error:
             summary.unreadable.append(str(error))
             continue
         ids = predicted_ids(model, image, domain, settings, device)
-        for kind, picture in zip(KINDS, (indexed(ids, classes), colored(ids, classes), _labelled_overlay(image, ids, classes)), strict=True):
+        for kind, picture in zip(
+            KINDS, (indexed(ids, classes), colored(ids, classes), _labelled_overlay(image, ids, classes)), strict=True
+        ):
             _write_png(picture, out / kind / name)
         summary.written += 1
     return summary
 
 
 @torch.inference_mode()
-def predicted_ids(model: Segmenter, image: Image.Image, domain: str, settings: InferenceSettings, device: torch.device) -> np.ndarray:
+def predicted_ids(
+    model: Segmenter, image: Image.Image, domain: str, settings: InferenceSettings, device: torch.device
+) -> np.ndarray:
     """(H, W) uint8 train ids of an RGB image, at its size."""
-    probabilities = predict_probabilities(model, image_tensor(image).to(device), domain, (image.height, image.width), settings)
+    probabilities = predict_probabilities(
+        model, image_tensor(image).to(device), domain, (image.height, image.width), settings
+    )
     ids: np.ndarray = probabilities.argmax(dim=0).to(torch.uint8).cpu().numpy()
     return ids
 
@@ -96,12 +103,14 @@ def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
     """Every image by its name below `out/<kind>`. An image that is reached twice counts once."""
     for source in sources:
         if not (source.is_dir() or source.is_file()):
-            raise FileNotFoundError(f"{source}: there is no such image or folder.")
+            raise UserError(f"{source}: there is no such image or folder.")
     found: dict[Path, tuple[Path, PurePath]] = {}
     for source in sources:
         images = list(_images_in(source, out)) if source.is_dir() else [(source, PurePath(source.name))]
         if not images:
-            raise ValueError(f"{source} holds no images. Images end in {', '.join(ENDINGS)}; hidden files and folders are left out.")
+            raise UserError(
+                f"{source} holds no images. Images end in {', '.join(ENDINGS)}; hidden files and folders are left out."
+            )
         for path, relative in images:
             found.setdefault(_place(path), (path, relative))
     meeting = Counter(relative.with_suffix(".png") for _, relative in found.values())
@@ -110,17 +119,25 @@ def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
         short = relative.with_suffix(".png")
         name = short if meeting[short] == 1 else relative.with_name(relative.name + ".png")
         if name in names:
-            raise ValueError(f"{names[name]} and {path} would both be written as {name}. Predict them one after the other, each with its own --out.")
+            raise UserError(
+                f"{names[name]} and {path} would both be written as {name}. Predict them one after the other, each "
+                "with its own --out."
+            )
         names[name] = path
     return names
 
 
 def _images_in(folder: Path, out: Path) -> Iterator[tuple[Path, PurePath]]:
-    """The images below a folder, with their path relative to it, in order. What an earlier prediction wrote to `out` is left out."""
+    """The images below a folder, with their path relative to it, in order.
+
+    What an earlier prediction wrote to `out` is left out.
+    """
     written = {(out / kind).resolve() for kind in KINDS}
     earlier = written if all(path.is_dir() for path in written) else set()
     for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() not in earlier)
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() not in earlier
+        )
         for name in sorted(files):
             path = Path(parent) / name
             if not name.startswith(".") and path.suffix.lower() in ENDINGS and path.is_file():
@@ -132,10 +149,10 @@ def _require_safe_outputs(images: dict[PurePath, Path], out: Path) -> None:
     for kind in KINDS:
         for place in (out, out / kind):
             if place.exists() and not place.is_dir():
-                raise ValueError(f"{place} is a file; --out names a folder, which receives {', '.join(KINDS)}.")
+                raise UserError(f"{place} is a file; --out names a folder, which receives {', '.join(KINDS)}.")
         for name in images:
             if _place(out / kind / name) in inputs:
-                raise ValueError(f"{out / kind / name} is an input and would be written over. Choose another --out.")
+                raise UserError(f"{out / kind / name} is an input and would be written over. Choose another --out.")
 
 
 def _place(path: Path) -> Path:

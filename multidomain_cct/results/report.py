@@ -1,4 +1,7 @@
-"""One HTML page about one or several runs: scores, curves, pictures, and how each run was made. It opens without a network."""
+"""One HTML page about one or several runs: scores, curves, pictures, and how each run was made.
+
+It opens without a network.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from multidomain_cct.data.augment import decode
+from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.printable import printable
-from multidomain_cct.data.shards import Shards
+from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import read_domain
+from multidomain_cct.errors import UserError
+from multidomain_cct.files.printable import printable
 from multidomain_cct.results.pictures import error_map, indexed
 from multidomain_cct.results.predict import predicted_ids
-from multidomain_cct.training.checkpoint import load_run
+from multidomain_cct.training.checkpoints.checkpoint import load_run
 from multidomain_cct.training.recipe import Recipe, read_recipe
 from multidomain_cct.training.runlog import read_metrics
 
@@ -84,25 +88,44 @@ class Panel:
     """Caption and data URI of each picture, and the run whose it is."""
 
 
-def write_report(runs: Sequence[Path], out: Path | None = None, *, device: torch.device | None = None, panels: int = 4) -> Path:
-    """Write the page and return its path: `out`, or report.html in the run's folder, for several runs beside the first one's folder.
+def write_report(
+    runs: Sequence[Path], out: Path | None = None, *, device: torch.device | None = None, panels: int = 4
+) -> Path:
+    """Write the page and return its path: `out`, or report.html in the run's folder, for several runs beside the first
+    one's folder.
 
-    Several runs share their charts, one colour each. Pictures need the val shards and the last checkpoint; a line on the page says so where they are
-    missing. `device` None is the GPU when there is one. Raises FileNotFoundError for a folder that is not a run.
+    Several runs share their charts, one colour each. Pictures need the val shards and the last checkpoint; a line on
+    the page says so where they are missing. `device` None is the GPU when there is one. Raises UserError for a folder
+    that is not a run.
     """
     facts = _read_runs(list(dict.fromkeys(runs)))
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = out or (facts[0].folder if len(facts) == 1 else facts[0].folder.parent) / "report.html"
     out = out / "report.html" if out.is_dir() else out
-    specs = {name: next(run.domains[name] for run in facts if name in run.domains) for each in facts for name in each.domains}
+    specs = {
+        name: next(run.domains[name] for run in facts if name in run.domains) for each in facts for name in each.domains
+    }
     pictures, remarks = _panels(facts, specs, device, panels)
-    sections = [_domain_section(name, spec, facts) | {"panels": pictures.get(name, []), "remarks": remarks[name]} for name, spec in specs.items()]
-    means = [{"run": run, "last": run.evaluations[-1], "best": run.best} for run in facts if run.evaluations and len(run.domains) > 1]
+    sections = [
+        _domain_section(name, spec, facts) | {"panels": pictures.get(name, []), "remarks": remarks[name]}
+        for name, spec in specs.items()
+    ]
+    means = [
+        {"run": run, "last": run.evaluations[-1], "best": run.best}
+        for run in facts
+        if run.evaluations and len(run.domains) > 1
+    ]
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters |= {"shown": printable, "percent": _percent}
-    page = environment.get_template("report.html.jinja").render(runs=facts, sections=sections, means=means, speeds=[_speed(run) for run in facts])
+    page = environment.get_template("report.html.jinja").render(
+        runs=facts, sections=sections, means=means, speeds=[_speed(run) for run in facts]
+    )
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.tmp")
     # A lone surrogate, as in a file name that is not UTF-8, has no bytes of its own.
@@ -122,7 +145,7 @@ def last_scores(run: Path) -> dict[str, float]:
 def _read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     for folder in folders:
         if not (folder / "recipe.yaml").is_file():
-            raise FileNotFoundError(f"{folder}: this is not a run's folder (it has no recipe.yaml).")
+            raise UserError(f"{folder}: this is not a run's folder (it has no recipe.yaml).")
     facts, names = [], [folder.resolve().name for folder in folders]
     for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
         recipe, metrics = read_recipe(folder / "recipe.yaml"), folder / "metrics.jsonl"
@@ -133,7 +156,9 @@ def _read_runs(folders: Sequence[Path]) -> list[RunFacts]:
                 color=RUN_COLORS[number % len(RUN_COLORS)],
                 recipe=recipe,
                 domains={domain: read_domain(folder / "domains" / f"{domain}.yaml") for domain in recipe.domains},
-                metrics=[line for line in read_metrics(metrics) if isinstance(line, dict) and "step" in line] if metrics.is_file() else [],
+                metrics=[line for line in read_metrics(metrics) if isinstance(line, dict) and "step" in line]
+                if metrics.is_file()
+                else [],
                 environment=_environment(folder / "env.json"),
             )
         )
@@ -153,7 +178,13 @@ def _domain_section(name: str, spec: Domain, facts: Sequence[RunFacts]) -> dict[
     own = [run for run in facts if name in run.domains]
     rows = []
     for run in own:
-        row: dict[str, Any] = {"run": run, "choice": run.recipe.domains[name], "images": _num_images(run, name), "last": None, "best": None}
+        row: dict[str, Any] = {
+            "run": run,
+            "choice": run.recipe.domains[name],
+            "images": _num_images(run, name),
+            "last": None,
+            "best": None,
+        }
         lines = [line for line in run.evaluations if f"val/{name}/miou" in line]
         if lines:
             last = _scores(lines[-1], name)
@@ -161,14 +192,27 @@ def _domain_section(name: str, spec: Domain, facts: Sequence[RunFacts]) -> dict[
         rows.append(row)
     scored = [row for row in rows if row["last"] is not None]
     names = dict.fromkeys(label.name for run in own for label in run.domains[name].classes)
-    bars = [{"name": label, "values": [(row["run"], row["last"]["iou"].get(label)) for row in scored]} for label in names]
-    return {"name": name, "spec": spec, "rows": rows, "charts": list(_charts(name, own)), "bars": bars if scored else []}
+    bars = [
+        {"name": label, "values": [(row["run"], row["last"]["iou"].get(label)) for row in scored]} for label in names
+    ]
+    return {
+        "name": name,
+        "spec": spec,
+        "rows": rows,
+        "charts": list(_charts(name, own)),
+        "bars": bars if scored else [],
+    }
 
 
 def _scores(line: Mapping[str, Any], name: str) -> dict[str, Any]:
     prefix = f"val/{name}/iou/"
     iou = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
-    return {"step": line["step"], "miou": line.get(f"val/{name}/miou"), "accuracy": line.get(f"val/{name}/pixel_accuracy"), "iou": iou}
+    return {
+        "step": line["step"],
+        "miou": line.get(f"val/{name}/miou"),
+        "accuracy": line.get(f"val/{name}/pixel_accuracy"),
+        "iou": iou,
+    }
 
 
 def _protocol(run: RunFacts, name: str, score: Mapping[str, Any]) -> str:
@@ -178,7 +222,10 @@ def _protocol(run: RunFacts, name: str, score: Mapping[str, Any]) -> str:
     view += (f", scales {settings.scales}" if settings.scales != [1.0] else "") + (", flip" if settings.flip else "")
     counted = sum(value is not None for value in score["iou"].values())
     split = run.recipe.domains[name].val_split
-    return f"{run.label}, step {score['step']}: {split} split at label resolution, {view}, mean over {counted} of {len(score['iou'])} classes."
+    return (
+        f"{run.label}, step {score['step']}: {split} split at label resolution, {view}, mean over {counted} of "
+        f"{len(score['iou'])} classes."
+    )
 
 
 def _speed(run: RunFacts) -> dict[str, Any]:
@@ -197,14 +244,14 @@ def _speed(run: RunFacts) -> dict[str, Any]:
 def _num_images(run: RunFacts, name: str) -> int | None:
     try:
         return len(_val_shards(run, name))
-    except (ValueError, FileNotFoundError):
+    except (UserError, FileNotFoundError):
         return None
 
 
 def _val_shards(run: RunFacts, name: str) -> Shards:
     split = run.recipe.domains[name].val_split
     if not split:
-        raise ValueError("the recipe names no val split")
+        raise UserError("the recipe names no val split")
     return Shards.open(Path(run.recipe.data.shards) / name, split)
 
 
@@ -219,21 +266,41 @@ def _charts(name: str, runs: Sequence[RunFacts]) -> Iterator[tuple[str, str]]:
 
 def _chart(key: str, runs: Sequence[RunFacts], *, factor: float = 1) -> str:
     """An inline SVG of one metric over the steps, a line per run."""
-    style = {"font.size": 8.5, "font.sans-serif": ["DejaVu Sans"], "svg.fonttype": "none", "svg.hashsalt": "report", "axes.linewidth": 0.6}
-    style |= {f"{part}.color": _INK for part in ("text", "xtick", "ytick")} | {"axes.edgecolor": _INK, "axes.labelcolor": _INK, "grid.color": _INK}
+    style = {
+        "font.size": 8.5,
+        "font.sans-serif": ["DejaVu Sans"],
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+        "axes.linewidth": 0.6,
+    }
+    style |= {f"{part}.color": _INK for part in ("text", "xtick", "ytick")} | {
+        "axes.edgecolor": _INK,
+        "axes.labelcolor": _INK,
+        "grid.color": _INK,
+    }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(3.5, 2.1), layout="constrained")
         axes = figure.add_subplot()
         for run in runs:
             steps, values = _thinned(*run.series(key))
-            axes.plot(steps, np.array(values) * factor, color=run.color, linewidth=1.4, marker="o" if len(steps) < 25 else "", markersize=3, clip_on=False)
+            axes.plot(
+                steps,
+                np.array(values) * factor,
+                color=run.color,
+                linewidth=1.4,
+                marker="o" if len(steps) < 25 else "",
+                markersize=3,
+                clip_on=False,
+            )
         end = max(max(run.steps, run.recipe.training.steps) for run in runs)
         axes.set(xlabel="step", xlim=(0, end), ylim=(0, 1.05 * max(axes.get_ylim()[1], 1e-6)))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        )
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor").replace("'DejaVu Sans'", "system-ui")
 
@@ -244,22 +311,28 @@ def _thinned(*series: Sequence[float]) -> list[list[float]]:
     return [[float(part.mean()) for part in np.array_split(values, parts)] if parts else [] for values in series]
 
 
-def _panels(facts: Sequence[RunFacts], specs: Mapping[str, Domain], device: torch.device, count: int) -> tuple[dict[str, list[Panel]], dict[str, list[str]]]:
+def _panels(
+    facts: Sequence[RunFacts], specs: Mapping[str, Domain], device: torch.device, count: int
+) -> tuple[dict[str, list[Panel]], dict[str, list[str]]]:
     """Panels by domain, the same images for every run, and what has to be said where there are none."""
     panels: dict[str, list[Panel]] = {}
     remarks: dict[str, list[str]] = {name: [] for name in specs}
     for name, spec in specs.items():
         for run in facts:
-            if name in run.domains and name not in panels and run.domains[name].class_fingerprint == spec.class_fingerprint:
+            if (
+                name in run.domains
+                and name not in panels
+                and run.domains[name].class_fingerprint == spec.class_fingerprint
+            ):
                 try:
                     panels[name] = _chosen_images(_val_shards(run, name), spec, count)
-                except (ValueError, FileNotFoundError) as error:
+                except (UserError, FileNotFoundError) as error:
                     remarks[name].append(f"No pictures from {run.label}: {error}")
     for run in facts:
         wanted = [name for name in panels if name in run.domains]
         try:
             loaded = load_run(run.folder)
-        except (ValueError, FileNotFoundError) as error:
+        except (UserError, FileNotFoundError) as error:
             for name in wanted:
                 remarks[name].append(f"No predictions of {run.label}: {error}")
             continue
@@ -275,18 +348,27 @@ def _panels(facts: Sequence[RunFacts], specs: Mapping[str, Domain], device: torc
 
 
 def _chosen_images(shards: Shards, domain: Domain, count: int) -> list[Panel]:
-    """Images spread evenly over the split's keys in alphabetical order, so that every run and every packing shows the same ones."""
+    """Images spread evenly over the split's keys in alphabetical order, so that every run and every packing shows the
+    same ones.
+    """
     by_key = sorted(range(len(shards)), key=lambda number: shards.keys[number])
     panels = []
     for place in dict.fromkeys(np.linspace(0, len(by_key) - 1, min(count, len(by_key))).round().astype(int).tolist()):
         record = shards.read(by_key[place])
         image, mask = decode(record, domain)
         if mask is None:
-            raise ValueError(f"{record.shard}: key {record.key!r} has no mask.")
+            raise UserError(f"{record.shard}: key {record.key!r} has no mask.")
         size = (min(PANEL_WIDTH, image.width), max(1, round(image.height * min(1, PANEL_WIDTH / image.width))))
         truth = np.asarray(mask.resize(size, Image.Resampling.NEAREST))
         photo = _data_uri(image.resize(size, Image.Resampling.LANCZOS), "JPEG")
-        panels.append(Panel(record.key, image, truth, [("image", photo, None), ("truth", _data_uri(indexed(truth, domain), "PNG"), None)]))
+        panels.append(
+            Panel(
+                record.key,
+                image,
+                truth,
+                [("image", photo, None), ("truth", _data_uri(indexed(truth, domain), "PNG"), None)],
+            )
+        )
     return panels
 
 

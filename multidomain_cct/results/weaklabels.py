@@ -1,4 +1,5 @@
-"""Image-level labels -> shards of pseudo-labels: train a classifier on the shared encoder, write what its activation maps are sure of, and say how good it is.
+"""Image-level labels -> shards of pseudo-labels: train a classifier on the shared encoder, write what its activation
+maps are sure of, and say how good it is.
 
 Shapes: C classes of the domain, K classified classes, H W image size.
 """
@@ -20,22 +21,23 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from multidomain_cct.data.augment import decode, image_tensor
-from multidomain_cct.data.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.views import decode, image_tensor
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.image_labels import TaggedImages, background_class, classified, open_tagged
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.order import seed_from
-from multidomain_cct.data.shard_index import index_path
-from multidomain_cct.data.shards import ShardWriter, shard_paths
+from multidomain_cct.data.shards.index import index_path, shard_paths
+from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.data.specification import find_domain
-from multidomain_cct.data.strict_yaml import did_you_mean
-from multidomain_cct.model.cams import Classifier, activation_maps, confident_labels, multilabel_loss, pseudo_labels
+from multidomain_cct.errors import UserError
+from multidomain_cct.evaluation.scoring import confusion_of, mean_iou
+from multidomain_cct.files.seeds import seed_from
+from multidomain_cct.files.strict_yaml import did_you_mean
 from multidomain_cct.results.pictures import legend, overlay, with_legend
 from multidomain_cct.training.loop import RunFailed
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.schedules import build_optimiser, learning_rate, set_learning_rate
-from multidomain_cct.training.scoring import confusion_of, mean_iou
+from multidomain_cct.weak.cams import Classifier, activation_maps, confident_labels, multilabel_loss, pseudo_labels
+from multidomain_cct.weak.image_labels import TaggedImages, background_class, classified, open_tagged
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
 SHEET_ROWS, SHEET_CELL = 10, 260
@@ -95,7 +97,9 @@ class WeakSummary:
     shown: np.ndarray
     """(C,) int64: images that show the class, as their image-level labels say."""
     precision: np.ndarray
-    """(C,) average precision of the classifier over these images; nan where all or none show the class, and for the background."""
+    """(C,) average precision of the classifier over these images; nan where all or none show the class, and for the
+    background.
+    """
     maps: _Tally
     """Pseudo-labels straight from the activation maps."""
     refined: _Tally
@@ -112,7 +116,11 @@ class WeakSummary:
 
 def too_common(images: TaggedImages, most_common: float) -> frozenset[int]:
     """Train ids of the classes that more than this share of the images show."""
-    return frozenset(train_id for train_id, share in zip(classified(images.domain), images.shares(), strict=True) if share > most_common)
+    return frozenset(
+        train_id
+        for train_id, share in zip(classified(images.domain), images.shares(), strict=True)
+        if share > most_common
+    )
 
 
 def weak_split(train_split: str) -> str:
@@ -120,29 +128,46 @@ def weak_split(train_split: str) -> str:
     return f"{train_split}_weak"
 
 
-def tagged_domains(recipe: Recipe, folders: Sequence[Path], names: Sequence[str], *, named_by: str, force: bool = False) -> list[TaggedImages]:
+def tagged_domains(
+    recipe: Recipe, folders: Sequence[Path], names: Sequence[str], *, named_by: str, force: bool = False
+) -> list[TaggedImages]:
     """The images with image-level labels of the named domains, or of all that have such labels.
 
-    Raises ValueError or FileNotFoundError for domains without image-level labels, for lists that do not fit, and, unless `force`, when their pseudo-labels
-    are there already.
+    Raises UserError for domains without image-level labels, for lists that do not fit, and, unless `force`, when their
+    pseudo-labels are there already.
     """
     for name in names:
         if name not in recipe.domains:
-            raise ValueError(f'--domain is "{name}". {named_by} has: {", ".join(recipe.domains)}.{did_you_mean(name, recipe.domains)}')
+            raise UserError(
+                f'--domain is "{name}". {named_by} has: '
+                f"{', '.join(recipe.domains)}.{did_you_mean(name, recipe.domains)}"
+            )
     chosen = list(dict.fromkeys(names)) or [name for name, choice in recipe.domains.items() if choice.image_labels]
     without = [name for name in chosen or recipe.domains if not recipe.domains[name].image_labels]
     if without:
-        raise ValueError(f"{named_by}: domains.{without[0]}.image_labels is empty. Name a text or JSON list of image-level labels, or `masks`.")
+        raise UserError(
+            f"{named_by}: domains.{without[0]}.image_labels is empty. Name a text or JSON list of image-level labels, "
+            "or `masks`."
+        )
     domains = {name: find_domain(name, folders, named_by=named_by) for name in chosen}
     for name, domain in domains.items():
         split = weak_split(recipe.domains[name].train_split)
         there = shard_paths(Path(recipe.data.shards) / name, split)
         if there and not force:
-            raise ValueError(f"{there[0]} is there already. Train with it: domains.{name}.weak_split={split}; or make it anew with --force.")
+            raise UserError(
+                f"{there[0]} is there already. Train with it: domains.{name}.weak_split={split}; or make it anew with "
+                "--force."
+            )
         if not classified(domain):
-            raise ValueError(f"{name} has no class beside its background, so image-level labels tell nothing. Add classes to the domain.")
+            raise UserError(
+                f"{name} has no class beside its background, so image-level labels tell nothing. Add classes to the "
+                "domain."
+            )
     least_share = recipe.pseudo_labels.least_share
-    return [open_tagged(domain, recipe.domains[name], recipe.data, least_share=least_share) for name, domain in domains.items()]
+    return [
+        open_tagged(domain, recipe.domains[name], recipe.data, least_share=least_share)
+        for name, domain in domains.items()
+    ]
 
 
 def train_classifier(
@@ -150,25 +175,46 @@ def train_classifier(
 ) -> tuple[Classifier, list[float]]:
     """The classifier, trained in 32 bits on the images of all these domains, and its loss at each step.
 
-    Order, augmentation and initial weights hang on the recipe's seed alone. Raises RunFailed when the loss is not finite.
+    Order, augmentation and initial weights hang on the recipe's seed alone. Raises RunFailed when the loss is not
+    finite.
     """
     settings = recipe.pseudo_labels
     optimisation = replace(recipe.optimiser, name="sgd", lr=settings.lr, schedule="poly", warmup=0)
     streams = [images.streams(recipe.data, recipe.domains[images.domain.name], settings.batch) for images in tagged]
     data = TrainingSet(streams, seed=seed_from(recipe.seed, "weaklabels"), augment=recipe.data.augment)
     targets = {images.domain.name: _targets(images, device) for images in tagged}
-    model = Classifier(recipe.encoder, {images.domain.name: images.shares().tolist() for images in tagged}, seed=recipe.seed).to(device).train()
+    model = (
+        Classifier(
+            recipe.encoder, {images.domain.name: images.shares().tolist() for images in tagged}, seed=recipe.seed
+        )
+        .to(device)
+        .train()
+    )
     optimiser = build_optimiser(optimisation, model.encoder.trunk, model)
     losses: list[float] = []
-    batches = steps(data, 0, settings.steps, workers=recipe.data.workers, prefetch=recipe.data.prefetch, pin_memory=device.type == "cuda")
+    batches = steps(
+        data,
+        0,
+        settings.steps,
+        workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch,
+        pin_memory=device.type == "cuda",
+    )
     bad_images = BadImages(data)
     for step, batch in enumerate(batches if progress is None else progress(batches, settings.steps)):
         bad_images.count(batch, skipped_in(batch))
         torch.manual_seed(seed_from(recipe.seed, step, "weaklabels"))
         set_learning_rate(optimiser, learning_rate(optimisation, step, settings.steps))
         here = {name: part.to(device) for name, part in batch.items()}
-        logits = model({name: part.unlabelled for name, part in here.items()}, {name: part.valid for name, part in here.items()})
-        loss = torch.stack([multilabel_loss(logits[name], torch.stack([targets[name][key] for key in part.keys])) for name, part in here.items()]).sum()
+        logits = model(
+            {name: part.unlabelled for name, part in here.items()}, {name: part.valid for name, part in here.items()}
+        )
+        loss = torch.stack(
+            [
+                multilabel_loss(logits[name], torch.stack([targets[name][key] for key in part.keys]))
+                for name, part in here.items()
+            ]
+        ).sum()
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise RunFailed(f"step {step + 1}: the classifier's loss is {losses[-1]}. Lower pseudo_labels.lr.")
@@ -181,11 +227,17 @@ def train_classifier(
 def _targets(images: TaggedImages, device: torch.device) -> dict[str, Tensor]:
     """(K,) zeros and ones by key."""
     ids = classified(images.domain)
-    return {key: torch.tensor([float(train_id in shown) for train_id in ids], device=device) for key, shown in images.classes.items()}
+    return {
+        key: torch.tensor([float(train_id in shown) for train_id in ids], device=device)
+        for key, shown in images.classes.items()
+    }
 
 
-def write_pseudo_labels(recipe: Recipe, images: TaggedImages, model: Classifier, *, progress: Progress | None = None) -> WeakSummary:
-    """Write a labelled sample for every image with image-level labels, and a contact sheet; `progress(keys, total)` wraps the iteration.
+def write_pseudo_labels(
+    recipe: Recipe, images: TaggedImages, model: Classifier, *, progress: Progress | None = None
+) -> WeakSummary:
+    """Write a labelled sample for every image with image-level labels, and a contact sheet; `progress(keys, total)`
+    wraps the iteration.
 
     Everything is written beside its place and moved there at the end, so what was there stays until the new is whole.
     """
@@ -197,7 +249,12 @@ def write_pseudo_labels(recipe: Recipe, images: TaggedImages, model: Classifier,
     maps, refined = _Tally(domain), _Tally(domain)
     scores: list[np.ndarray] = []
     rows: list[list[Image.Image]] = []
-    notes = {"total": len(images.listed), "pseudo_labels": asdict(recipe.pseudo_labels), "recipe": recipe.name, "seed": recipe.seed}
+    notes = {
+        "total": len(images.listed),
+        "pseudo_labels": asdict(recipe.pseudo_labels),
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+    }
     try:
         with ShardWriter(temporary, split, note=lambda: notes) as writer:
             for key in images.listed if progress is None else progress(images.listed, len(images.listed)):
@@ -220,7 +277,17 @@ def write_pseudo_labels(recipe: Recipe, images: TaggedImages, model: Classifier,
     shown, precision = np.zeros(domain.num_classes, dtype=np.int64), np.full(domain.num_classes, np.nan)
     shown[list(classified(domain))] = truth.sum(axis=0)
     precision[list(classified(domain))] = average_precision(np.stack(scores), truth)
-    return WeakSummary(domain, split, len(images.listed), shown, precision, maps, refined, shards, folder / f"{domain.name}-{split}.png")
+    return WeakSummary(
+        domain,
+        split,
+        len(images.listed),
+        shown,
+        precision,
+        maps,
+        refined,
+        shards,
+        folder / f"{domain.name}-{split}.png",
+    )
 
 
 @dataclass(frozen=True)
@@ -236,7 +303,9 @@ class _Made:
     truth: Tensor | None
 
 
-def _pseudo_labelled(recipe: Recipe, images: TaggedImages, key: str, model: Classifier, *, left_out: frozenset[int]) -> _Made:
+def _pseudo_labelled(
+    recipe: Recipe, images: TaggedImages, key: str, model: Classifier, *, left_out: frozenset[int]
+) -> _Made:
     domain, settings, device = images.domain, recipe.pseudo_labels, model.encoder.mean.device
     source, number = images.samples[key]
     record = images.sources[source].read(number)
@@ -267,7 +336,10 @@ def _png(ids: Tensor) -> bytes:
 
 
 def _move_into_place(temporary: Path, folder: Path, split: str) -> tuple[Path, ...]:
-    """Replace the split's shards and contact sheet. Old shards go first: an index that counts on more shards than there are is refused, a mixture is not."""
+    """Replace the split's shards and contact sheet.
+
+    Old shards go first: an index that counts on more shards than there are is refused, a mixture is not.
+    """
     for path in shard_paths(folder, split):
         path.unlink()
         index_path(path).unlink(missing_ok=True)
@@ -282,9 +354,11 @@ def _move_into_place(temporary: Path, folder: Path, split: str) -> tuple[Path, .
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(K,) average precision, 0 to 1, of (n, K) scores against (n, K) bool truth: the mean, over the positives, of the precision at their rank.
+    """(K,) average precision, 0 to 1, of (n, K) scores against (n, K) bool truth: the mean, over the positives, of the
+    precision at their rank.
 
-    nan for a class with no positive or no negative. Of equal scores the positive stands last, so that a constant score earns nothing.
+    nan for a class with no positive or no negative. Of equal scores the positive stands last, so that a constant score
+    earns nothing.
     """
     found = np.full(truth.shape[1], np.nan)
     for column, (score, positive) in enumerate(zip(scores.T, truth.T, strict=True)):
@@ -303,12 +377,16 @@ def _sheet_row(made: _Made, domain: Domain) -> list[Image.Image]:
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], domain: Domain, pixels: np.ndarray) -> Image.Image:
-    """The rows under each other, with a title over each column and a legend below; `pixels` counts those of each train id. Unsure pixels show the image."""
+    """The rows under each other, with a title over each column and a legend below; `pixels` counts those of each train
+    id. Unsure pixels show the image.
+    """
     titles = ("image", "activation maps", "pseudo-labels", "truth")[: max(len(row) for row in rows)]
     gap, head = 6, 24
     widths = [max(row[column].width for row in rows if column < len(row)) for column in range(len(titles))]
     lefts = [gap + sum(widths[:column]) + gap * column for column in range(len(titles))]
-    sheet = Image.new("RGB", (sum(widths) + gap * (len(titles) + 1), head + sum(row[0].height + gap for row in rows)), "white")
+    sheet = Image.new(
+        "RGB", (sum(widths) + gap * (len(titles) + 1), head + sum(row[0].height + gap for row in rows)), "white"
+    )
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
     for left, title in zip(lefts, titles, strict=True):
         draw.text((left, head // 2), title, fill="black", font=font, anchor="lm")

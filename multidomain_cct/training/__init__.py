@@ -1,1 +1,1 @@
-"""Floor 3: from a recipe to a trained run."""
+"""From a recipe to a trained run."""

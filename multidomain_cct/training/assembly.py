@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
+from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.loader import Batch
-from multidomain_cct.data.streams import DomainStreams
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.methods.mean_teacher import MeanTeacher
 from multidomain_cct.methods.unimatch import UniMatch
@@ -20,18 +21,35 @@ from multidomain_cct.model.perturbations import Perturbation
 from multidomain_cct.training.recipe import Recipe
 
 
-def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Mapping[str, bool] | None = None, pretrained: bool = True) -> Segmenter:
-    """The recipe's network. `unlabelled` says which domains have unlabelled images; heads that see none, and all when it is None, get no auxiliary decoders.
+def build_model(
+    recipe: Recipe,
+    domains: Mapping[str, Domain],
+    *,
+    unlabelled: Mapping[str, bool] | None = None,
+    pretrained: bool = True,
+) -> Segmenter:
+    """The recipe's network. `unlabelled` says which domains have unlabelled images; heads that see none, and all when
+    it is None, get no auxiliary decoders.
 
-    Lenders of labels are among the domains (`require_lenders`). Raises ValueError for encoder, stride or decoder that do not fit each other.
+    Lenders of labels are among the domains (`require_lenders`). Raises UserError for encoder, stride or decoder that do
+    not fit each other.
     """
-    sees_unlabelled = {domains[name].labels_of or name for name, has in (unlabelled or {}).items() if has and uses_unlabelled(recipe, domains[name])}
+    sees_unlabelled = {
+        domains[name].labels_of or name
+        for name, has in (unlabelled or {}).items()
+        if has and uses_unlabelled(recipe, domains[name])
+    }
     tasks = {}
     for name, domain in domains.items():
-        perturbations = usable_perturbations(recipe, domain) if recipe.method == "cct" and name in sees_unlabelled else []
+        perturbations = (
+            usable_perturbations(recipe, domain) if recipe.method == "cct" and name in sees_unlabelled else []
+        )
         drawn, decoders = recipe.consistency_of(name).sample, len(usable_perturbations(recipe, domain))
         if perturbations and drawn > decoders:
-            raise ValueError(f"domains.{name}: consistency.sample is {drawn}, but there are {decoders} auxiliary decoders. Draw at most so many; 0 takes all.")
+            raise UserError(
+                f"domains.{name}: consistency.sample is {drawn}, but there are {decoders} auxiliary decoders. Draw at "
+                "most so many; 0 takes all."
+            )
         tasks[name] = Task(
             things=tuple(label.thing for label in domain.classes),
             head=domain.labels_of,
@@ -42,13 +60,17 @@ def build_model(recipe: Recipe, domains: Mapping[str, Domain], *, unlabelled: Ma
         )
     common: dict[str, Any] = {"decoder": recipe.decoder, "seed": recipe.seed}
     encoder = recipe.encoder if pretrained else replace(recipe.encoder, weights="none")
-    if recipe.method == "mean_teacher":
-        return MeanTeacher(encoder, tasks, settings=recipe.mean_teacher, **common)
-    if recipe.method == "unimatch":
-        return UniMatch(encoder, tasks, settings=recipe.unimatch, **common)
-    if recipe.method == "usss":
-        return Usss(encoder, tasks, settings=recipe.usss, **common)
-    return CCT(encoder, tasks, **common) if recipe.method == "cct" else Segmenter(encoder, tasks, **common)
+    try:
+        if recipe.method == "mean_teacher":
+            return MeanTeacher(encoder, tasks, settings=recipe.mean_teacher, **common)
+        if recipe.method == "unimatch":
+            return UniMatch(encoder, tasks, settings=recipe.unimatch, **common)
+        if recipe.method == "usss":
+            return Usss(encoder, tasks, settings=recipe.usss, **common)
+        return CCT(encoder, tasks, **common) if recipe.method == "cct" else Segmenter(encoder, tasks, **common)
+    except ValueError as error:
+        # Network and decoders still refuse with ValueError.
+        raise UserError(str(error)) from error
 
 
 def usable_perturbations(recipe: Recipe, domain: Domain) -> list[Perturbation]:
@@ -60,8 +82,12 @@ def usable_perturbations(recipe: Recipe, domain: Domain) -> list[Perturbation]:
 
 
 def uses_unlabelled(recipe: Recipe, domain: Domain) -> bool:
-    """Whether the domain's unlabelled images enter the loss: they are asked for, and with `cct` there is a decoder to see them."""
-    return recipe.uses_unlabelled(domain.name) and (recipe.method != "cct" or bool(usable_perturbations(recipe, domain)))
+    """Whether the domain's unlabelled images enter the loss: they are asked for, and with `cct` there is a decoder to
+    see them.
+    """
+    return recipe.uses_unlabelled(domain.name) and (
+        recipe.method != "cct" or bool(usable_perturbations(recipe, domain))
+    )
 
 
 def tells_objects(domain: Domain) -> bool:
@@ -70,32 +96,54 @@ def tells_objects(domain: Domain) -> bool:
 
 
 def notices(recipe: Recipe, domains: Mapping[str, Domain], *, parts: int = 1) -> list[str]:
-    """What the user should know of the model: perturbations that a domain cannot have, labels that are not used, norms that will never be trained.
+    """What the user should know of the model: perturbations that a domain cannot have, labels that are not used, norms
+    that will never be trained.
 
     `parts` is into how many micro-batches, over all processes, a step is cut.
     """
     lines = []
     for name, domain in domains.items():
         choice = recipe.domains[name]
-        usable, all_kinds = usable_perturbations(recipe, domain), recipe.perturbations_of(domain.labels_of or name).each()
-        if recipe.method == "cct" and recipe.uses_unlabelled(name) and not domain.labels_of and len(usable) < len(all_kinds):
+        usable, all_kinds = (
+            usable_perturbations(recipe, domain),
+            recipe.perturbations_of(domain.labels_of or name).each(),
+        )
+        if (
+            recipe.method == "cct"
+            and recipe.uses_unlabelled(name)
+            and not domain.labels_of
+            and len(usable) < len(all_kinds)
+        ):
             none_left = "" if usable else " None is left, so its unlabelled images are not used."
             lines.append(
-                f"{name}: its class table marks no class, or every class, as `thing`, so {len(all_kinds) - len(usable)} auxiliary decoders with object masks,"
+                f"{name}: its class table marks no class, or every class, as `thing`, so "
+                f"{len(all_kinds) - len(usable)} auxiliary decoders with object masks,"
                 f" context masks and guided cutout are left out.{none_left}"
             )
         if choice.image_labels and not choice.weak_split:
-            lines.append(f"{name}: image_labels is not read in training; make pseudo-labels with `weaklabels` and name them in domains.{name}.weak_split.")
+            lines.append(
+                f"{name}: image_labels is not read in training; make pseudo-labels with `weaklabels` and name them in "
+                f"domains.{name}.weak_split."
+            )
         mixes = {"mean_teacher": recipe.mean_teacher.cutmix, "unimatch": recipe.unimatch.cutmix}.get(recipe.method, 0.0)
         if mixes > 0 and (choice.unlabelled_batch or recipe.data.unlabelled_batch) == parts:
-            lines.append(f"{name}: one unlabelled image per process and micro-batch has no other to be mixed with, so cutmix does nothing.")
+            lines.append(
+                f"{name}: one unlabelled image per process and micro-batch has no other to be mixed with, so cutmix "
+                "does nothing."
+            )
     if (recipe.encoder.norm, recipe.encoder.weights, recipe.init_from) == ("frozen", "none", None):
-        lines.append("encoder.norm=frozen with encoder.weights=none freezes norms that were never trained; norm=shared, or pretrained weights, train better.")
+        lines.append(
+            "encoder.norm=frozen with encoder.weights=none freezes norms that were never trained; norm=shared, or "
+            "pretrained weights, train better."
+        )
     return lines
 
 
 def compile_encoder(model: Segmenter, batches: Mapping[str, Batch]) -> list[str]:
-    """Compile the encoder, if the recipe asks for it, on the images of a step. Where that fails it stays as it was; what is returned then says so."""
+    """Compile the encoder, if the recipe asks for it, on the images of a step.
+
+    Where that fails it stays as it was; what is returned then says so.
+    """
     encoder = model.encoder
     if encoder.compiled is None:
         return []
@@ -105,7 +153,11 @@ def compile_encoder(model: Segmenter, batches: Mapping[str, Batch]) -> list[str]
     images = labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()}
     try:
         features = torch.cat([features.flatten() for features in model.encode(images).values()])
-        torch.autograd.grad(features.sum(), [parameter for parameter in encoder.parameters() if parameter.requires_grad], allow_unused=True)
+        torch.autograd.grad(
+            features.sum(),
+            [parameter for parameter in encoder.parameters() if parameter.requires_grad],
+            allow_unused=True,
+        )
     except Exception as error:  # whatever a compiler, or the lack of one, raises
         encoder.compiled = None
         reason = (str(error).strip().splitlines() or [""])[0][:160]
@@ -117,29 +169,41 @@ def compile_encoder(model: Segmenter, batches: Mapping[str, Batch]) -> list[str]
 
 
 def require_lenders(domains: Mapping[str, Domain]) -> None:
-    """Raises ValueError when a domain borrows the labels of one that is not in the recipe."""
+    """Raises UserError when a domain borrows the labels of one that is not in the recipe."""
     for name, domain in domains.items():
         if domain.labels_of and domain.labels_of not in domains:
-            raise ValueError(f'domains.{name} borrows the labels of "{domain.labels_of}", which is not in the recipe. Add it: domains.{domain.labels_of}.')
+            raise UserError(
+                f'domains.{name} borrows the labels of "{domain.labels_of}", which is not in the recipe. Add it: '
+                f"domains.{domain.labels_of}."
+            )
 
 
-def require_training_data(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams], *, taught: Iterable[str] = ()) -> None:
-    """Raises ValueError for parts of the model that would stay as they were drawn.
+def require_training_data(
+    recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams], *, taught: Iterable[str] = ()
+) -> None:
+    """Raises UserError for parts of the model that would stay as they were drawn.
 
-    A label space of which no domain has a labelled image would keep a random main decoder, unless it is among those that were `taught` before (init_from).
+    A label space of which no domain has a labelled image would keep a random main decoder, unless it is among those
+    that were `taught` before (init_from).
     """
     spaces = {*taught, *(stream.domain.labels_of or stream.domain.name for stream in streams if stream.labelled)}
     for name, domain in domains.items():
         if (domain.labels_of or name) not in spaces:
-            raise ValueError(
-                f"domains.{name} has no labelled image, and no other domain with its classes has one, so its main decoder cannot learn. Give it some"
-                " (domains.NAME.labelled), name its pseudo-labels as train_split, or start from a run that has its head (init_from)."
+            raise UserError(
+                f"domains.{name} has no labelled image, and no other domain with its classes has one, so its main "
+                "decoder cannot learn. Give it some"
+                " (domains.NAME.labelled), name its pseudo-labels as train_split, or start from a run that has its "
+                "head (init_from)."
             )
     for stream in streams:
         if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
-            raise ValueError(
-                f"domains.{stream.domain.name} has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded. Leave the domain out,"
+            raise UserError(
+                f"domains.{stream.domain.name} has no image to train on, so with encoder.norm=per_domain its norms "
+                "would stay as loaded. Leave the domain out,"
                 " or use norm=shared or norm=frozen."
             )
     if recipe.method == "usss" and not any(stream.unlabelled for stream in streams):
-        raise ValueError("method is `usss`, which learns from unlabelled images, and no domain has any. Add some, or use method=supervised.")
+        raise UserError(
+            "method is `usss`, which learns from unlabelled images, and no domain has any. Add some, or use "
+            "method=supervised."
+        )

@@ -13,20 +13,20 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast, gather_object
 from torch import Tensor
 
-from multidomain_cct.data.bad_images import BadImages, skipped_in
-from multidomain_cct.data.loader import Batch, Skipped, steps
-from multidomain_cct.data.order import seed_from
+from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.loader import Batch, Skipped, steps
+from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
+from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.training.assembly import compile_encoder
-from multidomain_cct.training.checkpoint import RunState, save_checkpoint
-from multidomain_cct.training.failures import GO_ON, no_process_left, one_line_errors
-from multidomain_cct.training.failures import RunFailed as RunFailed
+from multidomain_cct.training.checkpoints.checkpoint import RunState, save_checkpoint
+from multidomain_cct.training.processes.failures import GO_ON, no_process_left, one_line_errors
+from multidomain_cct.training.processes.failures import RunFailed as RunFailed
+from multidomain_cct.training.processes.stopping import RunStopped, StopRequest
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.run import Run, build_accelerator, open_run
 from multidomain_cct.training.run_folder import write_run_folder
 from multidomain_cct.training.runlog import RunLog, Window, environment
 from multidomain_cct.training.schedules import learning_rate, set_learning_rate
-from multidomain_cct.training.scoring import Score, arithmetic_and_harmonic, score
-from multidomain_cct.training.stopping import RunStopped, StopRequest
 
 
 class _EvaluationStopped(Exception):
@@ -36,7 +36,7 @@ class _EvaluationStopped(Exception):
 def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_by: str = "the recipe") -> Path:
     """Train as the recipe says and return the run's folder.
 
-    Raises ValueError or FileNotFoundError, before anything is written, for what the user has to change, RunFailed when the run cannot go on, and RunStopped
+    Raises UserError, before anything is written, for what the user has to change, RunFailed when the run cannot go on, and RunStopped
     when SIGTERM asked it to end and it has saved.
     """
     accelerator = build_accelerator(recipe)
@@ -47,12 +47,18 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
         with one_line_errors(accelerator.process_index, accelerator.num_processes):
             if accelerator.is_main_process:
                 forced = {"forced": list(start.forced)} if start.forced else {}
-                write_run_folder(recipe, run.domains, environment(command, accelerator.device, accelerator.num_processes) | forced)
+                write_run_folder(
+                    recipe, run.domains, environment(command, accelerator.device, accelerator.num_processes) | forced
+                )
             accelerator.wait_for_everyone()
             if recipe.training.trackers:
                 accelerator.init_trackers(recipe.name)
             log = RunLog(
-                recipe.folder, first_step=state.step, num_steps=recipe.training.steps, enabled=accelerator.is_main_process, scored=not state.owes_evaluation
+                recipe.folder,
+                first_step=state.step,
+                num_steps=recipe.training.steps,
+                enabled=accelerator.is_main_process,
+                scored=not state.owes_evaluation,
             )
             with log:
                 for notice in (*start.notices, *_compiled(run)):
@@ -79,7 +85,14 @@ def _loop(run: Run, state: RunState, log: RunLog) -> None:
     if state.owes_evaluation:
         state = _with_evaluation(run, state, log)
         _save_or_stop(run, state, save=not state.owes_evaluation)
-    micro_batches = steps(run.data, state.step, settings.steps, workers=recipe.data.workers, prefetch=recipe.data.prefetch, pin_memory=device.type == "cuda")
+    micro_batches = steps(
+        run.data,
+        state.step,
+        settings.steps,
+        workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch,
+        pin_memory=device.type == "cuda",
+    )
     window, skipped, last_finite = Window(run.accelerator.num_processes), 0, state.step
     bad_images = BadImages(run.data, state.images)
     run.model.train()
@@ -128,13 +141,22 @@ def _save_or_stop(run: Run, state: RunState, *, save: bool) -> None:
     folder, keep = run.recipe.folder, run.recipe.training.keep
     if save or stopping:
         if run.accelerator.is_main_process:
-            save_checkpoint(folder / "checkpoints", state, run.bare_model, run.optimiser.optimizer, run.accelerator.scaler, keep=keep)
+            save_checkpoint(
+                folder / "checkpoints",
+                state,
+                run.bare_model,
+                run.optimiser.optimizer,
+                run.accelerator.scaler,
+                keep=keep,
+            )
         run.accelerator.wait_for_everyone()
     if stopping:
         raise RunStopped(f"stopped after step {state.step}, as SIGTERM asked, and saved. {GO_ON}")
 
 
-def _optimise(run: Run, micro_batches: Iterator[dict[str, Batch]], progress: float, window: Window, bad_images: BadImages) -> str | None:
+def _optimise(
+    run: Run, micro_batches: Iterator[dict[str, Batch]], progress: float, window: Window, bad_images: BadImages
+) -> str | None:
     """One optimiser step. Returns what was not finite, and then nothing has changed.
 
     Whether to skip is decided on losses that are summed over the processes, so all of them skip the same step; so is whether bad images are too many.
@@ -154,7 +176,9 @@ def _optimise(run: Run, micro_batches: Iterator[dict[str, Batch]], progress: flo
             if not broken:
                 window.add(means, batches)
             elif trouble is None:
-                trouble = f"{broken[0]} is {means[broken[0]]}; keys {', '.join(_broken_keys(broken[0], losses, batches))}"
+                trouble = (
+                    f"{broken[0]} is {means[broken[0]]}; keys {', '.join(_broken_keys(broken[0], losses, batches))}"
+                )
             # Also when the step will be skipped: every forward pass of a wrapped model is answered by a backward pass.
             accelerator.backward(torch.stack(list(losses.values())).sum() / accumulation)
     if trouble is None:
@@ -174,13 +198,18 @@ def _optimise(run: Run, micro_batches: Iterator[dict[str, Batch]], progress: flo
     return trouble
 
 
-def _over_processes(accelerator: Accelerator, losses: Mapping[str, Tensor], batches: Mapping[str, Batch]) -> tuple[dict[str, float], list[tuple[str, Skipped]]]:
+def _over_processes(
+    accelerator: Accelerator, losses: Mapping[str, Tensor], batches: Mapping[str, Batch]
+) -> tuple[dict[str, float], list[tuple[str, Skipped]]]:
     """The losses' means over the processes, and the images that were skipped in any of them, each with its domain.
 
     Whether there are such images travels with the losses; only then, which is seldom, do the processes tell each other which.
     """
     own = skipped_in(batches)
-    numbers = [*(loss.detach().float() for loss in losses.values()), torch.full((), float(len(own)), device=accelerator.device)]
+    numbers = [
+        *(loss.detach().float() for loss in losses.values()),
+        torch.full((), float(len(own)), device=accelerator.device),
+    ]
     *means, anywhere = accelerator.reduce(torch.stack(numbers), reduction="mean").tolist()
     return dict(zip(losses, means, strict=True)), gather_object(own) if anywhere else []
 
@@ -230,7 +259,9 @@ def _score_metrics(scores: Mapping[str, Score]) -> dict[str, float | None]:
         values[f"val/{name}/miou"] = result.miou
         values[f"val/{name}/pixel_accuracy"] = result.pixel_accuracy
         values |= {f"val/{name}/iou/{label}": iou for label, iou in result.iou.items()}
-    values["val/mean_miou"], values["val/harmonic_miou"] = arithmetic_and_harmonic([result.miou for result in scores.values()])
+    values["val/mean_miou"], values["val/harmonic_miou"] = arithmetic_and_harmonic(
+        [result.miou for result in scores.values()]
+    )
     return values
 
 

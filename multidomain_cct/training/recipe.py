@@ -1,4 +1,6 @@
-"""Recipe: everything a run is decided by, read from one YAML file and `key=value` overrides, checked before anything is loaded."""
+"""Recipe: everything a run is decided by, read from one YAML file and `key=value` overrides, checked before anything is
+loaded.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +16,19 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from multidomain_cct.data.streams import WEAK_ENDING, DataSettings, DomainSettings
-from multidomain_cct.data.strict_yaml import StrictLoader, did_you_mean, read_yaml
+from multidomain_cct.data.batches.streams import WEAK_ENDING, DataSettings, DomainSettings
+from multidomain_cct.errors import UserError
+from multidomain_cct.evaluation.inference import InferenceSettings
+from multidomain_cct.files.strict_yaml import StrictLoader, did_you_mean, read_yaml
 from multidomain_cct.methods.mean_teacher import MeanTeacherSettings
 from multidomain_cct.methods.unimatch import UniMatchSettings
 from multidomain_cct.methods.usss import UsssSettings
-from multidomain_cct.model.cams import PseudoLabelSettings
 from multidomain_cct.model.decoders import DECODERS
 from multidomain_cct.model.encoder import EncoderSettings
-from multidomain_cct.model.inference import InferenceSettings
 from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings
 from multidomain_cct.model.perturbations import Perturbations
 from multidomain_cct.training.schedules import OptimiserSettings
+from multidomain_cct.weak.cams import PseudoLabelSettings
 
 PRECISIONS = ("no", "bf16", "fp16")
 METHODS = ("cct", "supervised", "mean_teacher", "unimatch", "usss")
@@ -60,12 +63,12 @@ class TrainingSettings:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(f"training.precision is {self.precision!r}; it is one of {', '.join(PRECISIONS)}.")
+            raise UserError(f"training.precision is {self.precision!r}; it is one of {', '.join(PRECISIONS)}.")
         for name in ("steps", "accumulation", "log_every", "evaluate_every", "save_every", "keep", "max_skipped"):
             if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it is at least 1.")
+                raise UserError(f"training.{name} is {getattr(self, name)}; it is at least 1.")
         if self.clip < 0:
-            raise ValueError(f"training.clip is {self.clip}; it is 0 or more.")
+            raise UserError(f"training.clip is {self.clip}; it is 0 or more.")
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,9 @@ class DomainRecipe(DomainSettings):
     consistency: ConsistencySettings | None = None
     """The unsupervised loss of this domain; keys left out are those of the recipe's `consistency`."""
     perturbations: Perturbations | None = None
-    """The auxiliary decoders of this domain; keys left out are those of the recipe's `perturbations`. A borrowed head has the mix of its lender."""
+    """The auxiliary decoders of this domain; keys left out are those of the recipe's `perturbations`. A borrowed head
+    has the mix of its lender.
+    """
 
 
 @dataclass(frozen=True)
@@ -89,12 +94,15 @@ class Recipe:
     seed: int = 0
     """Decides initial weights, order, augmentation and perturbations."""
     resume: str = "never"
-    """`never`: refuse a run folder that exists; `auto`: go on from its newest checkpoint, or start when there is none; `force`: the same, although settings or
-    data have changed."""
+    """`never`: refuse a run folder that exists; `auto`: go on from its newest checkpoint, or start when there is none;
+    `force`: the same, although settings or data have changed.
+    """
     init_from: str | None = None
     """Run folder whose weights a new run starts from: the encoder, and the heads whose names and classes match."""
     method: str = "cct"
-    """What is made of unlabelled images: `cct`, `supervised` (nothing), `mean_teacher`, `unimatch`, or `usss` (entropy across label spaces)."""
+    """What is made of unlabelled images: `cct`, `supervised` (nothing), `mean_teacher`, `unimatch`, or `usss` (entropy
+    across label spaces).
+    """
     domains: dict[str, DomainRecipe] = field(default_factory=dict)
     """The domains, by name, each with its settings."""
     data: DataSettings = field(default_factory=DataSettings)
@@ -126,43 +134,65 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if not self.domains:
-            raise ValueError("domains is empty; name at least one, for example `domains: {camvid: {labelled: 50}}`.")
+            raise UserError("domains is empty; name at least one, for example `domains: {camvid: {labelled: 50}}`.")
         if not re.fullmatch(r"[\w.+-]*", self.name) or self.name.startswith("."):
-            raise ValueError(f"name is {self.name!r}; a run's name holds letters, digits, and . _ + - only, and does not start with a dot.")
+            raise UserError(
+                f"name is {self.name!r}; a run's name holds letters, digits, and . _ + - only, and does not start "
+                "with a dot."
+            )
         if self.resume not in ("never", "auto", "force"):
-            raise ValueError(f"resume is {self.resume!r}; it is `never`, `auto` or `force`.")
+            raise UserError(f"resume is {self.resume!r}; it is `never`, `auto` or `force`.")
         if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; it is one of {', '.join(METHODS)}.{did_you_mean(self.method, METHODS)}")
+            raise UserError(
+                f"method is {self.method!r}; it is one of {', '.join(METHODS)}.{did_you_mean(self.method, METHODS)}"
+            )
         if self.method == "usss" and len(self.domains) < 2:
-            raise ValueError("method is `usss`, which compares label spaces, but there is one domain. Add a domain, or choose another method.")
+            raise UserError(
+                "method is `usss`, which compares label spaces, but there is one domain. Add a domain, or choose "
+                "another method."
+            )
         if self.decoder not in DECODERS:
-            raise ValueError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
+            raise UserError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
         for name, choice in self.domains.items():
             if choice.val_split == "test":
-                raise ValueError(
-                    f"domains.{name}.val_split is `test`; `best` is chosen on it, and nothing is chosen on a test split. Use `val`, or leave it empty."
+                raise UserError(
+                    f"domains.{name}.val_split is `test`; `best` is chosen on it, and nothing is chosen on a test "
+                    "split. Use `val`, or leave it empty."
                 )
             extra = [*choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
             if choice.train_split in choice.unlabelled_splits or len(set(extra)) < len(extra):
-                raise ValueError(f"domains.{name}.unlabelled_splits names a split twice, or the train_split or weak_split, which have their own keys.")
+                raise UserError(
+                    f"domains.{name}.unlabelled_splits names a split twice, or the train_split or weak_split, which "
+                    "have their own keys."
+                )
             if choice.val_split and choice.val_split in extra:
-                raise ValueError(f"domains.{name} trains on its val_split {choice.val_split!r}; what is scored is not trained on. Name another split.")
+                raise UserError(
+                    f"domains.{name} trains on its val_split {choice.val_split!r}; what is scored is not trained on. "
+                    "Name another split."
+                )
             if choice.weak_split and not choice.weak_split.endswith(WEAK_ENDING):
-                raise ValueError(
-                    f"domains.{name}.weak_split is {choice.weak_split!r}; it names pseudo-labels that `weaklabels` made, whose splits end in {WEAK_ENDING}."
+                raise UserError(
+                    f"domains.{name}.weak_split is {choice.weak_split!r}; it names pseudo-labels that `weaklabels` "
+                    f"made, whose splits end in {WEAK_ENDING}."
                 )
         for name in self.domains:
             if self.encoder.stride % self.consistency_of(name).stride:
-                raise ValueError(
-                    f"domains.{name}: consistency.stride is {self.consistency_of(name).stride}, which does not divide encoder.stride {self.encoder.stride}."
+                raise UserError(
+                    f"domains.{name}: consistency.stride is {self.consistency_of(name).stride}, which does not divide "
+                    f"encoder.stride {self.encoder.stride}."
                 )
-        crops = {"data.crop": self.data.crop} | {f"domains.{name}.crop": d.crop for name, d in self.domains.items() if d.crop is not None}
+        crops = {"data.crop": self.data.crop} | {
+            f"domains.{name}.crop": d.crop for name, d in self.domains.items() if d.crop is not None
+        }
         for where, crop in crops.items():
             if len(crop) != 2 or min(crop) < 1:
-                raise ValueError(f"{where} is {crop}; it is [width, height] in pixels.")
+                raise UserError(f"{where} is {crop}; it is [width, height] in pixels.")
             if any(side % self.encoder.stride for side in crop):
                 nearest = [max(1, round(side / self.encoder.stride)) * self.encoder.stride for side in crop]
-                raise ValueError(f"{where} is {crop}, which encoder.stride {self.encoder.stride} does not divide. Use for example {nearest}.")
+                raise UserError(
+                    f"{where} is {crop}, which encoder.stride {self.encoder.stride} does not divide. Use for example "
+                    f"{nearest}."
+                )
 
     @property
     def folder(self) -> Path:
@@ -170,7 +200,9 @@ class Recipe:
         return Path(self.runs) / self.name
 
     def uses_unlabelled(self, domain: str) -> bool:
-        """Whether the domain's unlabelled images are asked for; `assembly.uses_unlabelled` also knows whether there is a decoder to see them."""
+        """Whether the domain's unlabelled images are asked for; `assembly.uses_unlabelled` also knows whether there is
+        a decoder to see them.
+        """
         if self.method == "cct":
             settings = self.consistency_of(domain)
             weak = settings.weak_weight > 0 and bool(self.domains[domain].weak_split)
@@ -194,8 +226,7 @@ class Recipe:
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a YAML file, with dotted `key=value` overrides applied.
 
-    Raises FileNotFoundError when there is no such file and ValueError, with one line that names the file or override and the key, for anything that
-    cannot be used.
+    Raises UserError, with one line that names the file or override and the key, for anything that cannot be used.
     """
     path = _found(path)
     plain = read_yaml(path)
@@ -203,11 +234,11 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise ValueError(f"{override!r} is not an override; write key=value, for example optimiser.lr=0.02.")
+            raise UserError(f"{override!r} is not an override; write key=value, for example optimiser.lr=0.02.")
         try:
             value = yaml.load(text, Loader=StrictLoader)
-        except (yaml.YAMLError, ValueError):
-            raise ValueError(f"{override!r}: the value is not valid YAML.") from None
+        except (yaml.YAMLError, UserError, ValueError):
+            raise UserError(f"{override!r}: the value is not valid YAML.") from None
         _set(plain, key.split("."), value, override)
         sources += f" {override}"
     recipe = recipe_from(plain, sources)
@@ -218,7 +249,9 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
     """A Recipe of plain values, checked key by key. `where` begins every error."""
     domains = plain.get("domains") or {}
     if not isinstance(domains, dict):
-        raise ValueError(f"{where}: domains is {domains!r}; it is a mapping, for example `domains: {{camvid: {{labelled: 50}}}}`.")
+        raise UserError(
+            f"{where}: domains is {domains!r}; it is a mapping, for example `domains: {{camvid: {{labelled: 50}}}}`."
+        )
     plain = {**plain, "domains": {name: value or {} for name, value in domains.items()}}
     _check_keys(plain, Recipe, where, ())
     plain["domains"] = {name: _with_inherited(choice, plain) for name, choice in plain["domains"].items()}
@@ -228,13 +261,17 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
         key = str(error.full_key or error.key)
         reason = str(error.msg or error).splitlines()[0].rstrip(".")
         reason = "a list is expected" if "ListConfig" in reason else reason
-        raise ValueError(f"{where}: {key} is {_at(plain, key)!r}: {reason}. See docs/recipe.md for its type.") from None
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
+        raise UserError(f"{where}: {key} is {_at(plain, key)!r}: {reason}. See docs/recipe.md for its type.") from None
+    except (UserError, ValueError) as error:
+        # Settings of the model still refuse with ValueError.
+        raise UserError(f"{where}: {error}") from error
     assert isinstance(recipe, Recipe)
     for key, value in _flat(asdict(recipe)).items():
-        if any(isinstance(number, float) and not math.isfinite(number) for number in (value if isinstance(value, list) else [value])):
-            raise ValueError(f"{where}: {key} is {value}; it is a finite number.")
+        if any(
+            isinstance(number, float) and not math.isfinite(number)
+            for number in (value if isinstance(value, list) else [value])
+        ):
+            raise UserError(f"{where}: {key} is {value}; it is a finite number.")
     return recipe
 
 
@@ -246,7 +283,9 @@ def _with_inherited(choice: dict[str, Any], recipe: dict[str, Any]) -> dict[str,
             return own
         return general | {key: completed(value, general.get(key)) for key, value in own.items()}
 
-    return choice | {name: completed(choice[name], recipe.get(name)) for name in INHERITED if choice.get(name) is not None}
+    return choice | {
+        name: completed(choice[name], recipe.get(name)) for name in INHERITED if choice.get(name) is not None
+    }
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -267,11 +306,17 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
         "data.cache_gib",
         "training.accumulation",
     }
-    free |= {f"training.{name}" for name in ("log_every", "evaluate_every", "save_every", "keep", "trackers", "max_skipped")}
+    free |= {
+        f"training.{name}" for name in ("log_every", "evaluate_every", "save_every", "keep", "trackers", "max_skipped")
+    }
     before, after = _flat(asdict(old)), _flat(asdict(new))
     free |= {f"domains.{name}.remote" for name in {**old.domains, **new.domains}}
     changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return [f"{key}: {before.get(key)} -> {after.get(key)}" for key in changed if key not in free and not key.startswith("evaluation.")]
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in changed
+        if key not in free and not key.startswith("evaluation.")
+    ]
 
 
 def _found(path: Path) -> Path:
@@ -282,7 +327,7 @@ def _found(path: Path) -> Path:
     for folder in (package / "recipes", package.parent / "recipes"):
         if path.parent.name in ("", "recipes") and (folder / path.name).is_file():
             return folder / path.name
-    raise FileNotFoundError(f"{path}: there is no such recipe. A recipe is a YAML file such as recipes/demo.yaml.")
+    raise UserError(f"{path}: there is no such recipe. A recipe is a YAML file such as recipes/demo.yaml.")
 
 
 def _set(plain: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
@@ -292,7 +337,7 @@ def _set(plain: dict[str, Any], keys: list[str], value: Any, override: str) -> N
             plain[key] = {}
         plain = plain[key]
         if not isinstance(plain, dict):
-            raise ValueError(f"{override!r}: {'.'.join(keys[: position + 1])} is a value, not a section.")
+            raise UserError(f"{override!r}: {'.'.join(keys[: position + 1])} is a value, not a section.")
     plain[last] = value
 
 
@@ -300,19 +345,23 @@ def _check_keys(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> Non
     """Refuse keys that no field has, and strings that OmegaConf would interpolate."""
     here = ".".join(path)
     if isinstance(value, str) and "${" in value:
-        raise ValueError(f"{where}: {here} is {value!r}; recipes hold plain values, without ${{...}}.")
+        raise UserError(f"{where}: {here} is {value!r}; recipes hold plain values, without ${{...}}.")
     if get_origin(kind) is UnionType and value is not None:
         kind = get_args(kind)[0]
     if is_dataclass(kind):
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: {here} is {value!r}; it is a section with the keys {', '.join(f.name for f in fields(kind))}.")
+            raise UserError(
+                f"{where}: {here} is {value!r}; it is a section with the keys "
+                f"{', '.join(f.name for f in fields(kind))}."
+            )
         types = get_type_hints(kind)
         hints = {f.name: types[f.name] for f in fields(kind)}
         for key, item in value.items():
             if key not in hints:
                 full = ".".join((*path, str(key)))
-                raise ValueError(
-                    f'{where}: unknown key "{full}". Allowed {f"in {here}" if here else "at the top"}: {", ".join(hints)}.{did_you_mean(str(key), hints)}'
+                raise UserError(
+                    f'{where}: unknown key "{full}". Allowed {f"in {here}" if here else "at the top"}: '
+                    f"{', '.join(hints)}.{did_you_mean(str(key), hints)}"
                 )
             _check_keys(item, hints[key], where, (*path, str(key)))
     elif get_origin(kind) is dict and isinstance(value, dict):
@@ -332,4 +381,8 @@ def _at(plain: Any, key: str) -> Any:
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {path: value}
-    return {key: item for name, part in value.items() for key, item in _flat(part, f"{path}.{name}" if path else str(name)).items()}
+    return {
+        key: item
+        for name, part in value.items()
+        for key, item in _flat(part, f"{path}.{name}" if path else str(name)).items()
+    }

@@ -11,10 +11,11 @@ from typing import Any
 
 import yaml
 
+from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.streams import DomainStreams
-from multidomain_cct.training.checkpoint import newest_checkpoint, read_state
-from multidomain_cct.training.durable import make_folder, replace_text
+from multidomain_cct.errors import UserError
+from multidomain_cct.files.durable import make_folder, replace_text
+from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint, read_state
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe
 
 
@@ -33,26 +34,29 @@ class Start:
 def find_start(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams]) -> Start:
     """Where the recipe's run begins: anew, or at the newest whole checkpoint of its folder.
 
-    Raises ValueError rather than touch a folder that holds another run, or go on with other settings or data than it had.
+    Raises UserError rather than touch a folder that holds another run, or go on with other settings or data than it
+    had.
     """
     folder = recipe.folder
     if not folder.exists() or _never_began(folder):
         return Start()
     if recipe.resume == "never":
-        raise ValueError(f"{folder} exists. Continue it with resume=auto, or start another run with name=OTHER.")
+        raise UserError(f"{folder} exists. Continue it with resume=auto, or start another run with name=OTHER.")
     if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{folder} exists and is not a run (it has no recipe.yaml). Choose another name=.")
+        raise UserError(f"{folder} exists and is not a run (it has no recipe.yaml). Choose another name=.")
     checkpoint, warnings = newest_checkpoint(folder / "checkpoints")
     settings = differences(read_recipe(folder / "recipe.yaml"), recipe) + _changed_domains(folder, domains)
-    data = [] if checkpoint is None else _changed_data(read_state(checkpoint).fingerprints, fingerprints(recipe, streams))
+    data = (
+        [] if checkpoint is None else _changed_data(read_state(checkpoint).fingerprints, fingerprints(recipe, streams))
+    )
     if recipe.resume == "force":
         forced = (*settings, *data)
         return Start(checkpoint, (*warnings, *(f"resume=force goes on although {change}" for change in forced)), forced)
     otherwise = "start another run with name=OTHER, or go on all the same with resume=force, which env.json records."
     if settings:
-        raise ValueError(f"{folder} is a run of another recipe: {_some(settings)}. Take these back, {otherwise}")
+        raise UserError(f"{folder} is a run of another recipe: {_some(settings)}. Take these back, {otherwise}")
     if data:
-        raise ValueError(f"{folder} was trained on other data in {_some(data)}. Restore them, {otherwise}")
+        raise UserError(f"{folder} was trained on other data in {_some(data)}. Restore them, {otherwise}")
     return Start(checkpoint, tuple(warnings))
 
 
@@ -62,13 +66,19 @@ def _changed_domains(folder: Path, domains: Mapping[str, Domain]) -> list[str]:
     for name, domain in domains.items():
         path = folder / "domains" / f"{name}.yaml"
         if path.is_file():
-            old, new = (_flat(yaml.safe_load(text), name) for text in (path.read_text(encoding="utf-8"), domain.to_yaml()))
-            changed += [f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)]
+            old, new = (
+                _flat(yaml.safe_load(text), name) for text in (path.read_text(encoding="utf-8"), domain.to_yaml())
+            )
+            changed += [
+                f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
+            ]
     return changed
 
 
 def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    return [f"{split}: {old.get(split)} -> {new.get(split)}" for split in {**old, **new} if old.get(split) != new.get(split)]
+    return [
+        f"{split}: {old.get(split)} -> {new.get(split)}" for split in {**old, **new} if old.get(split) != new.get(split)
+    ]
 
 
 def _flat(value: Any, path: str) -> dict[str, Any]:
@@ -94,20 +104,27 @@ def _never_began(folder: Path) -> bool:
 
 
 def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], environment: Mapping[str, object]) -> None:
-    """Write what a reader, and `evaluate`, need to know of the run: recipe, domains as used, environment of each start."""
+    """Write what a reader, and `evaluate`, need to know: recipe, domains as used, environment of each start."""
     make_folder(recipe.folder / "domains")
     replace_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
     for name, domain in domains.items():
         replace_text(recipe.folder / "domains" / f"{name}.yaml", domain.to_yaml())
     path = recipe.folder / "env.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    try:
+        earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError:
+        raise UserError(
+            f"{path}: this is not the record of a run's environment. Remove it to go on without the earlier starts."
+        ) from None
     # The first start is what made the run; later ones are listed under it.
     content = earlier | {"resumed": [*earlier.get("resumed", []), environment]} if earlier else environment
     replace_text(path, json.dumps(content, indent=1))
 
 
 def fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, str]:
-    """Contents of the shards a run trains on, by domain/split, and which of their images are labelled, by domain/labelled."""
+    """Contents of the shards a run trains on, by domain/split, and which of their images are labelled, by
+    domain/labelled.
+    """
     found = {}
     for stream in streams:
         choice = recipe.domains[stream.domain.name]

@@ -23,15 +23,21 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 
 from multidomain_cct import __version__
-from multidomain_cct.data.loader import Batch
-from multidomain_cct.data.printable import printable
+from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.files.printable import printable
 
 
 class RunLog:
-    """Records the metrics of a run and shows its progress. Disabled, it does nothing: only the first process of a run tells."""
+    """Records the metrics of a run and shows its progress.
 
-    def __init__(self, folder: Path, *, first_step: int, num_steps: int, enabled: bool = True, scored: bool = True) -> None:
-        """Lines of metrics.jsonl beyond `first_step`, which an interrupted run wrote after its last checkpoint, are dropped.
+    Disabled, it does nothing: only the first process of a run tells.
+    """
+
+    def __init__(
+        self, folder: Path, *, first_step: int, num_steps: int, enabled: bool = True, scored: bool = True
+    ) -> None:
+        """Lines of metrics.jsonl beyond `first_step`, which an interrupted run wrote after its last checkpoint, are
+        dropped.
 
         So are the scores of `first_step` itself when it has still to be `scored`.
         """
@@ -51,7 +57,10 @@ class RunLog:
         self._file = path.open("a", encoding="utf-8")
         if self.console.is_terminal:
             # On a narrow terminal the losses, at the end, are what is cut.
-            count = TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True, min_width=2 * len(str(num_steps)) + 1))
+            count = TextColumn(
+                "{task.completed}/{task.total}",
+                table_column=Column(no_wrap=True, min_width=2 * len(str(num_steps)) + 1),
+            )
             left = TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
             rest = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
             self._progress = Progress(count, BarColumn(bar_width=10), left, rest, console=self.console, expand=True)
@@ -62,7 +71,9 @@ class RunLog:
             self._progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress is not None:
             self._progress.stop()
         if self.enabled:
@@ -71,7 +82,9 @@ class RunLog:
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append one line; numbers that are not finite are written as null, which JSON can hold."""
         if self.enabled:
-            finite = {key: value if value is not None and abs(value) < float("inf") else None for key, value in values.items()}
+            finite = {
+                key: value if value is not None and abs(value) < float("inf") else None for key, value in values.items()
+            }
             self._file.write(json.dumps({"step": step} | finite) + "\n")
             self._file.flush()
 
@@ -83,7 +96,9 @@ class RunLog:
             self._progress.update(self._task, completed=step, description=escape(text))
         elif plain:
             seconds = (time.monotonic() - self._started) / max(1, step - self.first_step) * (self.num_steps - step)
-            self.console.print(f"step {step}/{self.num_steps}  ETA {int(seconds) // 60}:{int(seconds) % 60:02d}  {text}", markup=False)
+            self.console.print(
+                f"step {step}/{self.num_steps}  ETA {int(seconds) // 60}:{int(seconds) % 60:02d}  {text}", markup=False
+            )
 
     def notice(self, text: str) -> None:
         """One line that stays."""
@@ -125,7 +140,11 @@ class Window:
         """What goes into metrics.jsonl: mean losses and the run's speed."""
         seconds = max(1e-9, time.perf_counter() - self.started)
         losses = {f"train/{term}": total / self.counts[term] for term, total in self.sums.items()}
-        speed = {"sys/images_per_s": self.images / seconds, "sys/peak_mib": peak_mib(device), "sys/data_wait_fraction": self.waited / seconds}
+        speed = {
+            "sys/images_per_s": self.images / seconds,
+            "sys/peak_mib": peak_mib(device),
+            "sys/data_wait_fraction": self.waited / seconds,
+        }
         return losses | speed | {"sys/skipped_steps": self.skipped}
 
     def text(self, device: torch.device) -> str:
@@ -136,7 +155,10 @@ class Window:
             domains[name].append(f"{kind[:3]} {total / self.counts[term]:.3f}")
         values = self.metrics(device)
         losses = " | ".join(f"{name} {' '.join(terms)}" for name, terms in domains.items())
-        return f"{values['sys/images_per_s']:.1f} img/s  wait {values['sys/data_wait_fraction']:.0%}  {values['sys/peak_mib']:.0f} MiB  {losses}"
+        return (
+            f"{values['sys/images_per_s']:.1f} img/s  wait {values['sys/data_wait_fraction']:.0%}  "
+            f"{values['sys/peak_mib']:.0f} MiB  {losses}"
+        )
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -161,7 +183,11 @@ def peak_mib(device: torch.device) -> float:
 def environment(command: str, device: torch.device, world: int) -> dict[str, Any]:
     """What a reader needs to know of where a run was made."""
     packages = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow")
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    hardware = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    )
     return {
         "command": command,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

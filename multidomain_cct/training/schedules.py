@@ -1,4 +1,7 @@
-"""The learning rate as a function of the step, and the optimiser that it drives. No state: resuming needs the step only."""
+"""The learning rate as a function of the step, and the optimiser that it drives.
+
+No state: resuming needs the step only.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from multidomain_cct.errors import UserError
 
 SCHEDULES = ("poly", "cosine", "constant")
 
@@ -35,27 +40,37 @@ class OptimiserSettings:
 
     def __post_init__(self) -> None:
         if self.name not in ("sgd", "adamw"):
-            raise ValueError(f"optimiser.name is {self.name!r}; it is one of sgd, adamw.")
+            raise UserError(f"optimiser.name is {self.name!r}; it is one of sgd, adamw.")
         if self.schedule not in SCHEDULES:
-            raise ValueError(f"optimiser.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
+            raise UserError(f"optimiser.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
         if not self.lr > 0:
-            raise ValueError(f"optimiser.lr is {self.lr}; it is above 0.")
+            raise UserError(f"optimiser.lr is {self.lr}; it is above 0.")
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"optimiser.momentum is {self.momentum}; it lies in 0 to below 1.")
-        for name, value in (("trunk_factor", self.trunk_factor), ("weight_decay", self.weight_decay), ("power", self.power), ("warmup", self.warmup)):
+            raise UserError(f"optimiser.momentum is {self.momentum}; it lies in 0 to below 1.")
+        for name, value in (
+            ("trunk_factor", self.trunk_factor),
+            ("weight_decay", self.weight_decay),
+            ("power", self.power),
+            ("warmup", self.warmup),
+        ):
             if value < 0:
-                raise ValueError(f"optimiser.{name} is {value}; it is 0 or more.")
+                raise UserError(f"optimiser.{name} is {value}; it is 0 or more.")
 
 
 def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> float:
     """The learning rate outside the trunk at a step."""
     t = step / num_steps
-    factor: float = {"poly": (1 - t) ** settings.power, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[settings.schedule]
+    factor: float = {"poly": (1 - t) ** settings.power, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[
+        settings.schedule
+    ]
     return settings.lr * factor * min(1.0, (step + 1) / (settings.warmup + 1))
 
 
 def build_optimiser(settings: OptimiserSettings, trunk: nn.Module, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimiser with two layer groups: the trunk, and the rest of the model. `set_learning_rate` must run before each step."""
+    """An optimiser with two layer groups: the trunk, and the rest of the model.
+
+    `set_learning_rate` must run before each step.
+    """
     in_trunk = {id(parameter) for parameter in trunk.parameters()}
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trunk.parameters() if p.requires_grad], "factor": settings.trunk_factor},

@@ -9,6 +9,7 @@ import pytest
 
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
 from multidomain_cct.data.specification import domain_folders, find_domain, known_domains, read_domain
+from multidomain_cct.errors import UserError
 
 SHIPPED = Path(__file__).parents[2] / "domains"
 
@@ -62,7 +63,12 @@ def test_optional_fields_have_defaults(tmp_path: Path) -> None:
     text = "layout: voc\nsplits: [train, val]\nclasses:\n  - {name: a, color: [1, 2, 3]}\n"
     domain = read_domain(write(tmp_path, text))
     assert domain.name == "street"
-    assert (domain.size, domain.unknown, domain.ignore_ids, domain.score_at_full_size) == (None, "ignore", (IGNORE,), ("val", "test"))
+    assert (domain.size, domain.unknown, domain.ignore_ids, domain.score_at_full_size) == (
+        None,
+        "ignore",
+        (IGNORE,),
+        ("val", "test"),
+    )
     assert list(domain.splits) == ["train", "val"]
     assert not domain.classes[0].thing
 
@@ -95,14 +101,38 @@ def test_raw_ids_become_train_ids() -> None:
     train, known = find_domain("cityscapes", [SHIPPED]).id_lookup
     assert train.dtype == np.uint8 and train.shape == known.shape == (65536,)
     # cityscapesscripts/helpers/labels.py
-    official = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13, 27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
+    official = {
+        7: 0,
+        8: 1,
+        11: 2,
+        12: 3,
+        13: 4,
+        17: 5,
+        19: 6,
+        20: 7,
+        21: 8,
+        22: 9,
+        23: 10,
+        24: 11,
+        25: 12,
+        26: 13,
+        27: 14,
+        28: 15,
+        31: 16,
+        32: 17,
+        33: 18,
+    }
     assert {raw: int(train[raw]) for raw in range(65536) if train[raw] != IGNORE} == official
     # The 34 raw ids and the ignore value itself are no surprise; everything else is.
     assert set(np.flatnonzero(known)) == {*range(34), 255}
 
 
 def test_ids_default_to_the_position_in_the_table(tmp_path: Path) -> None:
-    text = STREET.replace("ids: [7, 300], ", "").replace("ids: [26], ", "").replace("ignore_ids: [0, 255]", "ignore_ids: [9]")
+    text = (
+        STREET.replace("ids: [7, 300], ", "")
+        .replace("ids: [26], ", "")
+        .replace("ignore_ids: [0, 255]", "ignore_ids: [9]")
+    )
     train, known = read_domain(write(tmp_path, text)).id_lookup
     assert train[:3].tolist() == [0, 1, IGNORE]
     assert np.flatnonzero(known).tolist() == [0, 1, 9]
@@ -122,7 +152,45 @@ def test_sun_rgbd_13_groups_the_37_classes_as_scenenet_does() -> None:
     fine, coarse = find_domain("sun_rgbd", [SHIPPED]), find_domain("sun_rgbd_13", [SHIPPED])
     train, known = coarse.id_lookup
     # METHOD.md section 5, ids 1..37 to 1..13.
-    expected = [12, 5, 6, 1, 4, 9, 10, 12, 13, 6, 8, 6, 13, 10, 6, 13, 6, 7, 7, 5, 7, 3, 2, 6, 11, 7, 7, 7, 7, 7, 7, 6, 7, 7, 7, 7, 7]
+    expected = [
+        12,
+        5,
+        6,
+        1,
+        4,
+        9,
+        10,
+        12,
+        13,
+        6,
+        8,
+        6,
+        13,
+        10,
+        6,
+        13,
+        6,
+        7,
+        7,
+        5,
+        7,
+        3,
+        2,
+        6,
+        11,
+        7,
+        7,
+        7,
+        7,
+        7,
+        7,
+        6,
+        7,
+        7,
+        7,
+        7,
+        7,
+    ]
     assert (train[1:38] + 1).tolist() == expected
     assert known[:38].all() and [label.ids for label in fine.classes] == [(raw,) for raw in range(1, 38)]
 
@@ -154,25 +222,45 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
         ("ids: [26]", "ids: [70000]", "classes[1].ids holds 70000; a raw id is an integer from 0 to 65535."),
         ("ids: [26]", "ids: [true]", "classes[1].ids holds True"),
         ("ids: [26]", "ids: 2.5", "classes[1].ids is 2.5; it is a list"),
-        ("color: [0, 0, 142]", "color: [0, 0, 256]", "classes[1].color is [0, 0, 256]; a colour is three integers from 0 to 255."),
-        ("color: [0, 0, 142]", "color: [102, 102]", "classes[1].color is [102, 102]; a colour is three integers from 0 to 255."),
+        (
+            "color: [0, 0, 142]",
+            "color: [0, 0, 256]",
+            "classes[1].color is [0, 0, 256]; a colour is three integers from 0 to 255.",
+        ),
+        (
+            "color: [0, 0, 142]",
+            "color: [102, 102]",
+            "classes[1].color is [102, 102]; a colour is three integers from 0 to 255.",
+        ),
         ("color: [0, 0, 142]", "color: [1, 2, 3]", 'raw color [1, 2, 3] belongs to both "road" and "car"'),
         ("color: [0, 0, 142]", "color: [0, 0, 0]", 'raw color [0, 0, 0] is in ignore_colors and in class "car"'),
         ("color: [0, 0, 142], ", "", "a row needs at least name and color"),
         ("name: car", "name:", "a row needs at least name and color"),
         ("name: car", "name: road", 'classes[1].name "road" is also the name of classes[0]'),
         ("thing: true", "thing: 1", "classes[1].thing is 1; it is true (countable object) or false (stuff)."),
-        ("thing: true", "think: true", 'classes[1]: unknown key "think". Allowed: name, color, ids, colors, thing. Did you mean "thing"?'),
+        (
+            "thing: true",
+            "think: true",
+            'classes[1]: unknown key "think". Allowed: name, color, ids, colors, thing. Did you mean "thing"?',
+        ),
         ("licence: MIT", "license: MIT", 'unknown key "license". Allowed: name, layout,'),
         ("licence: MIT", "title: again", "line 3: the key 'title' appears twice; keep one."),
         ("licence: MIT", "? [a]\n: b", "line 3: the key ['a'] is no word"),
         ("name: street", "name: avenue", 'name is "avenue", but the file is named street.yaml'),
         ("name: street", "name: 1st", "name is '1st'; a name starts with a letter"),
-        ("layout: folder", "layout: folders", "layout is 'folders'. Known: folder, cityscapes, camvid, sun_rgbd, voc, toy. Did you mean \"folder\"?"),
+        (
+            "layout: folder",
+            "layout: folders",
+            "layout is 'folders'. Known: folder, cityscapes, camvid, sun_rgbd, voc, toy. Did you mean \"folder\"?",
+        ),
         ("layout: folder\n", "", "layout is missing"),
         ("images: more/*.jpg", "masks: more/*.png", "splits.extra.images is missing"),
         ("images: more/*.jpg", "images: [more, most]", "splits.extra.images is ['more', 'most']; it is one glob"),
-        ("images: more/*.jpg", "image: more/*.jpg", 'splits.extra: unknown key "image". Allowed: images, masks. Did you mean "images"?'),
+        (
+            "images: more/*.jpg",
+            "image: more/*.jpg",
+            'splits.extra: unknown key "image". Allowed: images, masks. Did you mean "images"?',
+        ),
         ("extra: {images: more/*.jpg}", "1st: {images: more/*.jpg}", "splits has the name '1st'"),
         ("extra: {images: more/*.jpg}", "extra: more/*.jpg", "splits.extra is 'more/*.jpg'; it is a mapping"),
         ("size: [64, 48]", "size: 64", "size is 64; it is `original` or [width, height] in pixels."),
@@ -181,13 +269,19 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
         ("ignore_colors: [[0, 0, 0]]", "ignore_colors: [0, 0, 0]", "ignore_colors is 0; a colour is three integers"),
         ("unknown: error", "score_at_full_size: val", "score_at_full_size is 'val'; it is a list"),
         ("title: A street", "title: [A street", "this is not valid YAML"),
-        ("title: A street", "title: !!python/name:os.system", "this is not valid YAML: could not determine a constructor"),
+        (
+            "title: A street",
+            "title: !!python/name:os.system",
+            "this is not valid YAML: could not determine a constructor",
+        ),
     ],
 )
-def test_what_cannot_be_used_is_named_in_one_line_with_its_file(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_what_cannot_be_used_is_named_in_one_line_with_its_file(
+    tmp_path: Path, old: str, new: str, message: str
+) -> None:
     assert STREET.count(old) == 1
     path = write(tmp_path, STREET.replace(old, new))
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         read_domain(path)
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
@@ -195,18 +289,18 @@ def test_what_cannot_be_used_is_named_in_one_line_with_its_file(tmp_path: Path, 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "classes\n"])
 def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ValueError, match="a mapping of keys to values is expected"):
+    with pytest.raises(UserError, match="a mapping of keys to values is expected"):
         read_domain(write(tmp_path, text))
 
 
 def test_more_classes_than_a_mask_can_hold_are_refused(tmp_path: Path) -> None:
     rows = "".join(f"  - {{name: c{i}, color: [{i % 256}, {i // 256}, 1]}}\n" for i in range(256))
-    with pytest.raises(ValueError, match="classes has 256 rows; masks are 8 bits wide, so at most 255 classes fit"):
+    with pytest.raises(UserError, match="classes has 256 rows; masks are 8 bits wide, so at most 255 classes fit"):
         read_domain(write(tmp_path, f"layout: toy\nsplits: [train]\nclasses:\n{rows}"))
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="street.yaml: there is no such file"):
+    with pytest.raises(UserError, match="street.yaml: there is no such file"):
         read_domain(tmp_path / "street.yaml")
 
 
@@ -220,23 +314,33 @@ def test_dropping_a_file_beside_the_recipes_adds_a_domain(tmp_path: Path) -> Non
 def test_a_folder_that_is_named_comes_before_the_others(tmp_path: Path) -> None:
     write(tmp_path / "mine", STREET.replace("A street", "Mine"))
     write(tmp_path / "domains")
-    assert find_domain("street", domain_folders(extra=[tmp_path / "mine"], recipe=tmp_path / "recipe.yaml")).title == "Mine"
+    assert (
+        find_domain("street", domain_folders(extra=[tmp_path / "mine"], recipe=tmp_path / "recipe.yaml")).title
+        == "Mine"
+    )
 
 
 def test_a_folder_that_is_named_and_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"^--domains: .*mine: there is no such folder\.$"):
+    with pytest.raises(UserError, match=r"^--domains: .*mine: there is no such folder\.$"):
         domain_folders(extra=[tmp_path / "mine"])
 
 
 def test_an_unknown_domain_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match=r'recipes/cs_sun.yaml names the domain "citscapes". Known: .*camvid, .*cityscapes, .*Did you mean "cityscapes"\?'):
+    with pytest.raises(
+        UserError,
+        match=r'recipes/cs_sun.yaml names the domain "citscapes". Known: .*camvid, .*cityscapes, .*Did you mean '
+        r'"cityscapes"\?',
+    ):
         find_domain("citscapes", [SHIPPED], named_by="recipes/cs_sun.yaml")
 
 
 # Borrowed label spaces
 
 
-BORROWER = "layout: folder\nlabels_of: street\nsplits:\n  train: {images: dusk/*.jpg}\n  val: {images: val/*.jpg, masks: val/*.png}\n"
+BORROWER = (
+    "layout: folder\nlabels_of: street\nsplits:\n  train: {images: dusk/*.jpg}\n  val: {images: val/*.jpg, masks: "
+    "val/*.png}\n"
+)
 
 
 @pytest.fixture
@@ -249,10 +353,16 @@ def lent(tmp_path: Path) -> Path:
 
 def test_a_domain_may_have_the_classes_of_another_and_its_own_files(lent: Path) -> None:
     street, dusk = (find_domain(name, [lent]) for name in ("street", "dusk"))
-    assert dusk.labels_of == "street" and dusk.classes == street.classes and dusk.class_fingerprint == street.class_fingerprint
+    assert (
+        dusk.labels_of == "street"
+        and dusk.classes == street.classes
+        and dusk.class_fingerprint == street.class_fingerprint
+    )
     assert (dusk.ignore_ids, dusk.ignore_colors) == (street.ignore_ids, street.ignore_colors)
     assert dusk.splits == {"train": Split("dusk/*.jpg"), "val": Split("val/*.jpg", "val/*.png")} and dusk.size is None
-    for own, lenders in zip((*dusk.id_lookup, *dusk.color_lookup), (*street.id_lookup, *street.color_lookup), strict=True):
+    for own, lenders in zip(
+        (*dusk.id_lookup, *dusk.color_lookup), (*street.id_lookup, *street.color_lookup), strict=True
+    ):
         assert np.array_equal(own, lenders)
 
 
@@ -274,17 +384,35 @@ def test_a_borrower_is_written_with_its_classes_and_read_back_alone(lent: Path, 
     ("old", "new", "message"),
     [
         ("street", "dusk", 'labels_of is "dusk"; it is the name of another domain. Known: night, street.'),
-        ("street", "streat", 'labels_of is "streat"; it is the name of another domain. Known: night, street. Did you mean "street"?'),
-        ("labels_of: street", "labels_of: night", 'labels_of is "night", which borrows its labels itself. Name "street".'),
-        ("splits:", "classes: [{name: sea, color: [1, 2, 3]}]\nsplits:", "but its classes are others. Leave `classes` out, or leave labels_of out."),
+        (
+            "street",
+            "streat",
+            'labels_of is "streat"; it is the name of another domain. Known: night, street. Did you mean "street"?',
+        ),
+        (
+            "labels_of: street",
+            "labels_of: night",
+            'labels_of is "night", which borrows its labels itself. Name "street".',
+        ),
+        (
+            "splits:",
+            "classes: [{name: sea, color: [1, 2, 3]}]\nsplits:",
+            "but its classes are others. Leave `classes` out, or leave labels_of out.",
+        ),
         ("splits:", "ignore_ids: [7]\nsplits:", 'raw id 7 is in ignore_ids and in class "road"; it can only be one.'),
-        ("labels_of: street\n", "", "classes is missing. A domain needs name, layout, splits and classes (or labels_of)"),
+        (
+            "labels_of: street\n",
+            "",
+            "classes is missing. A domain needs name, layout, splits and classes (or labels_of)",
+        ),
     ],
 )
-def test_labels_that_cannot_be_borrowed_are_named_in_one_line_with_their_file(lent: Path, old: str, new: str, message: str) -> None:
+def test_labels_that_cannot_be_borrowed_are_named_in_one_line_with_their_file(
+    lent: Path, old: str, new: str, message: str
+) -> None:
     write(lent, BORROWER, "night.yaml")
     path = write(lent, BORROWER.replace(old, new, 1), "dusk.yaml")
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         find_domain("dusk", [lent])
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)

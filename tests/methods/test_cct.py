@@ -1,4 +1,6 @@
-"""CCT adds a consistency term, and one for pseudo-labels, to the supervised one, and each part of the network learns from the terms that are its own."""
+"""CCT adds a consistency term, and one for pseudo-labels, to the supervised one, and each part of the network learns
+from the terms that are its own.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.model.consistency import AuxiliaryDecoder
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.guides import Guide, objects_of
 from multidomain_cct.model.losses import ConsistencySettings
 from multidomain_cct.model.network import Task
-from multidomain_cct.model.perturbations import AdversarialNoise, ContextMask, Dropout, FeatureDrop, FeatureNoise, GuidedCutout, ObjectMask, Perturbation
+from multidomain_cct.model.perturbations import (
+    AdversarialNoise,
+    ContextMask,
+    Dropout,
+    FeatureDrop,
+    FeatureNoise,
+    GuidedCutout,
+    ObjectMask,
+    Perturbation,
+)
 
 MIX: tuple[Perturbation, ...] = (FeatureNoise(), FeatureDrop(), Dropout(), ObjectMask())
 TINY = EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32)
@@ -54,7 +65,9 @@ def learns(model: CCT, loss: Tensor) -> set[str]:
     """The parts of the network that get a gradient other than 0 from a loss."""
     model.zero_grad(set_to_none=True)
     loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-    found = {name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    found = {
+        name for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()
+    }
     return {".".join(name.split(".")[: 3 if name.startswith("heads") else 1]) for name in found}
 
 
@@ -97,7 +110,9 @@ def test_the_terms_are_those_of_the_papers_equations_with_their_weights() -> Non
             squares = (prediction(auxiliary, z, guide).softmax(dim=1) - target).square().sum(dim=1) * own.valid
             distances.append((squares.sum(dim=(1, 2)) / own.valid.sum(dim=(1, 2))).mean())
         expected = settings.weight * settings.consistency.weight * 0.25 * torch.stack(distances).mean()
-        torch.testing.assert_close(found[f"{name}/consistency"], expected.detach(), check_stride=False, rtol=1e-9, atol=0)
+        torch.testing.assert_close(
+            found[f"{name}/consistency"], expected.detach(), check_stride=False, rtol=1e-9, atol=0
+        )
 
 
 def test_the_ramp_scales_the_consistency_terms_only() -> None:
@@ -118,27 +133,42 @@ def test_pixels_of_which_the_main_decoder_is_not_confident_do_not_count() -> Non
     plain = network(FROZEN, street=replace(STREET, perturbations=(ObjectMask(),))).double()
     z, target = predicted(plain, own, "street")
     threshold = target.amax(dim=1).median().item()
-    model = network(FROZEN, street=replace(STREET, perturbations=(ObjectMask(),), consistency=ConsistencySettings(weight=1.0, confidence=threshold))).double()
+    model = network(
+        FROZEN,
+        street=replace(
+            STREET, perturbations=(ObjectMask(),), consistency=ConsistencySettings(weight=1.0, confidence=threshold)
+        ),
+    ).double()
     found = seeded_forward(model, {"street": own})["street/consistency"]
     logits = prediction(model.head("street").auxiliaries[0], z, guide_of(target, own, STREET))
     counted = own.valid & (target.amax(dim=1) >= threshold)
     squares = (logits.softmax(dim=1) - target).square().sum(dim=1).where(counted, 0)
-    torch.testing.assert_close(found, (squares.sum(dim=(1, 2)) / counted.sum(dim=(1, 2))).mean().detach(), check_stride=False)
+    torch.testing.assert_close(
+        found, (squares.sum(dim=(1, 2)) / counted.sum(dim=(1, 2))).mean().detach(), check_stride=False
+    )
     nobody = network(FROZEN, street=replace(STREET, consistency=ConsistencySettings(confidence=0.999))).double()
     losses = seeded_forward(nobody, {"street": own})
     assert losses["street/consistency"] == 0 and learns(nobody, losses["street/consistency"]) == set()
 
 
 def test_the_same_weight_in_the_authors_unit_is_a_share_of_it() -> None:
-    tasks = {unit: replace(STREET, consistency=ConsistencySettings(weight=6.0, weight_unit=unit)) for unit in ("pixel", "authors")}
-    found = {unit: seeded_forward(network(FROZEN, street=task), {"street": batch(4)})["street/consistency"] for unit, task in tasks.items()}
+    tasks = {
+        unit: replace(STREET, consistency=ConsistencySettings(weight=6.0, weight_unit=unit))
+        for unit in ("pixel", "authors")
+    }
+    found = {
+        unit: seeded_forward(network(FROZEN, street=task), {"street": batch(4)})["street/consistency"]
+        for unit, task in tasks.items()
+    }
     torch.testing.assert_close(found["pixel"], 4 * found["authors"])
 
 
 @pytest.mark.parametrize("distance", ["mse", "kl", "js"])
 def test_the_distance_is_the_one_that_was_chosen(distance: str) -> None:
     own = batch(4)
-    task = replace(STREET, perturbations=(ObjectMask(),), consistency=ConsistencySettings(weight=1.0, distance=distance))
+    task = replace(
+        STREET, perturbations=(ObjectMask(),), consistency=ConsistencySettings(weight=1.0, distance=distance)
+    )
     model = network(FROZEN, street=task).double()
     z, p = predicted(model, own, "street")
     logits = prediction(model.head("street").auxiliaries[0], z, guide_of(p, own, STREET))
@@ -150,14 +180,24 @@ def test_the_distance_is_the_one_that_was_chosen(distance: str) -> None:
         "js": (p * (p / mixture).log() + q * (q / mixture).log()) / 2,
     }[distance].sum(dim=1)
     expected = (pixels.where(own.valid, 0).sum(dim=(1, 2)) / own.valid.sum(dim=(1, 2))).mean()
-    torch.testing.assert_close(seeded_forward(model, {"street": own})["street/consistency"].detach(), expected, check_stride=False, rtol=1e-9, atol=0)
+    torch.testing.assert_close(
+        seeded_forward(model, {"street": own})["street/consistency"].detach(),
+        expected,
+        check_stride=False,
+        rtol=1e-9,
+        atol=0,
+    )
 
 
 def test_pseudo_labels_give_a_term_of_their_own_under_the_same_ramp() -> None:
     own = batch(4)
-    labels = torch.randint(0, 4, own.valid.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(3)).masked_fill(~own.valid, 255)
+    labels = torch.randint(
+        0, 4, own.valid.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(3)
+    ).masked_fill(~own.valid, 255)
     own = replace(own, pseudo_labels=labels)
-    task = replace(STREET, weight=0.5, perturbations=(ObjectMask(), ContextMask()), consistency=replace(LINEAR, weak_weight=0.4))
+    task = replace(
+        STREET, weight=0.5, perturbations=(ObjectMask(), ContextMask()), consistency=replace(LINEAR, weak_weight=0.4)
+    )
     model = network(FROZEN, street=task).double()
     losses = seeded_forward(model, {"street": own}, progress=0.1)
     assert list(losses) == ["street/supervised", "street/consistency", "street/weak"]
@@ -190,7 +230,15 @@ def test_a_domain_that_borrows_a_head_is_consistent_under_its_own_settings() -> 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_all_seven_perturbations_train_inside_autocast(dtype: torch.dtype) -> None:
-    seven = (FeatureNoise(), FeatureDrop(), Dropout(), ObjectMask(), ContextMask(), GuidedCutout(min_area=1), AdversarialNoise())
+    seven = (
+        FeatureNoise(),
+        FeatureDrop(),
+        Dropout(),
+        ObjectMask(),
+        ContextMask(),
+        GuidedCutout(min_area=1),
+        AdversarialNoise(),
+    )
     model = network(street=replace(STREET, perturbations=seven))
     with torch.autocast("cpu", dtype=dtype):
         losses = seeded_forward(model, {"street": batch(4, side=64)})
@@ -241,7 +289,10 @@ def test_a_few_steps_lower_the_loss() -> None:
     model = network()
     halves = torch.arange(32).expand(32, 32) // 16  # dark on the left, light on the right
     images = (torch.randint(0, 100, (4, 3, 32, 32)) + 150 * halves).to(torch.uint8)
-    batches = {name: Batch(images[:2], halves.to(torch.uint8).expand(2, 32, 32), images[2:], torch.ones(2, 32, 32).bool()) for name in ("street", "room")}
+    batches = {
+        name: Batch(images[:2], halves.to(torch.uint8).expand(2, 32, 32), images[2:], torch.ones(2, 32, 32).bool())
+        for name in ("street", "room")
+    }
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     totals = []
     for _ in range(8):

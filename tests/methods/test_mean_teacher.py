@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from multidomain_cct.methods.views import draw_cutmix, strong_view
 from multidomain_cct.model.encoder import EncoderSettings
@@ -20,7 +20,10 @@ from multidomain_cct.model.network import Segmenter, Task
 SHARED = EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32)
 FROZEN = replace(SHARED, norm="frozen")
 MSE = ConsistencySettings(weight=1.5, ramp="linear", ramp_fraction=0.5)
-TASKS = {"street": Task((False,) * 4, consistency=MSE), "room": Task((False,) * 3, weight=0.5, consistency=replace(MSE, weight=2.0))}
+TASKS = {
+    "street": Task((False,) * 4, consistency=MSE),
+    "room": Task((False,) * 3, weight=0.5, consistency=replace(MSE, weight=2.0)),
+}
 
 
 def network(encoder: EncoderSettings = FROZEN, tasks: dict[str, Task] | None = None, **settings: float) -> MeanTeacher:
@@ -68,7 +71,10 @@ def mixed(values: np.ndarray, inside: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("confidence", [0.0, 0.35])
 def test_the_loss_is_the_distance_from_the_teachers_weak_view(confidence: float) -> None:
-    tasks = {name: replace(task, consistency=replace(task.consistency, confidence=confidence)) for name, task in TASKS.items()}
+    tasks = {
+        name: replace(task, consistency=replace(task.consistency, confidence=confidence))
+        for name, task in TASKS.items()
+    }
     model, batches = moved(network(tasks=tasks).double()), two_batches()
     torch.manual_seed(5)
     found = model(batches, progress=0.125)
@@ -80,7 +86,10 @@ def test_the_loss_is_the_distance_from_the_teachers_weak_view(confidence: float)
         strong = torch.from_numpy(mixed(strong_view(own.unlabelled).numpy(), inside[:, None]))
         parts = [(name, len(strong))]
         student = softmax(model.head(name).main(model.encoder(strong, parts)))
-        teacher = mixed(softmax(model.teacher["heads"].get_submodule(name).main(model.teacher["encoder"](own.unlabelled, parts))), inside[:, None])
+        teacher = mixed(
+            softmax(model.teacher["heads"].get_submodule(name).main(model.teacher["encoder"](own.unlabelled, parts))),
+            inside[:, None],
+        )
         counted = mixed(own.valid.numpy(), inside) & (teacher.max(axis=1) >= confidence)
         assert 0.05 < counted.mean() < 0.9
         squares = ((student - teacher) ** 2).sum(axis=1)
@@ -102,7 +111,11 @@ def test_supervised_losses_are_those_of_every_method() -> None:
 def test_distance_and_weight_unit_are_those_of_consistency() -> None:
     losses = []
     for unit, weight in (("pixel", 2.0), ("authors", 8.0)):
-        tasks = {"street": replace(TASKS["street"], consistency=ConsistencySettings(weight=weight, weight_unit=unit, distance="kl"))}
+        tasks = {
+            "street": replace(
+                TASKS["street"], consistency=ConsistencySettings(weight=weight, weight_unit=unit, distance="kl")
+            )
+        }
         model = network(tasks=tasks)
         torch.manual_seed(5)
         losses.append(model({"street": batch(4)})["street/consistency"].item())

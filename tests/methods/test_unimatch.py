@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.unimatch import UniMatch, UniMatchSettings
 from multidomain_cct.methods.views import draw_cutmix, strong_view
 from multidomain_cct.model.encoder import EncoderSettings
@@ -59,7 +59,10 @@ def test_the_terms_match_float64(cutmix: float) -> None:
     batches = two_batches()
     # The median confidence of an untrained network, so that about half of the pixels count.
     plain = network().double()
-    confidences = [plain.target(plain.encoder(own.unlabelled, [(name, len(own.unlabelled))]), name).amax(dim=1) for name, own in batches.items()]
+    confidences = [
+        plain.target(plain.encoder(own.unlabelled, [(name, len(own.unlabelled))]), name).amax(dim=1)
+        for name, own in batches.items()
+    ]
     threshold = float(torch.cat([values.flatten() for values in confidences]).median())
     model = network(weight=0.7, confidence=threshold, cutmix=cutmix, dropout=0.3).double()
     torch.manual_seed(5)
@@ -68,7 +71,10 @@ def test_the_terms_match_float64(cutmix: float) -> None:
     draws = {}
     for name, own in batches.items():
         for view in (0, 1):
-            draws[name, view] = draw_cutmix(own.unlabelled, probability=cutmix).inside.numpy(), strong_view(own.unlabelled).numpy()
+            draws[name, view] = (
+                draw_cutmix(own.unlabelled, probability=cutmix).inside.numpy(),
+                strong_view(own.unlabelled).numpy(),
+            )
             assert draws[name, view][0].any() == (cutmix > 0)
     for name, own in batches.items():
         main, valid, parts = model.head(name).main, own.valid.numpy(), [(name, len(own.unlabelled))]
@@ -79,7 +85,9 @@ def test_the_terms_match_float64(cutmix: float) -> None:
         for view in (0, 1):
             inside, images = draws[name, view]
             logits = main(model.encoder(torch.from_numpy(mixed(images, inside[:, None])), parts))
-            strong.append(agreement(logits, mixed(ids, inside), mixed(confidence, inside), mixed(valid, inside), threshold))
+            strong.append(
+                agreement(logits, mixed(ids, inside), mixed(confidence, inside), mixed(valid, inside), threshold)
+            )
         dropped = agreement(main(F.dropout2d(features, 0.3)), ids, confidence, valid, threshold)
         factor = TASKS[name].weight * 0.7 / 2
         assert found[f"{name}/strong"].item() == pytest.approx(factor * (strong[0] + strong[1]) / 2, rel=1e-9)
@@ -102,13 +110,22 @@ def test_supervised_losses_are_those_of_every_method() -> None:
     batches = two_batches()
     plain = Segmenter(FROZEN, TASKS, decoder="bilinear")(batches)
     found = network()(batches)
-    assert list(found) == ["street/supervised", "room/supervised", "street/strong", "street/feature", "room/strong", "room/feature"]
+    assert list(found) == [
+        "street/supervised",
+        "room/supervised",
+        "street/strong",
+        "street/feature",
+        "room/strong",
+        "room/feature",
+    ]
     for name, loss in plain.items():
         torch.testing.assert_close(found[name], loss)
 
 
 def test_pseudo_labels_carry_no_gradient() -> None:
-    """With the weak view's features kept apart, the strong term's gradient reaches the decoder through the strong views alone."""
+    """With the weak view's features kept apart, the strong term's gradient reaches the decoder through the strong views
+    alone.
+    """
     model, batches = network(confidence=0.0, cutmix=0.0).double(), {"street": batch(4)}
     torch.manual_seed(5)
     (found,) = torch.autograd.grad(model(batches)["street/strong"], model.head("street").main.classify.weight)
@@ -117,7 +134,11 @@ def test_pseudo_labels_carry_no_gradient() -> None:
     ids = model.target(model.encoder(own.unlabelled, [("street", 3)]), "street").argmax(dim=1)
     for _ in (0, 1):
         draw_cutmix(own.unlabelled, probability=0.0)
-        pixels = F.cross_entropy(model.head("street").main(model.encoder(strong_view(own.unlabelled), [("street", 3)])), ids, reduction="none")
+        pixels = F.cross_entropy(
+            model.head("street").main(model.encoder(strong_view(own.unlabelled), [("street", 3)])),
+            ids,
+            reduction="none",
+        )
         total = total + ((pixels * own.valid).sum(dim=(1, 2)) / own.valid.sum(dim=(1, 2))).mean() / 4
     (expected,) = torch.autograd.grad(total, model.head("street").main.classify.weight)
     torch.testing.assert_close(found, expected)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.usss import Usss, UsssSettings
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings
@@ -24,18 +25,24 @@ TASKS = {
 
 
 def network(tasks: dict[str, Task] | None = None, seed: int = 0, **settings: float) -> Usss:
-    return Usss(FROZEN, tasks or TASKS, decoder="bilinear", seed=seed, settings=UsssSettings(**({"channels": 7} | settings))).train()  # type: ignore[arg-type]
+    return Usss(
+        FROZEN, tasks or TASKS, decoder="bilinear", seed=seed, settings=UsssSettings(**({"channels": 7} | settings))
+    ).train()  # type: ignore[arg-type]
 
 
 def batch(num_classes: int, labelled: int = 2, unlabelled: int = 2, seed: int = 0) -> Batch:
-    """Masks of one class for each 8x8 square, with a square of ignored pixels, and a valid area that ends at the sixth of eight squares."""
+    """Masks of one class for each 8x8 square, with a square of ignored pixels, and a valid area that ends at the sixth
+    of eight squares.
+    """
     draw = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (labelled + unlabelled, 3, 64, 64), dtype=torch.uint8, generator=draw)
     squares = torch.randint(0, num_classes, (labelled, 8, 8), dtype=torch.uint8, generator=draw)
     squares[:, :3, :3] = 255
     valid = torch.zeros(unlabelled, 64, 64, dtype=torch.bool)
     valid[:, :48, :48] = True
-    return Batch(images[:labelled], squares.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2), images[labelled:], valid)
+    return Batch(
+        images[:labelled], squares.repeat_interleave(8, dim=1).repeat_interleave(8, dim=2), images[labelled:], valid
+    )
 
 
 def unit(values: np.ndarray, axis: int) -> np.ndarray:
@@ -58,7 +65,9 @@ def remembered(table: np.ndarray, vectors: np.ndarray, masks: torch.Tensor, mome
     ids, table = masks[:, 4::8, 4::8].numpy(), table.copy()
     for train_id in range(len(table)):
         if (ids == train_id).any():
-            table[train_id] = unit(momentum * table[train_id] + (1 - momentum) * unit(vectors[ids == train_id].sum(axis=0), 0), 0)
+            table[train_id] = unit(
+                momentum * table[train_id] + (1 - momentum) * unit(vectors[ids == train_id].sum(axis=0), 0), 0
+            )
     return table
 
 
@@ -76,7 +85,8 @@ def test_the_terms_match_numpy() -> None:
     before = tables(model)
     found = model(batches)
     expected = {
-        name: remembered(before[name], embedded(model, own.images, name), own.masks, momentum=0.8) for name, own in batches.items()
+        name: remembered(before[name], embedded(model, own.images, name), own.masks, momentum=0.8)
+        for name, own in batches.items()
     }  # all labelled images are remembered before any entropy is taken
     for name, own in batches.items():
         np.testing.assert_allclose(model.get_buffer(f"classes_{name}").numpy(), expected[name], rtol=1e-9)
@@ -117,7 +127,9 @@ def test_class_embeddings_move_toward_the_mean_of_their_labelled_positions() -> 
     similarity = []
     for _ in range(4):
         table = tables(model)["street"]
-        similarity.append([float(table[train_id] @ unit(vectors[ids == train_id].sum(axis=0), 0)) for train_id in range(3)])
+        similarity.append(
+            [float(table[train_id] @ unit(vectors[ids == train_id].sum(axis=0), 0)) for train_id in range(3)]
+        )
         model({"street": own})
     assert (np.diff(similarity, axis=0) > 0).all() and min(similarity[-1]) > 0.9
     after = tables(model)
@@ -132,7 +144,11 @@ def test_class_embeddings_carry_no_gradient() -> None:
     assert not any(buffer.requires_grad for buffer in model.buffers())
     assert not [name for name, _ in model.named_parameters() if name.startswith("classes_")]
     (losses["street/within"] + losses["street/across"]).backward()
-    learns = {name.split(".")[0] for name, parameter in model.named_parameters() if parameter.grad is not None and parameter.grad.any()}
+    learns = {
+        name.split(".")[0]
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None and parameter.grad.any()
+    }
     assert learns == {"encoder", "embedding"}
 
 
@@ -151,7 +167,10 @@ def test_a_step_may_see_one_domain_and_compare_it_with_all() -> None:
 
 
 def test_the_ramp_is_that_of_consistency() -> None:
-    tasks = {name: replace(task, consistency=ConsistencySettings(ramp="linear", ramp_fraction=1.0)) for name, task in TASKS.items()}
+    tasks = {
+        name: replace(task, consistency=ConsistencySettings(ramp="linear", ramp_fraction=1.0))
+        for name, task in TASKS.items()
+    }
     half, whole = (network(tasks)({"street": batch(4)}, progress=progress) for progress in (0.5, 1.0))
     for term in ("street/within", "street/across"):
         torch.testing.assert_close(half[term], whole[term] / 2)
@@ -167,9 +186,11 @@ def test_domains_that_share_labels_are_one_label_space() -> None:
 
 
 def test_one_label_space_is_refused_however_many_domains_share_it() -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         network({"street": TASKS["street"], "dusk": replace(TASKS["street"], head="street")})
-    assert str(caught.value) == ("method is `usss`, which compares label spaces, but the recipe has 1. Add a domain, or choose another method.")
+    assert str(caught.value) == (
+        "method is `usss`, which compares label spaces, but the recipe has 1. Add a domain, or choose another method."
+    )
 
 
 def test_the_embedding_starts_from_the_seed_and_leaves_the_callers_generator_alone() -> None:

@@ -15,7 +15,9 @@ def seeded() -> None:
 
 
 def two_colours(count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(count, 3, 48, 48) uint8 images of an orange ground with one blue rectangle each, and (count, 48, 48) bool, where the rectangle is."""
+    """(count, 3, 48, 48) uint8 images of an orange ground with one blue rectangle each, and (count, 48, 48) bool, where
+    the rectangle is.
+    """
     inside = torch.zeros(count, 48, 48, dtype=torch.bool)
     for number in range(count):
         inside[number, 12 + number % 5 : 30, 10 : 32 + number % 7] = True
@@ -28,7 +30,10 @@ def test_a_strong_view_keeps_every_pixel_in_its_place() -> None:
     views = strong_view(images)
     assert views.shape == images.shape and views.dtype == torch.uint8
     # Beyond the reach of the blur, 4 pixels, each region keeps one colour, and it is not the other region's.
-    shrunk = [-F.max_pool2d(-F.pad(region[:, None].float(), [4] * 4, value=1), 9, stride=1)[:, 0] > 0 for region in (inside, ~inside)]
+    shrunk = [
+        -F.max_pool2d(-F.pad(region[:, None].float(), [4] * 4, value=1), 9, stride=1)[:, 0] > 0
+        for region in (inside, ~inside)
+    ]
     colours = []
     for region in shrunk:
         pixels = [view[:, own] for view, own in zip(views, region, strict=True)]
@@ -99,6 +104,6 @@ def test_a_pseudo_label_is_the_most_probable_class_with_its_probability() -> Non
     target = torch.rand(2, 4, 3, 3).softmax(dim=1).to(torch.bfloat16)
     ids, confidence = pseudo_labels(target)
     assert confidence.dtype == torch.float32 and ids.shape == confidence.shape == (2, 3, 3)
-    assert torch.equal(target.gather(1, ids.unsqueeze(1))[:, 0].float(), target.float().max(dim=1).values) and torch.equal(
-        confidence, target.float().amax(dim=1)
-    )
+    assert torch.equal(
+        target.gather(1, ids.unsqueeze(1))[:, 0].float(), target.float().max(dim=1).values
+    ) and torch.equal(confidence, target.float().amax(dim=1))

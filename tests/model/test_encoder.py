@@ -10,6 +10,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.context import PyramidPooling
 from multidomain_cct.model.encoder import Encoder, EncoderSettings, build_trunk
 from multidomain_cct.model.norms import PerDomainNorm, Segments
@@ -23,11 +24,13 @@ def encoder(domains: tuple[str, ...] = ("a", "b"), **settings: object) -> Encode
 
 
 def pictures(count: int, height: int = 64, width: int = 64, seed: int = 0) -> Tensor:
-    return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        0, 256, (count, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def refused(**settings: object) -> str:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         encoder(**settings)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -37,7 +40,9 @@ def refused(**settings: object) -> str:
 
 
 @pytest.mark.parametrize("norm", ["shared", "per_domain", "frozen"])
-@pytest.mark.parametrize(("context", "stride"), [("psp", 8), ("psp", 16), ("psp", 32), ("fpn", 4), ("fpn", 8), ("none", 8), ("none", 32)])
+@pytest.mark.parametrize(
+    ("context", "stride"), [("psp", 8), ("psp", 16), ("psp", 32), ("fpn", 4), ("fpn", 8), ("none", 8), ("none", 32)]
+)
 def test_features_lie_at_the_stride_have_the_width_and_are_not_negative(context: str, stride: int, norm: str) -> None:
     model = encoder(context=context, stride=stride, norm=norm)
     for mode in (True, False):
@@ -47,7 +52,10 @@ def test_features_lie_at_the_stride_have_the_width_and_are_not_negative(context:
     assert (model.stride, model.channels) == (stride, 32)
 
 
-@pytest.mark.parametrize(("name", "contexts"), [("test_vit", ["none", "psp"]), ("test_convnext", ["fpn", "psp"]), ("test_efficientnet", ["fpn", "psp"])])
+@pytest.mark.parametrize(
+    ("name", "contexts"),
+    [("test_vit", ["none", "psp"]), ("test_convnext", ["fpn", "psp"]), ("test_efficientnet", ["fpn", "psp"])],
+)
 def test_vits_at_their_patch_stride_and_other_cnns_work(name: str, contexts: list[str]) -> None:
     for context in contexts:
         features = encoder(name=name, context=context, stride=16)(pictures(2, 64, 48), [("a", 1), ("b", 1)])
@@ -74,7 +82,9 @@ def test_images_are_normalised_with_the_trunks_own_mean_and_deviation() -> None:
         model.trunk.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
         model(images, [("a", 2)])
         facts = timm.get_pretrained_cfg(name)
-        expected = (images.double().numpy() / 255 - np.reshape(facts.mean, (3, 1, 1))) / np.reshape(facts.std, (3, 1, 1))
+        expected = (images.double().numpy() / 255 - np.reshape(facts.mean, (3, 1, 1))) / np.reshape(
+            facts.std, (3, 1, 1)
+        )
         np.testing.assert_allclose(seen[0].numpy(), expected, atol=1e-5)
 
 
@@ -83,7 +93,9 @@ def test_mean_and_deviation_are_no_part_of_what_is_saved() -> None:
 
 
 @pytest.mark.parametrize(("channels", "size"), [(8, (6, 12)), (10, (5, 7)), (4, (1, 3))])
-def test_pyramid_pooling_convolves_the_map_beside_its_averages_over_1_2_3_and_6_bins_a_side(channels: int, size: tuple[int, int]) -> None:
+def test_pyramid_pooling_convolves_the_map_beside_its_averages_over_1_2_3_and_6_bins_a_side(
+    channels: int, size: tuple[int, int]
+) -> None:
     torch.manual_seed(0)
     module = PyramidPooling([channels], 32, nn.BatchNorm2d).double()
     features = torch.randn(2, channels, *size, dtype=torch.float64, requires_grad=True)
@@ -97,7 +109,9 @@ def test_pyramid_pooling_convolves_the_map_beside_its_averages_over_1_2_3_and_6_
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     factors = torch.randn_like(expected)
     inputs = [features, *module.parameters()]
-    for own, other in zip(torch.autograd.grad(found, inputs, factors), torch.autograd.grad(expected, inputs, factors), strict=True):
+    for own, other in zip(
+        torch.autograd.grad(found, inputs, factors), torch.autograd.grad(expected, inputs, factors), strict=True
+    ):
         torch.testing.assert_close(own, other, rtol=0, atol=1e-12 * max(1.0, float(other.abs().max())))
 
 
@@ -115,21 +129,29 @@ def test_per_domain_norms_equal_a_batch_norm_of_each_domains_images() -> None:
     parts = (("a", 2), ("b", 3), ("a", 1), ("b", 2))  # labelled and unlabelled images stand apart
     owner = np.repeat([name for name, _ in parts], [count for _, count in parts])
     for step in range(2):
-        features = torch.randn(8, 4, 3, 5, dtype=torch.float64) * (1 + step) + 7 * torch.from_numpy(owner == "b").view(8, 1, 1, 1)
+        features = torch.randn(8, 4, 3, 5, dtype=torch.float64) * (1 + step) + 7 * torch.from_numpy(owner == "b").view(
+            8, 1, 1, 1
+        )
         segments.parts = parts
         found = together(features)
         for name, norm in alone.items():
             own = features[owner == name]
             torch.testing.assert_close(found[owner == name], norm(own), rtol=1e-12, atol=1e-12)
             z = own.numpy()
-            normed = (z - z.mean(axis=(0, 2, 3), keepdims=True)) / np.sqrt(z.var(axis=(0, 2, 3), keepdims=True) + start.eps)
-            expected = normed * start.weight.detach().numpy().reshape(4, 1, 1) + start.bias.detach().numpy().reshape(4, 1, 1)
+            normed = (z - z.mean(axis=(0, 2, 3), keepdims=True)) / np.sqrt(
+                z.var(axis=(0, 2, 3), keepdims=True) + start.eps
+            )
+            expected = normed * start.weight.detach().numpy().reshape(4, 1, 1) + start.bias.detach().numpy().reshape(
+                4, 1, 1
+            )
             np.testing.assert_allclose(found[owner == name].detach().numpy(), expected, atol=1e-10)
     for name, norm in alone.items():
         for key, value in norm.state_dict().items():
             torch.testing.assert_close(together.norms[name].state_dict()[key], value, rtol=1e-12, atol=1e-12)
     together.eval()
-    torch.testing.assert_close(together(features)[owner == "b"], alone["b"].eval()(features[owner == "b"]), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        together(features)[owner == "b"], alone["b"].eval()(features[owner == "b"]), rtol=1e-12, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("context", ["psp", "fpn", "none"])
@@ -201,9 +223,13 @@ def test_a_name_near_nothing_says_so() -> None:
         ({"stride": 4}, "encoder.stride is 4; a CNN has 8, 16 or 32."),
         (
             {"stride": 12, "context": "fpn"},
-            "encoder.stride is 12, but test_resnet has levels at the strides [2, 4, 8, 16, 32]. With context `fpn` choose one of these, at most 32.",
+            "encoder.stride is 12, but test_resnet has levels at the strides [2, 4, 8, 16, 32]. With context `fpn` "
+            "choose one of these, at most 32.",
         ),
-        ({"name": "test_vit", "stride": 8, "context": "none"}, "encoder.stride is 8, but test_vit has the patch stride 16. Set encoder.stride=16."),
+        (
+            {"name": "test_vit", "stride": 8, "context": "none"},
+            "encoder.stride is 8, but test_vit has the patch stride 16. Set encoder.stride=16.",
+        ),
         (
             {"name": "test_vit", "stride": 16, "context": "fpn"},
             "encoder.context is `fpn`, but test_vit has one resolution only. Use context `none` or `psp`.",
@@ -212,7 +238,10 @@ def test_a_name_near_nothing_says_so() -> None:
         ({"width": 100}, "encoder.width is 100; it is a multiple of 32."),
         ({"width": 0}, "encoder.width is 0; it is a multiple of 32."),
         ({"context": "aspp"}, "encoder.context is 'aspp'; it is one of psp, fpn, none."),
-        ({"checkpoint": True, "norm": "per_domain"}, "encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`."),
+        (
+            {"checkpoint": True, "norm": "per_domain"},
+            "encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`.",
+        ),
         ({"checkpoint": True, "compile": True}, "encoder.checkpoint and encoder.compile are both set; choose one."),
         ({"norm": "group"}, "encoder.norm is 'group'; it is one of shared, per_domain, frozen."),
     ],
@@ -228,7 +257,10 @@ def test_a_trunk_that_cannot_be_dilated_is_refused_with_the_remedy(name: str) ->
     assert message.endswith("Use context `fpn`, stride 32 or another encoder.")
 
 
-@pytest.mark.parametrize(("name", "message"), [("test_mambaout", "its features have the shapes"), ("test_maxvit", "it takes images of one size only")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("test_mambaout", "its features have the shapes"), ("test_maxvit", "it takes images of one size only")],
+)
 def test_a_trunk_whose_maps_cannot_be_used_is_refused_before_training(name: str, message: str) -> None:
     assert message in refused(name=name, stride=8, context="fpn")
 
@@ -243,7 +275,10 @@ def test_parameters_that_reach_no_map_are_frozen() -> None:
 # Less memory, or less time
 
 
-@pytest.mark.parametrize(("name", "context"), [("test_resnet", "fpn"), ("tf_efficientnet_lite0", "fpn"), ("test_resnet", "psp"), ("test_vit", "none")])
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [("test_resnet", "fpn"), ("tf_efficientnet_lite0", "fpn"), ("test_resnet", "psp"), ("test_vit", "none")],
+)
 @pytest.mark.parametrize("norm", ["shared", "frozen"])
 def test_activations_that_are_computed_again_change_nothing(name: str, context: str, norm: str) -> None:
     stride = 16 if name == "test_vit" else 8

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multidomain_cct.data.augment import PAD
-from multidomain_cct.data.loader import Batch
+from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.data.batches.views import PAD
 from multidomain_cct.model.consistency import decoder_losses
 from multidomain_cct.model.decoders import build_decoder
 from multidomain_cct.model.encoder import EncoderSettings

@@ -1,6 +1,7 @@
 """The reliability tests: what each promise reached, and tiny runs that are shared.
 
-`MDCCT_RELIABILITY=full` asks for the full figures; without it the tests are those of CI. At the end a table of promise, figure and outcome is printed.
+`MDCCT_RELIABILITY=full` asks for the full figures; without it the tests are those of CI. At the end a table of promise,
+figure and outcome is printed.
 """
 
 from __future__ import annotations
@@ -79,7 +80,13 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     for promise, title in PROMISES.items():
         if promise in _outcomes:
             passed, total = sum(_outcomes[promise]), len(_outcomes[promise])
-            table.add_row(promise, title, "; ".join(dict.fromkeys(_figures.get(promise, []))), f"{passed}/{total}", "yes" if passed == total else "NO")
+            table.add_row(
+                promise,
+                title,
+                "; ".join(dict.fromkeys(_figures.get(promise, []))),
+                f"{passed}/{total}",
+                "yes" if passed == total else "NO",
+            )
     Console(file=sys.__stdout__, width=int(os.environ.get("COLUMNS", 160)), markup=False).print(table)
 
 
@@ -95,10 +102,15 @@ def _promise_of(nodeid: str) -> str | None:
 
 @pytest.fixture
 def command(tiny_recipe: Callable[..., Any], two_domains: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """A function (run's name, recipe keys) -> the words of a command that trains a tiny run in tmp_path/runs/<name>; `more` are further words."""
+    """A function (run's name, recipe keys) -> the words of a command that trains a tiny run in tmp_path/runs/<name>;
+    `more` are further words.
+    """
 
     def words(name: str, *more: str, **changes: Any) -> list[str]:
-        plain = {"training": {"steps": 12, "log_every": 1, "evaluate_every": 100, "save_every": 100, "keep": 99}, "optimiser": {"lr": 0.05}} | changes
+        plain = {
+            "training": {"steps": 12, "log_every": 1, "evaluate_every": 100, "save_every": 100, "keep": 99},
+            "optimiser": {"lr": 0.05},
+        } | changes
         path = tmp_path / f"{name}.yaml"
         path.write_text(tiny_recipe(name=name, **plain).to_yaml())
         return ["train", str(path), "--domains", str(two_domains / "domains"), *more]

@@ -1,8 +1,9 @@
 """What a writer did to a folder, operation by operation, and what a loss of power could have left of it.
 
-A file operation is anything that Python's audit hooks or `os.fsync` see. Before each one the recorder notes how the folder has changed; a write by a library
-shows at the next one. The model of the disk: names change in the order in which they were changed, and of what was not synced any last part may be lost;
-contents that were not synced may be lost or cut.
+A file operation is anything that Python's audit hooks or `os.fsync` see. Before each one the recorder notes how the
+folder has changed; a write by a library shows at the next one. The model of the disk: names change in the order in
+which they were changed, and of what was not synced any last part may be lost; contents that were not synced may be lost
+or cut.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ Tree = dict[str, tuple[int, bytes | None]]
 
 @dataclass
 class Recorder:
-    """Calls `before` ahead of each file operation in `folder` while it is on. Audit hooks stay for the life of a process: use it in one of its own."""
+    """Calls `before` ahead of each file operation in `folder` while it is on.
+
+    Audit hooks stay for the life of a process: use it in one of its own.
+    """
 
     folder: Path
     before: Callable[[str, str], None]
@@ -40,7 +44,13 @@ class Recorder:
         os.fsync = synced
 
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
-        if not self.on or event not in CHANGES or self._inside or not arguments or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+        if (
+            not self.on
+            or event not in CHANGES
+            or self._inside
+            or not arguments
+            or not isinstance(arguments[0], (str, bytes, os.PathLike))
+        ):
             return
         if event == "open" and not _writes(arguments):
             return
@@ -82,7 +92,9 @@ class Moment:
 
 
 def after_power_loss(moments: list[Moment]) -> list[tuple[Tree, int]]:
-    """Every state of the disk that a loss of power at any of the moments could leave, with the last step that had been acknowledged by then."""
+    """Every state of the disk that a loss of power at any of the moments could leave, with the last step that had been
+    acknowledged by then.
+    """
     found: dict[tuple[Any, ...], tuple[Tree, int]] = {}
     durable = 0
     # A new file may bear the number of one that is gone.
@@ -110,7 +122,11 @@ def after_power_loss(moments: list[Moment]) -> list[tuple[Tree, int]]:
 
 def _changed_in(folder: str, before: Tree, after: Tree) -> bool:
     def names(tree: Tree) -> set[tuple[str, int]]:
-        return {(path, inode) for path, (inode, _) in tree.items() if os.path.dirname(path) == ("" if folder == "." else folder)}
+        return {
+            (path, inode)
+            for path, (inode, _) in tree.items()
+            if os.path.dirname(path) == ("" if folder == "." else folder)
+        }
 
     return names(before) != names(after)
 

@@ -10,8 +10,8 @@ from multidomain_cct.training.recipe import Recipe
 def train_with_a_forgetful_transform(recipe: Recipe, folders: Sequence[Path]) -> None:
     import numpy as np
 
-    from multidomain_cct.data import loader
-    from multidomain_cct.data.augment import View
+    from multidomain_cct.data.batches import loader
+    from multidomain_cct.data.batches.views import View
     from multidomain_cct.training.loop import train
 
     np.random.seed(0)

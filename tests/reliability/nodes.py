@@ -1,4 +1,7 @@
-"""Two nodes on one machine: network namespaces with an address each and a cable between them. Where the system permits none, the loopback stands for both."""
+"""Two nodes on one machine: network namespaces with an address each and a cable between them.
+
+Where the system permits none, the loopback stands for both.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,9 @@ class Node:
 
     address: str
     interface: str
-    """The network interface that has the address, for gloo: by itself it looks for the address of the machine's name, which a namespace does not have."""
+    """The network interface that has the address, for gloo: by itself it looks for the address of the machine's name,
+    which a namespace does not have.
+    """
     words: tuple[str, ...] = ()
     """What stands before a command for it to run on the node."""
 
@@ -30,8 +35,8 @@ LOOPBACK = Node("127.0.0.1", "lo")
 def two_nodes() -> Iterator[tuple[Node, Node, str]]:
     """Two nodes, and what they are in a few words.
 
-    A namespace lasts as long as its processes, and the cable as long as a namespace. The one process of each that this starts ends with its input, so that
-    nothing is left even when the tests are killed.
+    A namespace lasts as long as its processes, and the cable as long as a namespace. The one process of each that this
+    starts ends with its input, so that nothing is left even when the tests are killed.
     """
     with ExitStack() as opened:
         nodes = _namespaces(opened)
@@ -42,7 +47,10 @@ def two_nodes() -> Iterator[tuple[Node, Node, str]]:
 
 
 def _namespaces(opened: ExitStack) -> tuple[Node, Node] | None:
-    """Two connected namespaces; None where the system permits none, or lacks the programs. Whoever is not root becomes it inside a namespace of users."""
+    """Two connected namespaces; None where the system permits none, or lacks the programs.
+
+    Whoever is not root becomes it inside a namespace of users.
+    """
     user = os.geteuid() != 0
     first = _holder(opened, ["unshare", *(["--map-root-user"] if user else []), "--net"])
     if first is None:
@@ -69,7 +77,12 @@ def _holder(opened: ExitStack, words: list[str]) -> int | None:
     """The id of a process that holds a new namespace until `opened` is closed; None when it could not be made."""
     try:
         # The namespace is there when the first line comes.
-        process = subprocess.Popen([*words, "sh", "-c", "echo; exec cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*words, "sh", "-c", "echo; exec cat"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
     except OSError:
         return None
     opened.enter_context(process)
@@ -78,5 +91,12 @@ def _holder(opened: ExitStack, words: list[str]) -> int | None:
 
 
 def _entering(pid: int, user: bool) -> tuple[str, ...]:
-    """What stands before a command that is to run where a process is. It becomes the command: the id of the process stays."""
-    return ("nsenter", f"--net=/proc/{pid}/ns/net", *((f"--user=/proc/{pid}/ns/user", "--preserve-credentials") if user else ()))
+    """What stands before a command that is to run where a process is.
+
+    It becomes the command: the id of the process stays.
+    """
+    return (
+        "nsenter",
+        f"--net=/proc/{pid}/ns/net",
+        *((f"--user=/proc/{pid}/ns/user", "--preserve-credentials") if user else ()),
+    )

@@ -1,8 +1,9 @@
 """Real processes for the reliability tests: the program, started, killed and watched.
 
-A server that has everything imported forks each process, so that a start costs a fraction of a second; each process has its own session, as under a scheduler.
-What a process does differently from the program (kill itself at a step, spoil a loss) is said in `Plan`, and works from outside: it wraps what the loop
-is given, and leaves the program's own code as it is.
+A server that has everything imported forks each process, so that a start costs a fraction of a second; each process has
+its own session, as under a scheduler. What a process does differently from the program (kill itself at a step, spoil a
+loss) is said in `Plan`, and works from outside: it wraps what the loop is given, and leaves the program's own code as
+it is.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ FULL = os.environ.get("MDCCT_RELIABILITY") == "full"
 """The full figures of `make reliability` rather than those of CI."""
 
 server = multiprocessing.get_context("forkserver")
-server.set_forkserver_preload(["multidomain_cct.__main__", "multidomain_cct.training.loop", "multidomain_cct.results.report"])
+server.set_forkserver_preload(
+    ["multidomain_cct.__main__", "multidomain_cct.training.loop", "multidomain_cct.results.report"]
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Plan:
     """What happens to one process besides what its command says."""
 
     seen: Path | None = None
-    """File that receives a line of JSON for each micro-batch that the loop takes: the step, and by domain the keys and a digest of the pixels."""
+    """File that receives a line of JSON for each micro-batch that the loop takes: the step, and by domain the keys and
+    a digest of the pixels.
+    """
     send: tuple[int, int] | None = None
     """(step, signal): the process sends itself the signal while it waits for the batch of that step, counted from 0."""
     signal_in: str = ""
@@ -68,7 +73,10 @@ class Started:
         return self.process.pid
 
     def wait(self, seconds: float = WATCHDOG_SECONDS) -> int:
-        """The exit code, negative for a signal. The watchdog: whoever has not ended by then is killed, and that is a failure."""
+        """The exit code, negative for a signal.
+
+        The watchdog: whoever has not ended by then is killed, and that is a failure.
+        """
         self.process.join(seconds)
         if self.process.exitcode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -94,7 +102,11 @@ class Started:
 
     def children(self) -> list[int]:
         """Process ids of its loader processes."""
-        return [int(pid) for task in Path(f"/proc/{self.pid}/task").iterdir() for pid in (task / "children").read_text().split()]
+        return [
+            int(pid)
+            for task in Path(f"/proc/{self.pid}/task").iterdir()
+            for pid in (task / "children").read_text().split()
+        ]
 
 
 def start(arguments: list[str], out: Path, plan: Plan | None = None) -> Started:
@@ -116,9 +128,22 @@ def start_ranks(arguments: list[str], out: Path, plans: list[Plan]) -> list[Star
         port = probe.getsockname()[1]
     started = []
     for rank, plan in enumerate(plans):
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": len(plans), "LOCAL_WORLD_SIZE": len(plans), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        world = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": len(plans),
+            "LOCAL_WORLD_SIZE": len(plans),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         environment = {name: str(value) for name, value in world.items()} | plan.environment
-        started.append(call(_program, (arguments, Plan(**{**vars(plan), "environment": environment})), out.with_name(f"{out.name}-rank{rank}")))
+        started.append(
+            call(
+                _program,
+                (arguments, Plan(**{**vars(plan), "environment": environment})),
+                out.with_name(f"{out.name}-rank{rank}"),
+            )
+        )
     return started
 
 
@@ -136,7 +161,8 @@ def _in_own_session(function: Callable[..., Any], arguments: tuple[Any, ...], ou
     os.setsid()
     # Whoever starts the tests may end without waiting; the kernel then ends the process.
     signal.alarm(int(2 * WATCHDOG_SECONDS))
-    # A process of a fork server would start its own by that server too, and a run's loader processes are forked from the run.
+    # A process of a fork server would start its own by that server too, and a run's loader processes are forked from
+    # the run.
     multiprocessing.set_start_method("fork", force=True)
     descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
@@ -161,7 +187,11 @@ def _follow(plan: Plan) -> None:
     steps, save, evaluate, now = loop.steps, loop.save_checkpoint, loop._evaluate, [0]
 
     def send(place: str) -> None:
-        if plan.send is not None and plan.signal_in == place and (now[0] == plan.send[0] or (place and now[0] >= plan.send[0])):
+        if (
+            plan.send is not None
+            and plan.signal_in == place
+            and (now[0] == plan.send[0] or (place and now[0] >= plan.send[0]))
+        ):
             (os.killpg if plan.to_group else os.kill)(os.getpid(), plan.send[1])
 
     def watched(data: Any, start: int, stop: int, **options: Any) -> Iterator[Any]:
@@ -189,7 +219,9 @@ def _follow(plan: Plan) -> None:
 
 
 def _digest(batch: Any) -> str:
-    return hashlib.sha256(b"".join(tensor.numpy().tobytes() for tensor in (batch.images, batch.masks, batch.unlabelled, batch.valid))).hexdigest()[:16]
+    return hashlib.sha256(
+        b"".join(tensor.numpy().tobytes() for tensor in (batch.images, batch.masks, batch.unlabelled, batch.valid))
+    ).hexdigest()[:16]
 
 
 def _spoil(plan: Plan, now: list[int]) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from multidomain_cct.training.checkpoint import checkpoints
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.runlog import read_metrics
 
 DETERMINISTIC: dict[str, Any] = {
@@ -26,8 +26,13 @@ def tensors_of(run: Path, step: int | None = None) -> dict[str, bytes]:
 
 
 def logged(run: Path) -> list[dict[str, Any]]:
-    """Losses, learning rates and scores of every step, as they stand in metrics.jsonl: whole numbers of bits, since JSON keeps every digit."""
-    lines = [{key: value for key, value in line.items() if not key.startswith("sys/")} for line in read_metrics(run / "metrics.jsonl")]
+    """Losses, learning rates and scores of every step, as they stand in metrics.jsonl: whole numbers of bits, since
+    JSON keeps every digit.
+    """
+    lines = [
+        {key: value for key, value in line.items() if not key.startswith("sys/")}
+        for line in read_metrics(run / "metrics.jsonl")
+    ]
     return [line for line in lines if len(line) > 1]
 
 
@@ -42,10 +47,13 @@ def steps_of(run: Path) -> list[int]:
 
 
 def rewrite_manifest(checkpoint: Path) -> None:
-    """Make a checkpoint that was tampered with look whole, so that what is behind the check of the bytes can be tested."""
+    """Make a checkpoint that was tampered with look whole, to test what is behind the check of the bytes."""
     import hashlib
 
     names = ("model.safetensors", "optimiser.safetensors", "state.json")
     contents = {name: (checkpoint / name).read_bytes() for name in names}
-    manifest = {name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()} for name, content in contents.items()}
+    manifest = {
+        name: {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in contents.items()
+    }
     (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))

@@ -1,4 +1,5 @@
-"""What the processes of the checkpoint tests do. Each ends with one line of JSON, or with the traceback of what did not hold.
+"""What the processes of the checkpoint tests do. Each ends with one line of JSON, or with the traceback of what did not
+hold.
 
 The tensors of step n are all n: a mixture of two steps cannot hide.
 """
@@ -17,7 +18,14 @@ import torch
 from filesystem import Moment, Recorder, after_power_loss, lay_out, tree_of
 from torch import nn
 
-from multidomain_cct.training.checkpoint import RunState, checkpoints, damage, load_checkpoint, newest_checkpoint, save_checkpoint
+from multidomain_cct.training.checkpoints.checkpoint import (
+    RunState,
+    checkpoints,
+    damage,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 
 PAGE = 4096
 
@@ -32,15 +40,27 @@ class Saver:
         self.optimiser.step()
 
     def tensors(self) -> list[torch.Tensor]:
-        return [*self.model.state_dict().values(), *(state["momentum_buffer"] for state in self.optimiser.state.values())]
+        return [
+            *self.model.state_dict().values(),
+            *(state["momentum_buffer"] for state in self.optimiser.state.values()),
+        ]
 
     def save(self, folder: Path, step: int, *, best: int = 0, owes: bool = False) -> None:
         for tensor in self.tensors():
             tensor.detach().fill_(step)
-        save_checkpoint(folder, RunState(step=step, fingerprints={}, best_step=best, owes_evaluation=owes), self.model, self.optimiser, keep=1)
+        save_checkpoint(
+            folder,
+            RunState(step=step, fingerprints={}, best_step=best, owes_evaluation=owes),
+            self.model,
+            self.optimiser,
+            keep=1,
+        )
 
     def verify(self, folder: Path, acknowledged: int) -> int:
-        """Every published checkpoint is whole and of one step, and none that was acknowledged is lost. The newest one's step, 0 for none."""
+        """Every published checkpoint is whole and of one step, and none that was acknowledged is lost.
+
+        The newest one's step, 0 for none.
+        """
         for checkpoint in checkpoints(folder):
             assert damage(checkpoint) is None, f"{checkpoint}: {damage(checkpoint)}"
         newest, _ = newest_checkpoint(folder)
@@ -56,7 +76,9 @@ class Saver:
 
 
 def lose_power(work: Path) -> None:
-    """Record four saves with keep=1, the last of them in the place of the third; verify what a loss of power could leave, and the folder at every moment."""
+    """Record four saves with keep=1, the last of them in the place of the third; verify what a loss of power could
+    leave, and the folder at every moment.
+    """
     saver, folder, moments, acknowledged = Saver(), work / "run" / "checkpoints", [], [0]
     work.mkdir(parents=True)
 
@@ -88,7 +110,8 @@ def lose_power(work: Path) -> None:
 
 def lose_power_without_syncing(work: Path) -> None:
     """The same with a writer that forgets to sync, which must not pass."""
-    from multidomain_cct.training import checkpoint, durable
+    from multidomain_cct.files import durable
+    from multidomain_cct.training.checkpoints import checkpoint
 
     checkpoint.sync = durable.sync = lambda path: None
     lose_power(work)
@@ -129,7 +152,9 @@ def fail_at_every_operation(work: Path) -> None:
                 recorder.on = False
                 if not failing[0]:
                     os._exit(0)
-                assert not list(folder.glob(".*.tmp")) or not reached, f"operation {target[0]} left {list(folder.iterdir())}"
+                assert not list(folder.glob(".*.tmp")) or not reached, (
+                    f"operation {target[0]} left {list(folder.iterdir())}"
+                )
             else:
                 reached = os.waitpid(child, 0)[1] == signal.SIGKILL
                 killed += reached
@@ -153,11 +178,17 @@ def save_until_killed(folder: Path, acknowledged: Path) -> None:
 
 
 def fill_a_disk(work: Path) -> None:
-    """On a small disk of memory, in a mount namespace of its own: save with room for nothing, for one page, for two, until it fits."""
+    """On a small disk of memory, in a mount namespace of its own: save with room for nothing, for one page, for two,
+    until it fits.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     new_namespaces = 0x00020000 | (0 if os.geteuid() == 0 else 0x10000000)
     work.mkdir()
-    if libc.unshare(new_namespaces) or libc.mount(None, b"/", None, 0x44000, None) or libc.mount(b"tmpfs", str(work).encode(), b"tmpfs", 0, b"size=1m"):
+    if (
+        libc.unshare(new_namespaces)
+        or libc.mount(None, b"/", None, 0x44000, None)
+        or libc.mount(b"tmpfs", str(work).encode(), b"tmpfs", 0, b"size=1m")
+    ):
         print(json.dumps({"permitted": False, "reason": os.strerror(ctypes.get_errno())}))
         return
     saver, folder, refused, pages, where = Saver(64), work / "checkpoints", 0, 0, set()

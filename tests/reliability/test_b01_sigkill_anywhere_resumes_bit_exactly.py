@@ -17,8 +17,14 @@ KILLS = 50 if FULL else 10
 def test_a_run_that_is_killed_anywhere_ends_with_the_bytes_of_one_that_is_not(
     command: Callable[..., list[str]], tmp_path: Path, figure: Callable[[str, str], None], method: str
 ) -> None:
-    """Labelled and unlabelled images of two domains, two loader processes, batch norm, augmentation; `cct` has dropout, `mean_teacher` a moving average."""
-    settings = {"method": method, "data__workers": 2, "training": {"steps": 30, "log_every": 1, "save_every": 1, "evaluate_every": 10, "keep": 2}}
+    """Labelled and unlabelled images of two domains, two loader processes, batch norm, augmentation; `cct` has dropout,
+    `mean_teacher` a moving average.
+    """
+    settings = {
+        "method": method,
+        "data__workers": 2,
+        "training": {"steps": 30, "log_every": 1, "save_every": 1, "evaluate_every": 10, "keep": 2},
+    }
     runs, files = tmp_path / "runs", [tmp_path / "seen-straight"]
     straight = start(command("straight", **settings), tmp_path / "straight.txt", Plan(seen=files[0]))
     assert straight.wait() == 0, straight.text
@@ -38,7 +44,11 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_bytes_of_one_that_is_not(
             if kills < KILLS:
                 goal, extra = chance.choice([0, 1, 2, 4, 6]), chance.uniform(0, 0.4)
                 with contextlib.suppress(AssertionError):
-                    run.wait_for(lambda records=records, before=before, goal=goal: records.read_text().count("\n") >= before + goal)
+                    run.wait_for(
+                        lambda records=records, before=before, goal=goal: (
+                            records.read_text().count("\n") >= before + goal
+                        )
+                    )
                 time.sleep(extra)
                 if run.process.is_alive():
                     # Sometimes the loader processes are left to find out by themselves.

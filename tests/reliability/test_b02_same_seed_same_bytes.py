@@ -12,15 +12,28 @@ def test_neither_loader_processes_nor_prefetch_nor_hash_seed_change_a_byte(
     command: Callable[..., list[str]], tmp_path: Path, figure: Callable[[str, str], None]
 ) -> None:
     training = {"steps": 6, "log_every": 1, "evaluate_every": 3, "save_every": 100}
-    variants = {f"w{workers}p{prefetch}": (workers, prefetch) for workers in (0, 1, 2, 4) for prefetch in (1, 4) if workers or prefetch == 1}
+    variants = {
+        f"w{workers}p{prefetch}": (workers, prefetch)
+        for workers in (0, 1, 2, 4)
+        for prefetch in (1, 4)
+        if workers or prefetch == 1
+    }
     for name, (workers, prefetch) in variants.items():
-        words = command(name, training=training, data={**_data(tmp_path, command), "workers": workers, "prefetch": prefetch})
+        words = command(
+            name, training=training, data={**_data(tmp_path, command), "workers": workers, "prefetch": prefetch}
+        )
         run = start(words, tmp_path / f"{name}.txt", Plan(seen=tmp_path / f"seen-{name}"))
         assert run.wait() == 0, run.text
     for seed in ("0", "1"):
         # A hash seed is read when the interpreter starts.
         words = [sys.executable, "-m", "multidomain_cct", *command(f"hash{seed}", training=training)]
-        subprocess.run(words, check=True, timeout=2 * WATCHDOG_SECONDS, capture_output=True, env=os.environ | {"PYTHONHASHSEED": seed})
+        subprocess.run(
+            words,
+            check=True,
+            timeout=2 * WATCHDOG_SECONDS,
+            capture_output=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+        )
     names = [*variants, "hash0", "hash1"]
     reference = tmp_path / "runs" / names[0]
     for name in names[1:]:
@@ -36,4 +49,9 @@ def _data(tmp_path: Path, command: Callable[..., list[str]]) -> dict[str, object
     from multidomain_cct.training.recipe import read_recipe
 
     data = read_recipe(Path(command("plain")[1])).data
-    return {"shards": data.shards, "crop": data.crop, "labelled_batch": data.labelled_batch, "unlabelled_batch": data.unlabelled_batch}
+    return {
+        "shards": data.shards,
+        "crop": data.crop,
+        "labelled_batch": data.labelled_batch,
+        "unlabelled_batch": data.unlabelled_batch,
+    }

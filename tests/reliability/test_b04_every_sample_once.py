@@ -12,11 +12,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.shards import ShardWriter
-from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.shards.writer import ShardWriter
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -47,14 +47,34 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def seen(root: Path, sizes: tuple[int, int], share: int, world: int, workers: int, seed: int, schedule: str, window: int, epochs: int) -> dict[str, list[str]]:
+def seen(
+    root: Path,
+    sizes: tuple[int, int],
+    share: int,
+    world: int,
+    workers: int,
+    seed: int,
+    schedule: str,
+    window: int,
+    epochs: int,
+) -> dict[str, list[str]]:
     """By domain, the keys of the labelled images of that many epochs and more, in the order of their positions."""
-    data = DataSettings(shards=str(root), labelled_batch=share * world, unlabelled_batch=share * world, crop=[8, 8], schedule=schedule, window=window)
+    data = DataSettings(
+        shards=str(root),
+        labelled_batch=share * world,
+        unlabelled_batch=share * world,
+        crop=[8, 8],
+        schedule=schedule,
+        window=window,
+    )
     streams = [open_streams(domain(size), DomainSettings(), data, use_unlabelled=False) for size in sizes]
     turns = -(-epochs * max(sizes) // (share * world))
     count = turns * (len(sizes) if schedule == "alternate" else 1)
     keys: dict[str, list[str]] = {stream.domain.name: [] for stream in streams}
-    ranks = [TrainingSet(streams, seed=seed, augment=Augment(), schedule=schedule, rank=rank, world=world) for rank in range(world)]
+    ranks = [
+        TrainingSet(streams, seed=seed, augment=Augment(), schedule=schedule, rank=rank, world=world)
+        for rank in range(world)
+    ]
     for batches in zip(*(steps(rank, 0, count, workers=workers) for rank in ranks), strict=True):
         for batch in batches:
             for name, part in batch.items():
@@ -62,10 +82,14 @@ def seen(root: Path, sizes: tuple[int, int], share: int, world: int, workers: in
     return keys
 
 
-def test_b04_every_sample_stands_once_in_each_epoch(shards: Path, record_property: Callable[[str, object], None]) -> None:
+def test_b04_every_sample_stands_once_in_each_epoch(
+    shards: Path, record_property: Callable[[str, object], None]
+) -> None:
     tried = 0
 
-    @settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
     @given(
         sizes=st.tuples(st.sampled_from(SIZES), st.sampled_from(SIZES)).filter(lambda pair: pair[0] != pair[1]),
         share=st.integers(1, 5),
@@ -76,9 +100,13 @@ def test_b04_every_sample_stands_once_in_each_epoch(shards: Path, record_propert
         schedule=st.sampled_from(["together", "alternate"]),
         window=st.integers(0, 4),
     )
-    def check(sizes: tuple[int, int], share: int, world: int, workers: int, seed: int, schedule: str, window: int) -> None:
+    def check(
+        sizes: tuple[int, int], share: int, world: int, workers: int, seed: int, schedule: str, window: int
+    ) -> None:
         nonlocal tried
-        for size, keys in zip(sizes, seen(shards, sizes, share, world, workers, seed, schedule, window, epochs=2).values(), strict=True):
+        for size, keys in zip(
+            sizes, seen(shards, sizes, share, world, workers, seed, schedule, window, epochs=2).values(), strict=True
+        ):
             every = [f"{number:02d}" for number in range(size)]
             assert sorted(keys[:size]) == every and sorted(keys[size : 2 * size]) == every
         tried += 1

@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from multidomain_cct.data.augment import Augment
+from multidomain_cct.data.batches.loader import TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import TrainingSet, steps
-from multidomain_cct.data.shard_index import ShardIndex, index_path
-from multidomain_cct.data.shards import ShardWriter
-from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.data.shards.writer import ShardWriter
 
 NUM_SHARDS, PER_SHARD, BATCH = 100, 10_000, 8
 DOMAIN = Domain("many", "folder", {"train": Split("*.jpg")}, (LabelClass("ground", (0, 0, 0)),))
@@ -37,7 +37,9 @@ def write_million(root: Path) -> None:
             replace(one, keys=keys, offset=places[0], size=places[1], crc32=places[2]).save(index_path(path))
 
 
-def test_b05_the_first_batch_late_in_an_epoch_costs_what_the_first_of_all_costs(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_b05_the_first_batch_late_in_an_epoch_costs_what_the_first_of_all_costs(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     write_million(tmp_path)
     settings = DataSettings(shards=str(tmp_path), unlabelled_batch=BATCH, crop=[64, 64])
     streams = open_streams(DOMAIN, DomainSettings(labelled="none"), settings)
@@ -56,5 +58,7 @@ def test_b05_the_first_batch_late_in_an_epoch_costs_what_the_first_of_all_costs(
     # The best of each: what the machine does besides is not part of the promise.
     early, late = (min(times) for times in work.values())
     seconds = max(min(times) for times in wall.values())
-    record_property("B5", f"first batch at 99 % against 0 % of 1e6 samples: {late / early:.2f} of the work, {1000 * seconds:.0f} ms")
+    record_property(
+        "B5", f"first batch at 99 % against 0 % of 1e6 samples: {late / early:.2f} of the work, {1000 * seconds:.0f} ms"
+    )
     assert seconds <= 1 and late / early <= 1.2

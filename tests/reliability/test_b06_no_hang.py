@@ -9,30 +9,42 @@ from processes import FULL, WATCHDOG_SECONDS, Plan, seen, start, start_ranks
 from run_files import steps_of
 
 from multidomain_cct.__main__ import main
-from multidomain_cct.data.order import Stream
+from multidomain_cct.data.batches.order import Stream
+from multidomain_cct.data.batches.streams import open_streams
 from multidomain_cct.data.specification import read_domain
-from multidomain_cct.data.streams import open_streams
 from multidomain_cct.training.recipe import read_recipe
 
 Words = Callable[..., list[str]]
 
 
-def test_two_processes_with_uneven_domains_evaluate_save_and_end_together(command: Words, tmp_path: Path, figure: Callable[[str, str], None]) -> None:
+def test_two_processes_with_uneven_domains_evaluate_save_and_end_together(
+    command: Words, tmp_path: Path, figure: Callable[[str, str], None]
+) -> None:
     """10 and 8 images to train on, 3 and 5 to score: no share of either is whole."""
     training = {"steps": 9, "log_every": 1, "evaluate_every": 2, "save_every": 3, "keep": 9}
     files = [tmp_path / "seen0", tmp_path / "seen1"]
-    ranks = start_ranks(command("run", "data.workers=1", training=training), tmp_path / "run.txt", [Plan(seen=file) for file in files])
+    ranks = start_ranks(
+        command("run", "data.workers=1", training=training), tmp_path / "run.txt", [Plan(seen=file) for file in files]
+    )
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
     steps = [list(seen(file)) for file in files]
     assert steps[0] == steps[1] == list(range(9)) and {3, 6, 9} <= set(steps_of(tmp_path / "runs" / "run"))
     figure("B6", f"2 ranks: {len(steps[0])} and {len(steps[1])} steps")
 
 
-def test_two_processes_evaluate_again_and_again(command: Words, tmp_path: Path, figure: Callable[[str, str], None]) -> None:
-    """Each evaluation forks loader processes right after a reduction, beside gloo's threads: what is locked at that moment would stay locked."""
+def test_two_processes_evaluate_again_and_again(
+    command: Words, tmp_path: Path, figure: Callable[[str, str], None]
+) -> None:
+    """Each evaluation forks loader processes right after a reduction, beside gloo's threads: what is locked at that
+    moment would stay locked.
+    """
     attempts, steps = (6, 60) if FULL else (1, 20)
     for attempt in range(attempts):
-        words = command(f"run{attempt}", "data.workers=1", training={"steps": steps, "log_every": 100, "evaluate_every": 1, "save_every": 100})
+        words = command(
+            f"run{attempt}",
+            "data.workers=1",
+            training={"steps": steps, "log_every": 100, "evaluate_every": 1, "save_every": 100},
+        )
         ranks = start_ranks(words, tmp_path / f"run{attempt}.txt", [Plan(), Plan()])
         assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
     figure("B6", f"{attempts * steps} evaluations by 2 ranks, a loader process for each domain and rank")
@@ -69,15 +81,24 @@ def remote(two_domains: Path, tmp_path: Path) -> Iterator[tuple[Server, list[str
     served, local = tmp_path / "served", tmp_path / "local"
     shutil.copytree(two_domains / "fields", served)
     for name in ("shapes", "fields"):
-        shutil.copytree(two_domains / name, local / name, ignore=shutil.ignore_patterns("train-*") if name == "fields" else None)
+        shutil.copytree(
+            two_domains / name, local / name, ignore=shutil.ignore_patterns("train-*") if name == "fields" else None
+        )
     assert main(["index", "--catalogue", str(served / "train-00000.tar")]) == 0
     with serving(served) as server:
-        settings = ["data.remote=[http]", f"domains.fields.remote={server.address}", f"data.cache={tmp_path / 'cache'}", f"data.shards={local}"]
+        settings = [
+            "data.remote=[http]",
+            f"domains.fields.remote={server.address}",
+            f"data.cache={tmp_path / 'cache'}",
+            f"data.shards={local}",
+        ]
         yield server, [*settings, "data.workers=1"]
 
 
 @pytest.mark.parametrize("lost", ["train.catalogue", "train-00000.tar"])
-def test_a_file_that_cannot_be_fetched_is_a_failed_run_and_not_a_mistake(command: Words, remote: tuple[Server, list[str]], tmp_path: Path, lost: str) -> None:
+def test_a_file_that_cannot_be_fetched_is_a_failed_run_and_not_a_mistake(
+    command: Words, remote: tuple[Server, list[str]], tmp_path: Path, lost: str
+) -> None:
     """In one process and in two; before the first step, and in it."""
     server, settings = remote
     server.faults[lost] = ["403"] * 99
@@ -93,7 +114,9 @@ def test_a_file_that_cannot_be_fetched_is_a_failed_run_and_not_a_mistake(command
     assert "Traceback" not in ranks[0].text + ranks[1].text
 
 
-def test_an_address_that_the_recipe_does_not_allow_is_a_mistake(command: Words, remote: tuple[Server, list[str]], tmp_path: Path) -> None:
+def test_an_address_that_the_recipe_does_not_allow_is_a_mistake(
+    command: Words, remote: tuple[Server, list[str]], tmp_path: Path
+) -> None:
     server, settings = remote
     refused = start(command("run", *settings, "data.remote=[https]"), tmp_path / "run.txt")
     assert refused.wait() == 2 and len(refused.errors) == 1 and "write data.remote=[http]" in refused.errors[0]

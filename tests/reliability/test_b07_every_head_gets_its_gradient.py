@@ -16,7 +16,9 @@ def state(run: Path, step: int) -> Tensors:
     return load(found["model.safetensors"]) | load(found["optimiser.safetensors"])
 
 
-def test_two_processes_give_every_head_the_gradient_that_one_gives_it(command: Words, tmp_path: Path, figure: Callable[[str, str], None]) -> None:
+def test_two_processes_give_every_head_the_gradient_that_one_gives_it(
+    command: Words, tmp_path: Path, figure: Callable[[str, str], None]
+) -> None:
     """After one step of SGD without weight decay the momentum is the gradient."""
     settings = {**DETERMINISTIC, "optimiser": {"lr": 0.01, "weight_decay": 0.0}}
     batches = ("training.steps=1", "data.labelled_batch=4", "data.unlabelled_batch=4")
@@ -26,7 +28,13 @@ def test_two_processes_give_every_head_the_gradient_that_one_gives_it(command: W
     gradients = [load(tensors_of(tmp_path / "runs" / name)["optimiser.safetensors"]) for name in ("one", "two")]
     assert gradients[0].keys() == gradients[1].keys()
     largest = {}
-    for part in ("heads.fields.main", "heads.fields.auxiliaries", "heads.shapes.main", "heads.shapes.auxiliaries", "encoder"):
+    for part in (
+        "heads.fields.main",
+        "heads.fields.auxiliaries",
+        "heads.shapes.main",
+        "heads.shapes.auxiliaries",
+        "encoder",
+    ):
         names = [name for name in gradients[0] if name.startswith(part)]
         assert names and any(gradients[0][name].abs().max() > 0 for name in names), part
         largest[part] = max((gradients[0][name] - gradients[1][name]).abs().max().item() for name in names)
@@ -39,13 +47,23 @@ def test_a_domain_that_a_step_leaves_out_keeps_its_head_and_its_optimiser_state_
     command: Words, tmp_path: Path, figure: Callable[[str, str], None], optimiser: str
 ) -> None:
     settings = {"data__schedule": "alternate", "optimiser": {"name": optimiser, "lr": 1e-3}}
-    ranks = start_ranks(command("run", "training.steps=4", "training.save_every=1", **settings), tmp_path / "run.txt", [Plan(), Plan()])
+    ranks = start_ranks(
+        command("run", "training.steps=4", "training.save_every=1", **settings), tmp_path / "run.txt", [Plan(), Plan()]
+    )
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
     saved = {step: state(tmp_path / "runs" / "run", step) for step in (1, 2, 3, 4)}
     # The first and third step are of fields, the others of shapes.
-    for before, after, absent, present in ((1, 2, "fields", "shapes"), (2, 3, "shapes", "fields"), (3, 4, "fields", "shapes")):
+    for before, after, absent, present in (
+        (1, 2, "fields", "shapes"),
+        (2, 3, "shapes", "fields"),
+        (3, 4, "fields", "shapes"),
+    ):
         still = [name for name in saved[before] if name.startswith(f"heads.{absent}.")]
         assert len(still) > 4 and any("/" in name for name in still)
         assert all(torch.equal(saved[before][name], saved[after][name]) for name in still)
-        assert any(not torch.equal(saved[before][name], saved[after][name]) for name in saved[before] if name.startswith(f"heads.{present}.main"))
+        assert any(
+            not torch.equal(saved[before][name], saved[after][name])
+            for name in saved[before]
+            if name.startswith(f"heads.{present}.main")
+        )
     figure("B7", f"{optimiser}: absent heads and their state equal to the bit")

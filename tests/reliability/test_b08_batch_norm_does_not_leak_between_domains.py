@@ -20,10 +20,13 @@ def images(domain: str) -> torch.Tensor:
 def gap(norm: str, *, together: bool) -> float:
     """Mean difference between the features in training and in evaluation, in standard deviations of the features.
 
-    The images of all steps are the same, so that running statistics settle on what a pass has seen and only a leak is left.
+    The images of all steps are the same, so that running statistics settle on what a pass has seen and only a leak is
+    left.
     """
     tasks = {name: Task(things=(False, True)) for name in ("night", "day")}
-    model = Segmenter(EncoderSettings(name="test_resnet", stride=8, context="none", width=32, norm=norm), tasks, decoder="bilinear").train()
+    model = Segmenter(
+        EncoderSettings(name="test_resnet", stride=8, context="none", width=32, norm=norm), tasks, decoder="bilinear"
+    ).train()
     batch = {(name, "labelled"): images(name) for name in tasks}
     with torch.no_grad():
         for _ in range(120):

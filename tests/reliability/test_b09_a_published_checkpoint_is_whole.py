@@ -13,7 +13,9 @@ KILLS = 100 if FULL else 20
 Figure = Callable[[str, str], None]
 
 
-def test_no_loss_of_power_leaves_an_invalid_checkpoint_or_takes_an_acknowledged_one(tmp_path: Path, figure: Figure) -> None:
+def test_no_loss_of_power_leaves_an_invalid_checkpoint_or_takes_an_acknowledged_one(
+    tmp_path: Path, figure: Figure
+) -> None:
     """Every file operation of four saves, every order of names and every loss of contents that the disk may show."""
     run = call(saving.lose_power, (tmp_path / "disk",), tmp_path / "out.txt")
     assert run.wait() == 0, run.text
@@ -27,7 +29,9 @@ def test_the_model_of_the_disk_would_notice_a_writer_that_does_not_sync(tmp_path
     assert run.wait() == 1 and "AssertionError" in run.text, run.text
 
 
-def test_neither_an_error_nor_a_death_at_any_file_operation_harms_what_is_published(tmp_path: Path, figure: Figure) -> None:
+def test_neither_an_error_nor_a_death_at_any_file_operation_harms_what_is_published(
+    tmp_path: Path, figure: Figure
+) -> None:
     run = call(saving.fail_at_every_operation, (tmp_path / "work",), tmp_path / "out.txt")
     assert run.wait() == 0, run.text
     found = json.loads(run.text.splitlines()[-1])
@@ -36,7 +40,12 @@ def test_neither_an_error_nor_a_death_at_any_file_operation_harms_what_is_publis
 
 
 def test_kills_in_the_save_window_leave_whole_checkpoints(tmp_path: Path, figure: Figure) -> None:
-    chance, folder, told, saver = random.Random(9), tmp_path / "checkpoints", tmp_path / "acknowledged", saving.Saver(64)
+    chance, folder, told, saver = (
+        random.Random(9),
+        tmp_path / "checkpoints",
+        tmp_path / "acknowledged",
+        saving.Saver(64),
+    )
     told.touch()
     for _ in range(KILLS):
         lines = told.read_text().count("\n")

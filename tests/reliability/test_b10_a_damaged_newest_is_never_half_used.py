@@ -7,7 +7,8 @@ from processes import start
 from run_files import steps_of
 
 from multidomain_cct.__main__ import main
-from multidomain_cct.training.checkpoint import choose_checkpoint, damage, newest_checkpoint
+from multidomain_cct.errors import UserError
+from multidomain_cct.training.checkpoints.checkpoint import choose_checkpoint, damage, newest_checkpoint
 
 FILES = ("model.safetensors", "optimiser.safetensors", "state.json", "MANIFEST.json")
 
@@ -29,18 +30,27 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("kind", DAMAGE)
 @pytest.mark.parametrize("file", FILES)
-def test_automatic_choice_passes_over_it_with_one_warning_and_an_explicit_one_is_an_error(tiny_run: Path, tmp_path: Path, file: str, kind: str) -> None:
+def test_automatic_choice_passes_over_it_with_one_warning_and_an_explicit_one_is_an_error(
+    tiny_run: Path, tmp_path: Path, file: str, kind: str
+) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     before, newest = [run / "checkpoints" / f"step-{step:08d}" for step in steps_of(run)][-2:]
     DAMAGE[kind](newest / file)
     found, warnings = newest_checkpoint(run / "checkpoints")
-    assert found == before and len(warnings) == 1 and warnings[0].startswith(f"{newest} is damaged (") and file in warnings[0]
+    assert (
+        found == before
+        and len(warnings) == 1
+        and warnings[0].startswith(f"{newest} is damaged (")
+        and file in warnings[0]
+    )
     for which in ("last", str(newest)):
-        with pytest.raises(ValueError, match=f"{newest.name} is damaged .*{file}.*Choose another with --checkpoint"):
+        with pytest.raises(UserError, match=f"{newest.name} is damaged .*{file}.*Choose another with --checkpoint"):
             choose_checkpoint(run, which)
 
 
-def test_every_byte_of_the_state_and_of_the_manifest_is_guarded(tiny_run: Path, tmp_path: Path, figure: Callable[[str, str], None]) -> None:
+def test_every_byte_of_the_state_and_of_the_manifest_is_guarded(
+    tiny_run: Path, tmp_path: Path, figure: Callable[[str, str], None]
+) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     newest = run / "checkpoints" / f"step-{steps_of(run)[-1]:08d}"
     flips = 0
@@ -56,11 +66,13 @@ def test_every_byte_of_the_state_and_of_the_manifest_is_guarded(tiny_run: Path, 
     figure("B10", f"{len(FILES) * len(DAMAGE)} kinds of damage and {flips} flipped bytes seen, 0 mixtures")
 
 
-def test_when_none_is_whole_nothing_is_used(command: Callable[..., list[str]], tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_when_none_is_whole_nothing_is_used(
+    command: Callable[..., list[str]], tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = shutil.copytree(tiny_run, tmp_path / "run")
     for step in steps_of(run):
         (run / "checkpoints" / f"step-{step:08d}" / "state.json").write_text("{}")
-    with pytest.raises(ValueError, match="no checkpoint is whole"):
+    with pytest.raises(UserError, match="no checkpoint is whole"):
         newest_checkpoint(run / "checkpoints")
     assert main(["evaluate", str(run)]) == 2
     assert "is damaged (state.json has 2 bytes" in capsys.readouterr().err

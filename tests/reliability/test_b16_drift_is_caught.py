@@ -8,7 +8,8 @@ import pytest
 from processes import start
 
 from multidomain_cct.__main__ import main
-from multidomain_cct.data.shards import Record, Shards, ShardWriter
+from multidomain_cct.data.shards.reader import Record, Shards
+from multidomain_cct.data.shards.writer import ShardWriter
 
 Train = Callable[..., str]
 
@@ -31,7 +32,15 @@ def workspace(trained: Path, tmp_path: Path) -> Path:
 
 def go_on(workspace: Path, capsys: pytest.CaptureFixture[str], *overrides: str) -> tuple[int, str]:
     capsys.readouterr()
-    code = main(["train", str(workspace / "tiny.yaml"), "--domains", str(workspace / "domains"), *(overrides or ("resume=auto",))])
+    code = main(
+        [
+            "train",
+            str(workspace / "tiny.yaml"),
+            "--domains",
+            str(workspace / "domains"),
+            *(overrides or ("resume=auto",)),
+        ]
+    )
     printed = capsys.readouterr()
     return code, printed.err if code else printed.out
 
@@ -49,7 +58,9 @@ SETTINGS = {
 
 
 @pytest.mark.parametrize("override", SETTINGS)
-def test_other_settings_are_refused_with_old_and_new(workspace: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+def test_other_settings_are_refused_with_old_and_new(
+    workspace: Path, capsys: pytest.CaptureFixture[str], override: str
+) -> None:
     before = contents(workspace / "runs")
     code, line = go_on(workspace, capsys, "resume=auto", override)
     assert code == 2 and line.count("error: ") == 1 and SETTINGS[override] in line and "resume=force" in line
@@ -89,7 +100,9 @@ def written_again(workspace: Path, change: Callable[[list[Record]], list[tuple[s
 
 def added_images(workspace: Path) -> None:
     """The same images once more, under names that are new."""
-    written_again(workspace, lambda records: [(again + record.key, record) for again in ("", "more_") for record in records])
+    written_again(
+        workspace, lambda records: [(again + record.key, record) for again in ("", "more_") for record in records]
+    )
 
 
 def removed_images(workspace: Path) -> None:
@@ -106,12 +119,16 @@ CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_other_domains_classes_and_shards_are_refused_with_old_and_new(workspace: Path, capsys: pytest.CaptureFixture[str], change: str) -> None:
+def test_other_domains_classes_and_shards_are_refused_with_old_and_new(
+    workspace: Path, capsys: pytest.CaptureFixture[str], change: str
+) -> None:
     alter, message = CHANGES[change]
     alter(workspace)
     before = contents(workspace / "runs")
     code, line = go_on(workspace, capsys)
-    assert code == 2 and line.count("error: ") == 1 and message in line and " -> " in line and "resume=force" in line, line
+    assert code == 2 and line.count("error: ") == 1 and message in line and " -> " in line and "resume=force" in line, (
+        line
+    )
     assert contents(workspace / "runs") == before
 
 
@@ -121,16 +138,26 @@ def test_a_forced_run_goes_on_says_so_and_records_what_had_changed(
     changed_shard(workspace)
     code, printed = go_on(workspace, capsys, "resume=force", "training.steps=4")
     assert code == 0 and "going on from step 2" in printed
-    assert "resume=force goes on although training.steps: 2 -> 4" in printed and "resume=force goes on although shapes/train: " in printed
+    assert (
+        "resume=force goes on although training.steps: 2 -> 4" in printed
+        and "resume=force goes on although shapes/train: " in printed
+    )
     (again,) = json.loads((workspace / "runs" / "tiny" / "env.json").read_text())["resumed"]
-    assert again["forced"][0] == "training.steps: 2 -> 4" and any(line.startswith("shapes/train: ") for line in again["forced"])
+    assert again["forced"][0] == "training.steps: 2 -> 4" and any(
+        line.startswith("shapes/train: ") for line in again["forced"]
+    )
     # What was forced once is the run's recipe and data from then on.
     code, printed = go_on(workspace, capsys, "resume=auto", "training.steps=4")
     assert code == 0 and "although" not in printed
-    figure("B16", f"{len(SETTINGS) + len(CHANGES)} kinds of drift refused with old -> new; resume=force goes on and records it")
+    figure(
+        "B16",
+        f"{len(SETTINGS) + len(CHANGES)} kinds of drift refused with old -> new; resume=force goes on and records it",
+    )
 
 
-def test_a_forced_run_still_cannot_load_weights_that_do_not_fit(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_forced_run_still_cannot_load_weights_that_do_not_fit(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     code, line = go_on(workspace, capsys, "resume=force", "encoder.width=64")
     assert code == 2 and "does not fit the model" in line and line.count("error: ") == 1
 

@@ -21,16 +21,22 @@ from processes import Plan, Started, seen, start_ranks
 from run_files import logged, state_of, tensors_of
 from tars import write_tar
 
-from multidomain_cct.data.augment import Augment
-from multidomain_cct.data.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
+from multidomain_cct.data.batches.loader import Batch, TrainingSet, steps
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, open_streams
+from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
-from multidomain_cct.data.loader import Batch, TrainingSet, steps
-from multidomain_cct.data.shard_index import IMAGE as IMAGE_COLUMN
-from multidomain_cct.data.shard_index import ShardIndex, index_path
-from multidomain_cct.data.streams import DataSettings, DomainSettings, open_streams
-from multidomain_cct.data.tar_index import index_shard
+from multidomain_cct.data.shards.index import IMAGE as IMAGE_COLUMN
+from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.data.shards.scan import index_shard
+from multidomain_cct.errors import UserError
 
-DOMAIN = Domain("yard", "folder", {"train": Split("*.jpg", "*.png")}, (LabelClass("ground", (0, 0, 0)), LabelClass("cat", (9, 9, 9))))
+DOMAIN = Domain(
+    "yard",
+    "folder",
+    {"train": Split("*.jpg", "*.png")},
+    (LabelClass("ground", (0, 0, 0)), LabelClass("cat", (9, 9, 9))),
+)
 SAMPLES, BAD = 9, "image_4"
 Members = list[tuple[str, bytes]]
 
@@ -49,7 +55,11 @@ def mask(**options: object) -> bytes:
 def members() -> Members:
     rows: Members = []
     for number in range(SAMPLES):
-        rows += [(f"image_{number}.jpg", picture("JPEG", seed=number)), (f"image_{number}.png", mask(seed=number)), (f"image_{number}.json", b"{}")]
+        rows += [
+            (f"image_{number}.jpg", picture("JPEG", seed=number)),
+            (f"image_{number}.png", mask(seed=number)),
+            (f"image_{number}.json", b"{}"),
+        ]
     return rows
 
 
@@ -120,10 +130,19 @@ def changed(change: Callable[[bytes], bytes]) -> Callable[[Path], None]:
 FILE_FAULTS: dict[str, tuple[Callable[[Path], None], str]] = {
     "a link": (a_link, "not a regular file"),
     "a member that is cut off": (changed(lambda content: content[:5000]), "cut off|not a tar header|unexpected end"),
-    "no end marker": (changed(lambda content: content.rstrip(b"\0")[: -(len(content.rstrip(b"\0")) % 512)]), "end marker is missing|cut off"),
-    "a damaged header": (changed(lambda content: content.replace(b"image_4.jpg", b"image_4.jpq", 1)), "not a tar header"),
+    "no end marker": (
+        changed(lambda content: content.rstrip(b"\0")[: -(len(content.rstrip(b"\0")) % 512)]),
+        "end marker is missing|cut off",
+    ),
+    "a damaged header": (
+        changed(lambda content: content.replace(b"image_4.jpg", b"image_4.jpq", 1)),
+        "not a tar header",
+    ),
     "a compressed shard": (changed(gzip.compress), "not an uncompressed tar"),
-    "a shard that is text": (lambda path: (path.parent.mkdir(exist_ok=True), path.write_text("hello " * 300))[0], "not an uncompressed tar"),  # type: ignore[func-returns-value]
+    "a shard that is text": (
+        lambda path: (path.parent.mkdir(exist_ok=True), path.write_text("hello " * 300))[0],
+        "not an uncompressed tar",
+    ),  # type: ignore[func-returns-value]
 }
 
 
@@ -143,16 +162,21 @@ def keys(batches: list[Batch]) -> list[str]:
 
 
 @pytest.mark.parametrize("fault", SAMPLE_FAULTS)
-def test_b18_a_bad_sample_ends_the_run_by_name_or_is_skipped_and_counted(tmp_path: Path, fault: str, record_property: Callable[[str, object], None]) -> None:
+def test_b18_a_bad_sample_ends_the_run_by_name_or_is_skipped_and_counted(
+    tmp_path: Path, fault: str, record_property: Callable[[str, object], None]
+) -> None:
     member, content, reason = SAMPLE_FAULTS[fault]
     for name, rows in (("good", members()), ("bad", with_member(member, content))):
         index_shard(write_tar(tmp_path / name / "yard/train-00000.tar", rows))
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(UserError) as error:
         one_epoch(tmp_path / "bad")
     line, field = str(error.value), reason.partition(":")[0]
     assert "train-00000.tar" in line and repr(BAD) in line and field in line and "\n" not in line
 
-    good, bad = keys(one_epoch(tmp_path / "good", epochs=3)), one_epoch(tmp_path / "bad", epochs=3, on_bad="skip", max_bad_fraction=0.2)
+    good, bad = (
+        keys(one_epoch(tmp_path / "good", epochs=3)),
+        one_epoch(tmp_path / "bad", epochs=3, on_bad="skip", max_bad_fraction=0.2),
+    )
     assert Counter(skip.reason for batch in bad for skip in batch.skipped) == {reason: 3}
     assert {skip.key for batch in bad for skip in batch.skipped} == {BAD}
     # Where the bad image stood stands the next one of the shard; nothing else has moved.
@@ -167,12 +191,16 @@ def test_b18_the_count_of_bytes_that_changed_after_indexing_is_exact(tmp_path: P
     for row, column in ((1, 0), (4, 1), (7, 0)):
         content[index.offset[row, column] + 30] ^= 1
     path.write_bytes(content)
-    with pytest.raises(ValueError, match="the bytes differ from what was indexed"):
+    with pytest.raises(UserError, match="the bytes differ from what was indexed"):
         one_epoch(tmp_path)
-    reasons = Counter(skip.reason for batch in one_epoch(tmp_path, on_bad="skip", max_bad_fraction=0.5) for skip in batch.skipped)
+    reasons = Counter(
+        skip.reason for batch in one_epoch(tmp_path, on_bad="skip", max_bad_fraction=0.5) for skip in batch.skipped
+    )
     assert reasons == {"image: bytes differ from the index": 2, "mask: bytes differ from the index": 1}
     with pytest.raises(
-        ValueError, match=r"yard: \d of \d images cannot be used \(.*\), more than data.max_bad_fraction 0.2 allows. The last: .*train-00000.tar"
+        UserError,
+        match=r"yard: \d of \d images cannot be used \(.*\), more than data.max_bad_fraction 0.2 allows. The last: "
+        r".*train-00000.tar",
     ):
         one_epoch(tmp_path, on_bad="skip", max_bad_fraction=0.2)
 
@@ -181,7 +209,7 @@ def test_b18_when_nothing_can_stand_in_the_run_ends(tmp_path: Path) -> None:
     index_shard(write_tar(tmp_path / "yard/train-00000.tar", [(f"image_{n}.jpg", b"no image") for n in range(3)]))
     data = DataSettings(shards=str(tmp_path), unlabelled_batch=1, crop=[16, 16], on_bad="skip", max_bad_fraction=1.0)
     streams = open_streams(DOMAIN, DomainSettings(labelled="none"), data)
-    with pytest.raises(ValueError, match="the last of 3 neighbouring samples that cannot be used"):
+    with pytest.raises(UserError, match="the last of 3 neighbouring samples that cannot be used"):
         list(steps(TrainingSet([streams], seed=3, augment=Augment()), 0, 1, workers=0))
 
 
@@ -198,10 +226,10 @@ def test_b18_a_malformed_shard_is_refused_before_a_run_sees_it_whatever_becomes_
     else:
         write, message = FILE_FAULTS[fault]
         write(path)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         index_shard(path)
     assert str(path) in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(FileNotFoundError, match="has no index. Build it"):
+    with pytest.raises(UserError, match="has no index. Build it"):
         one_epoch(tmp_path, on_bad=on_bad)
     record_property("B18", f"{len(SHARD_FAULTS) + len(FILE_FAULTS)} kinds of malformed shards refused in both modes")
 
@@ -225,13 +253,24 @@ def two_bad(two_domains: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def two_ranks(command: Words, two_bad: Path, tmp_path: Path) -> Callable[..., list[Started]]:
-    """A function (run's name, max_bad_fraction, a plan for each rank) that trains on the two bad images with two processes: five epochs of the ten images."""
+    """A function (run's name, max_bad_fraction, a plan for each rank) that trains on the two bad images with two
+    processes: five epochs of the ten images.
+    """
 
     def begin(name: str, max_bad_fraction: float, plans: list[Plan], *more: str) -> list[Started]:
         domains = {"fields": {"labelled": "all", "labelled_batch": 2}, "shapes": {"labelled": "4"}}
-        data = [f"data.shards={two_bad}", "data.workers=1", "data.on_bad=skip", f"data.max_bad_fraction={max_bad_fraction}"]
+        data = [
+            f"data.shards={two_bad}",
+            "data.workers=1",
+            "data.on_bad=skip",
+            f"data.max_bad_fraction={max_bad_fraction}",
+        ]
         training = {"steps": 25, "log_every": 1, "evaluate_every": 100, "save_every": 5, "keep": 99}
-        return start_ranks(command(name, *data, *more, training=training, domains=domains, method="supervised"), tmp_path / f"{name}.txt", plans)
+        return start_ranks(
+            command(name, *data, *more, training=training, domains=domains, method="supervised"),
+            tmp_path / f"{name}.txt",
+            plans,
+        )
 
     return begin
 
@@ -257,8 +296,13 @@ def test_b18_bad_images_are_counted_and_told_over_all_processes(
     assert sum(substitutes) == 20 and all(substitutes)
     told = [line for line in ranks[0].text.splitlines() if "fields: skipped: " in line]
     assert [sum(repr(key) in line for line in told) for key in BAD_KEYS] == [5, 5] and "skipped: " not in ranks[1].text
-    assert [line[f"data/fields/skipped/{REASON}"] for line in logged(run) if "lr" in line and line["step"] % 5 == 0] == [2, 4, 6, 8, 10]
-    assert state_of(run, 25)["images"] == {"fields": {"read": 60, "skipped": {REASON: 10}}, "shapes": {"read": 50, "skipped": {}}}
+    assert [
+        line[f"data/fields/skipped/{REASON}"] for line in logged(run) if "lr" in line and line["step"] % 5 == 0
+    ] == [2, 4, 6, 8, 10]
+    assert state_of(run, 25)["images"] == {
+        "fields": {"read": 60, "skipped": {REASON: 10}},
+        "shapes": {"read": 50, "skipped": {}},
+    }
     figure("B18", "2 ranks: skipped images counted and told over both")
 
 
@@ -271,7 +315,10 @@ def test_b18_all_processes_end_at_the_same_step_when_their_bad_images_together_a
     assert [rank.wait() for rank in ranks] == [2, 2], ranks[0].text + ranks[1].text
     assert processes_of(tmp_path / "runs" / "run") == 2
     (line,) = ranks[0].errors
-    assert line.startswith("error: fields: 2 of ") and f"images cannot be used (2 x {REASON}), more than data.max_bad_fraction 0.15 allows" in line
+    assert (
+        line.startswith("error: fields: 2 of ")
+        and f"images cannot be used (2 x {REASON}), more than data.max_bad_fraction 0.15 allows" in line
+    )
     assert not ranks[1].errors and "Traceback" not in ranks[0].text + ranks[1].text
     steps_taken = [len(seen(file)) for file in files]
     assert steps_taken[0] == steps_taken[1] <= 5

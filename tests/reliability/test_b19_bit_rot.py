@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.catalogue import Catalogue, catalogue_path
-from multidomain_cct.data.shard_index import ShardIndex, index_path
-from multidomain_cct.data.shards import BadSample, Shards, ShardWriter
-from multidomain_cct.data.tar_index import verify_shard
+from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
+from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.data.shards.reader import BadSample, Shards
+from multidomain_cct.data.shards.scan import verify_shard
+from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.errors import UserError
 
 FLIPS = 200
 
@@ -54,7 +56,7 @@ def test_b19_every_changed_byte_of_a_shard_is_seen(shard: Path, record_property:
     for _ in range(FLIPS):
         place, changed = flipped(whole, rng)
         shard.write_bytes(changed)
-        with pytest.raises(ValueError, match="differs from what was indexed"):
+        with pytest.raises(UserError, match="differs from what was indexed"):
             verify_shard(shard)
         where = region(index, place)
         if where in ("image", "mask"):
@@ -65,11 +67,17 @@ def test_b19_every_changed_byte_of_a_shard_is_seen(shard: Path, record_property:
                     shards.read(number)
         seen[where] += 1
     assert seen["header"] and seen["image"] and seen["mask"]
-    record_property("B19", f"{seen.total()} of {FLIPS} flips in a shard seen ({', '.join(f'{count} {name}' for name, count in sorted(seen.items()))})")
+    record_property(
+        "B19",
+        f"{seen.total()} of {FLIPS} flips in a shard seen "
+        f"({', '.join(f'{count} {name}' for name, count in sorted(seen.items()))})",
+    )
 
 
 @pytest.mark.parametrize("what", ["index", "catalogue"])
-def test_b19_a_changed_byte_of_an_index_or_catalogue_never_changes_what_it_says(shard: Path, what: str, record_property: Callable[[str, object], None]) -> None:
+def test_b19_a_changed_byte_of_an_index_or_catalogue_never_changes_what_it_says(
+    shard: Path, what: str, record_property: Callable[[str, object], None]
+) -> None:
     path = index_path(shard) if what == "index" else catalogue_path(shard.parent, "train")
     if what == "catalogue":
         Catalogue.of([shard]).save(path)
@@ -81,7 +89,7 @@ def test_b19_a_changed_byte_of_an_index_or_catalogue_never_changes_what_it_says(
         try:
             # White space in the file's own header may change without a change of meaning.
             assert repr(read(path)) == right
-        except ValueError as error:
+        except UserError as error:
             assert str(path) in str(error) and "\n" not in str(error)
             refused += 1
     assert refused >= FLIPS * 0.9

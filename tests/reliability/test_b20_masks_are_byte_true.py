@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.augment import decode
+from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import Domain, LabelClass
-from multidomain_cct.data.shards import BadSample, Shards
-from multidomain_cct.data.tar_index import index_shard
+from multidomain_cct.data.shards.reader import BadSample, Shards
+from multidomain_cct.data.shards.scan import index_shard
 
 GREY, PALETTE = 0, 3
 KINDS = [(GREY, 1), (GREY, 2), (GREY, 4), (GREY, 8), (GREY, 16), (PALETTE, 1), (PALETTE, 2), (PALETTE, 4), (PALETTE, 8)]
@@ -36,7 +36,9 @@ def png(ids: np.ndarray, kind: int, depth: int) -> bytes:
         bits = (ids[:, :, None] >> np.arange(depth - 1, -1, -1)) & 1
         rows = [np.packbits(row.reshape(-1).astype(np.uint8)).tobytes() for row in bits]
     chunks += [(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))), (b"IEND", b"")]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
 
 
 def shard_of(folder: Path, mask: bytes) -> Shards:
@@ -52,21 +54,33 @@ def shard_of(folder: Path, mask: bytes) -> Shards:
 
 
 @pytest.mark.parametrize(("kind", "depth"), KINDS)
-def test_b20_ids_come_back_as_they_were_written(tmp_path: Path, kind: int, depth: int, record_property: Callable[[str, object], None]) -> None:
+def test_b20_ids_come_back_as_they_were_written(
+    tmp_path: Path, kind: int, depth: int, record_property: Callable[[str, object], None]
+) -> None:
     ids = np.random.default_rng(depth).integers(0, min(20, 2**depth), (HEIGHT, WIDTH))
     if depth >= 8:
         ids[0, 0] = 255
     _, mask = decode(shard_of(tmp_path, png(ids, kind, depth)).read(0), DOMAIN)
     assert mask is not None and mask.mode == "L" and np.array_equal(np.asarray(mask), ids)
-    record_property("B20", f"ids equal in {len(KINDS)} kinds of PNG: grey of 1, 2, 4, 8, 16 bits, palettes of 1, 2, 4, 8 bits")
+    record_property(
+        "B20", f"ids equal in {len(KINDS)} kinds of PNG: grey of 1, 2, 4, 8, 16 bits, palettes of 1, 2, 4, 8 bits"
+    )
 
 
-@pytest.mark.parametrize(("kind", "depth", "wrong"), [(GREY, 8, 20), (GREY, 8, 254), (PALETTE, 8, 33), (GREY, 16, 300), (GREY, 16, 511), (GREY, 16, 65535)])
-def test_b20_an_id_outside_the_class_table_is_named_with_shard_and_key(tmp_path: Path, kind: int, depth: int, wrong: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "depth", "wrong"),
+    [(GREY, 8, 20), (GREY, 8, 254), (PALETTE, 8, 33), (GREY, 16, 300), (GREY, 16, 511), (GREY, 16, 65535)],
+)
+def test_b20_an_id_outside_the_class_table_is_named_with_shard_and_key(
+    tmp_path: Path, kind: int, depth: int, wrong: int
+) -> None:
     ids = np.zeros((HEIGHT, WIDTH), dtype=np.int64)
     ids[3, 4] = wrong
     shards = shard_of(tmp_path, png(ids, kind, depth))
-    with pytest.raises(BadSample, match=rf"train-00000.tar: key 'image_7': the mask holds the train id {wrong}, but yard has the classes 0 to 19"):
+    with pytest.raises(
+        BadSample,
+        match=rf"train-00000.tar: key 'image_7': the mask holds the train id {wrong}, but yard has the classes 0 to 19",
+    ):
         decode(shards.read(0), DOMAIN)
 
 

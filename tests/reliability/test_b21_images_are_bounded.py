@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.augment import decode
+from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import Domain, LabelClass
-from multidomain_cct.data.shards import BadSample, Record
+from multidomain_cct.data.shards.reader import BadSample, Record
 
 DOMAIN = Domain("yard", "folder", {}, (LabelClass("ground", (0, 0, 0)),))
 
@@ -31,7 +31,11 @@ def png(width: int, height: int, body: bytes, extra: bytes = b"") -> bytes:
 def zeros(count: int) -> bytes:
     """So many zero bytes, deflated."""
     deflate, block = zlib.compressobj(1), bytes(1 << 20)
-    return b"".join(deflate.compress(block) for _ in range(count >> 20)) + deflate.compress(bytes(count & 0xFFFFF)) + deflate.flush()
+    return (
+        b"".join(deflate.compress(block) for _ in range(count >> 20))
+        + deflate.compress(bytes(count & 0xFFFFF))
+        + deflate.flush()
+    )
 
 
 def saved(kind: str, **options: object) -> bytes:
@@ -78,7 +82,9 @@ def refuse(image: bytes, mask: bytes | None = None) -> tuple[float, float]:
     """Seconds and MB that it took to refuse the sample."""
     Path("/proc/self/clear_refs").write_text("5")
     before, started = resident("VmRSS"), time.perf_counter()
-    with pytest.raises(BadSample, match=r"train-00000.tar: key 'image_7': the (image|mask) .*(cannot be read|too large)") as error:
+    with pytest.raises(
+        BadSample, match=r"train-00000.tar: key 'image_7': the (image|mask) .*(cannot be read|too large)"
+    ) as error:
         decode(Record("image_7", "train-00000.tar", image, mask), DOMAIN)
     assert "\n" not in str(error.value)
     return time.perf_counter() - started, resident("VmHWM") - before

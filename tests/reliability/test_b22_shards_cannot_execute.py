@@ -13,12 +13,31 @@ import pytest
 from PIL import Image
 from tars import write_tar
 
-from multidomain_cct.data.augment import decode
+from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import Domain, LabelClass
-from multidomain_cct.data.shards import BadSample, Shards
-from multidomain_cct.data.tar_index import Extensions, index_shard
+from multidomain_cct.data.shards.reader import BadSample, Shards
+from multidomain_cct.data.shards.scan import Extensions, index_shard
+from multidomain_cct.errors import UserError
 
-ENDINGS = ("pkl", "pickle", "pyd", "pth", "pt", "npy", "npz", "so", "dill", "joblib", "PKL", "Pth", "pkl.gz", "jpg.gz", "jpg.pkl", "py", "")
+ENDINGS = (
+    "pkl",
+    "pickle",
+    "pyd",
+    "pth",
+    "pt",
+    "npy",
+    "npz",
+    "so",
+    "dill",
+    "joblib",
+    "PKL",
+    "Pth",
+    "pkl.gz",
+    "jpg.gz",
+    "jpg.pkl",
+    "py",
+    "",
+)
 DOMAIN = Domain("yard", "folder", {}, (LabelClass("ground", (0, 0, 0)),))
 
 
@@ -45,17 +64,19 @@ def jpeg() -> bytes:
     return buffer.getvalue()
 
 
-def test_b22_members_that_could_be_run_are_refused_by_name(tmp_path: Path, record_property: Callable[[str, object], None]) -> None:
+def test_b22_members_that_could_be_run_are_refused_by_name(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     canary = tmp_path / "canary"
     tried = 0
     for kind, content in payloads(canary).items():
         for ending in ENDINGS:
             name = f"a.{ending}" if ending else "a"
             path = write_tar(tmp_path / "train-00000.tar", [("a.jpg", jpeg()), (name, content)])
-            with pytest.raises(ValueError) as error:
+            with pytest.raises(UserError) as error:
                 index_shard(path)
             assert repr(name) in str(error.value) and str(path) in str(error.value), kind
-            with pytest.raises(FileNotFoundError, match="has no index"):
+            with pytest.raises(UserError, match="has no index"):
                 Shards.of([path])
             tried += 1
     assert not canary.exists()
@@ -63,7 +84,9 @@ def test_b22_members_that_could_be_run_are_refused_by_name(tmp_path: Path, recor
 
 
 @pytest.mark.parametrize("ending", ["jpg", "pkl", "npy"])
-def test_b22_a_member_that_is_taken_for_an_image_or_mask_is_only_ever_decoded_as_one(tmp_path: Path, ending: str) -> None:
+def test_b22_a_member_that_is_taken_for_an_image_or_mask_is_only_ever_decoded_as_one(
+    tmp_path: Path, ending: str
+) -> None:
     canary = tmp_path / "canary"
     for content in payloads(canary).values():
         for image, mask in ((content, jpeg()), (jpeg(), content)):

@@ -10,17 +10,22 @@ import pytest
 from multidomain_cct.__main__ import main
 
 SECRET = "hunter2-abcdef"
-DOMAIN = "name: yard\nlayout: folder\nsplits: {train: {images: '*.jpg', masks: '*.png'}}\nclasses: [{name: grass, color: [0, 200, 0]}]\n"
+DOMAIN = (
+    "name: yard\nlayout: folder\nsplits: {train: {images: '*.jpg', masks: '*.png'}}\nclasses: [{name: grass, color: "
+    "[0, 200, 0]}]\n"
+)
 RECIPE = "domains: {yard: {labelled: 2}}\n"
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{below}'] * 10)}]\n" for below, name in zip("abcdefghi", "bcdefghij", strict=True)
 )
 RECIPES = {
     "a shell as the place of shards": RECIPE + "data: {shards: 'pipe:touch canary'}\n",
-    "a shell as a remote place": RECIPE.replace("labelled: 2", "labelled: 2, remote: 'pipe:touch canary'") + "data: {remote: [pipe]}\n",
+    "a shell as a remote place": RECIPE.replace("labelled: 2", "labelled: 2, remote: 'pipe:touch canary'")
+    + "data: {remote: [pipe]}\n",
     "standard input as shards": RECIPE + "data: {shards: '-'}\n",
     "a file address": RECIPE.replace("labelled: 2", "labelled: 2, remote: 'file:///etc'") + "data: {remote: [file]}\n",
-    "a password in an address": RECIPE.replace("labelled: 2", f"labelled: 2, remote: 'https://me:{SECRET}@localhost/x'") + "data: {remote: [https]}\n",
+    "a password in an address": RECIPE.replace("labelled: 2", f"labelled: 2, remote: 'https://me:{SECRET}@localhost/x'")
+    + "data: {remote: [https]}\n",
     "an address without leave": RECIPE.replace("labelled: 2", "labelled: 2, remote: 'https://localhost/x'"),
     "a shell variable": RECIPE + "data: {shards: '${SECRET}'}\n",
     "an interpolated variable": RECIPE + "runs: '${oc.env:SECRET}'\n",
@@ -47,7 +52,13 @@ DOMAINS = {
     "a shell as layout": DOMAIN.replace("layout: folder", "layout: 'pipe:touch canary'"),
     "a name that leads out": DOMAIN.replace("name: yard", "name: ../yard"),
 }
-OVERRIDES = ("data.shards=pipe:touch canary", "seed=!!python/object/apply:os.mkdir [canary]", "runs=${oc.env:SECRET}", "data.workers=[*a]", "sead=1")
+OVERRIDES = (
+    "data.shards=pipe:touch canary",
+    "seed=!!python/object/apply:os.mkdir [canary]",
+    "runs=${oc.env:SECRET}",
+    "data.workers=[*a]",
+    "sead=1",
+)
 
 
 @pytest.fixture
@@ -70,7 +81,11 @@ def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
 
 
 def unharmed(workspace: Path) -> bool:
-    return not list(workspace.rglob("canary")) and {path.name for path in workspace.iterdir()} <= {"domains", "run.yaml", "spare.yaml"}
+    return not list(workspace.rglob("canary")) and {path.name for path in workspace.iterdir()} <= {
+        "domains",
+        "run.yaml",
+        "spare.yaml",
+    }
 
 
 @pytest.mark.parametrize("what", RECIPES)

@@ -33,7 +33,9 @@ def forge(manifest: Path, changed: Path) -> None:
 
     def renewed(value: object, key: str = "") -> object:
         if isinstance(value, dict):
-            return {name: renewed(item, str(name) if str(name) == changed.name else key) for name, item in value.items()}
+            return {
+                name: renewed(item, str(name) if str(name) == changed.name else key) for name, item in value.items()
+            }
         if key == changed.name:
             return size if isinstance(value, int) else digest
         return value
@@ -46,9 +48,15 @@ def test_b24_a_pickle_in_place_of_any_file_of_a_run_is_refused_and_does_nothing(
     tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], record_property: Callable[[str, object], None]
 ) -> None:
     canary, tried, forged = tmp_path / "canary", 0, 0
-    names = sorted(str(path.relative_to(tiny_run)) for path in tiny_run.rglob("*") if path.is_file() and path.suffix in (".yaml", ".safetensors", ".json"))
+    names = sorted(
+        str(path.relative_to(tiny_run))
+        for path in tiny_run.rglob("*")
+        if path.is_file() and path.suffix in (".yaml", ".safetensors", ".json")
+    )
     checkpoint = max(path for path in (tiny_run / "checkpoints").iterdir() if path.is_dir())
-    names += [str(path.relative_to(tiny_run)) for path in checkpoint.iterdir() if str(path.relative_to(tiny_run)) not in names]
+    names += [
+        str(path.relative_to(tiny_run)) for path in checkpoint.iterdir() if str(path.relative_to(tiny_run)) not in names
+    ]
     assert any(name.endswith(".safetensors") for name in names)
     for name in names:
         for vouched in (False, True):
@@ -64,7 +72,9 @@ def test_b24_a_pickle_in_place_of_any_file_of_a_run_is_refused_and_does_nothing(
             code = main(["evaluate", str(run), "--domain", "fields"])
             assert code in (0, 1, 2) and "Traceback" not in capsys.readouterr().err and not canary.exists(), name
             # The optimiser and the environment are of no use to an evaluation; whatever it reads, it refuses.
-            assert code == 2 or Path(name).name in ("optimiser.safetensors", "env.json") or checkpoint.name not in name, name
+            assert (
+                code == 2 or Path(name).name in ("optimiser.safetensors", "env.json") or checkpoint.name not in name
+            ), name
             tried += 1
             forged += vouched
     record_property("B24", f"{tried} files replaced by pickles, {forged} of them vouched for by the manifest: canary 0")

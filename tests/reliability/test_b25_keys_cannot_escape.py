@@ -16,10 +16,11 @@ from tars import write_tar
 
 from multidomain_cct.__main__ import main
 from multidomain_cct.commands.terminal import complain, say
-from multidomain_cct.data.printable import printable
-from multidomain_cct.data.shard_index import ShardIndex, index_path
-from multidomain_cct.data.shards import ShardWriter
-from multidomain_cct.data.tar_index import index_shard
+from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.data.shards.scan import index_shard
+from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.errors import UserError
+from multidomain_cct.files.printable import printable
 from multidomain_cct.training.runlog import RunLog
 
 KEYS = (
@@ -54,7 +55,7 @@ def test_b25_a_key_is_refused_by_the_index_or_is_a_name_that_can_do_no_harm(tmp_
     path = tar_of(tmp_path / "train-00000.tar", key)
     try:
         (found,) = index_shard(path).keys
-    except ValueError as error:
+    except UserError as error:
         assert str(error).isprintable()
         return
     assert found.isprintable() and not found.startswith("/") and ".." not in found.split("/") and len(found) <= 240
@@ -63,7 +64,7 @@ def test_b25_a_key_is_refused_by_the_index_or_is_a_name_that_can_do_no_harm(tmp_
 def test_b25_an_index_from_elsewhere_cannot_bring_in_other_keys(tmp_path: Path) -> None:
     path = tar_of(tmp_path / "train-00000.tar", "good")
     replace(index_shard(path), keys=("esc\x1b[2J",)).save(index_path(path))
-    with pytest.raises(ValueError, match="the index holds keys with control characters") as error:
+    with pytest.raises(UserError, match="the index holds keys with control characters") as error:
         ShardIndex.load(index_path(path))
     assert str(error.value).isprintable()
 
@@ -99,7 +100,9 @@ def test_b25_predictions_stay_in_their_folder_and_print_nothing_raw(
     source.mkdir()
     for number, name in enumerate(file_names()):
         # Every other one cannot be read, and is complained of by name.
-        Path(os.fsdecode(os.fsencode(str(source)) + b"/" + os.fsencode(name + ".jpg"))).write_bytes(picture("JPEG") if number % 2 else b"none")
+        Path(os.fsdecode(os.fsencode(str(source)) + b"/" + os.fsencode(name + ".jpg"))).write_bytes(
+            picture("JPEG") if number % 2 else b"none"
+        )
     before = {path for path in tmp_path.rglob("*") if out not in path.parents and path != out}
     assert main(["predict", str(tiny_run), "--domain", "fields", "--out", str(out), str(source)]) == 1
     said = "".join(capsys.readouterr())
@@ -107,7 +110,11 @@ def test_b25_predictions_stay_in_their_folder_and_print_nothing_raw(
     assert {path for path in tmp_path.rglob("*") if out not in path.parents and path != out} == before
     written = len(list((out / "index").iterdir()))
     assert written == len(file_names()) // 2
-    record_property("B25", f"{len(KEYS)} keys: refused or harmless; {written} predictions, 0 outside the folder; 0 unescaped characters printed or in a report")
+    record_property(
+        "B25",
+        f"{len(KEYS)} keys: refused or harmless; {written} predictions, 0 outside the folder; 0 unescaped characters "
+        "printed or in a report",
+    )
 
 
 def test_b25_a_report_shows_names_as_text(tiny_training: Callable[..., Path], tmp_path: Path) -> None:
@@ -128,7 +135,9 @@ def test_b25_a_report_shows_names_as_text(tiny_training: Callable[..., Path], tm
 
 
 @pytest.mark.parametrize("key", KEYS)
-def test_b25_the_terminal_and_the_log_show_any_name_and_never_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str) -> None:
+def test_b25_the_terminal_and_the_log_show_any_name_and_never_fail(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
     complain(f"{key}: trouble")
     say(f"{key}: fine")
     out, err = capsys.readouterr()

@@ -32,7 +32,10 @@ RECIPE = (
 
 @pytest.fixture
 def attempts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What tries to reach a network, which fails. Sockets inside the machine (AF_UNIX), by which processes hand each other tensors, work."""
+    """What tries to reach a network, which fails.
+
+    Sockets inside the machine (AF_UNIX), by which processes hand each other tensors, work.
+    """
     found: list[str] = []
 
     def blocked(name: str) -> Callable[..., Any]:
@@ -65,7 +68,9 @@ def test_b26_the_commands_reach_for_no_network(
         (tmp_path / folder).mkdir(parents=True)
     for number in range(4):
         for folder in ("images", "more"):
-            Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(tmp_path / f"raw/{folder}/{number}.jpg")
+            Image.fromarray(rng.integers(0, 255, (48, 64, 3), dtype=np.uint8)).save(
+                tmp_path / f"raw/{folder}/{number}.jpg"
+            )
         Image.fromarray(rng.choice([0, 4], (48, 64)).astype(np.uint8)).save(tmp_path / f"raw/masks/{number}.png")
     (tmp_path / "domains/yard.yaml").write_text(SPEC)
     (tmp_path / "yard.yaml").write_text(RECIPE)

@@ -1,4 +1,6 @@
-"""A process, and a node, that is killed: torchrun starts the others again, and the run goes on from its last checkpoint by itself."""
+"""A process, and a node, that is killed: torchrun starts the others again, and the run goes on from its last checkpoint
+by itself.
+"""
 
 import json
 import os
@@ -16,7 +18,10 @@ from processes import WATCHDOG_SECONDS, Plan, start_ranks
 from run_files import logged, steps_of, tensors_of
 
 Words = Callable[..., list[str]]
-SETTINGS = {"training": {"steps": 14, "log_every": 1, "save_every": 2, "evaluate_every": 100, "keep": 99}, "data__workers": 1}
+SETTINGS = {
+    "training": {"steps": 14, "log_every": 1, "save_every": 2, "evaluate_every": 100, "keep": 99},
+    "data__workers": 1,
+}
 
 
 class Launched:
@@ -24,9 +29,22 @@ class Launched:
 
     def __init__(self, options: list[str], words: list[str], out: Path, node: Node) -> None:
         self.out = out
-        launcher = [*node.words, sys.executable, "-m", "torch.distributed.run", *options, "-m", "multidomain_cct", *words]
+        launcher = [
+            *node.words,
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *options,
+            "-m",
+            "multidomain_cct",
+            *words,
+        ]
         # Without it, torch 2.14 gives a second attempt the addresses of the first.
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "GLOO_SOCKET_IFNAME": node.interface}
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "GLOO_SOCKET_IFNAME": node.interface,
+        }
         with out.open("w") as file:
             self.process = subprocess.Popen(launcher, stdout=file, stderr=file, start_new_session=True, env=environment)
 
@@ -36,7 +54,9 @@ class Launched:
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 if int((folder / "stat").read_text().rpartition(")")[2].split()[1]) == self.process.pid:
-                    words = dict(word.split("=", 1) for word in (folder / "environ").read_text().split("\0") if "=" in word)
+                    words = dict(
+                        word.split("=", 1) for word in (folder / "environ").read_text().split("\0") if "=" in word
+                    )
                     found[int(words["RANK"])] = int(folder.name)
             except (OSError, KeyError, ValueError):
                 continue
@@ -82,7 +102,9 @@ def test_a_killed_rank_is_started_again_with_its_peer(
     command: Words, tmp_path: Path, launch: Callable[..., Launched], figure: Callable[[str, str], None]
 ) -> None:
     run = tmp_path / "runs" / "run"
-    launched = launch(["--standalone", "--nproc_per_node", "2", "--max-restarts", "1"], [*command("run", **SETTINGS), "resume=auto"])
+    launched = launch(
+        ["--standalone", "--nproc_per_node", "2", "--max-restarts", "1"], [*command("run", **SETTINGS), "resume=auto"]
+    )
     wait_for_step(run, 4, launched)
     os.kill(launched.ranks()[1], signal.SIGKILL)
     assert launched.process.wait(WATCHDOG_SECONDS) == 0, launched.out.read_text()[-3000:]

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.results.evaluate import evaluate, override, scores_as_json
-from multidomain_cct.training.checkpoint import load_run
+from multidomain_cct.training.checkpoints.checkpoint import load_run
 from multidomain_cct.training.runlog import read_metrics
 
 
@@ -28,14 +29,18 @@ def test_any_labelled_split_and_one_domain_can_be_scored(tiny_run: Path) -> None
 def test_what_the_command_line_asks_for_replaces_the_recipe(tiny_run: Path) -> None:
     settings = load_run(tiny_run).recipe.evaluation
     assert override(settings, window=None, scales=None, flip=False) == settings
-    assert override(settings, window=[64, 64], scales=[0.5, 1.0], flip=True) == replace(settings, window=[64, 64], scales=[0.5, 1.0], flip=True)
+    assert override(settings, window=[64, 64], scales=[0.5, 1.0], flip=True) == replace(
+        settings, window=[64, 64], scales=[0.5, 1.0], flip=True
+    )
 
 
-def test_a_domain_without_val_split_is_left_out_or_asked_for(tiny_training: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_domain_without_val_split_is_left_out_or_asked_for(
+    tiny_training: Callable[..., Path], tmp_path: Path
+) -> None:
     domains = {"fields": {"labelled": "2"}, "shapes": {"labelled": "2", "val_split": ""}}
     run = load_run(tiny_training(tmp_path, "half", domains=domains))
     assert [result.domain.name for result in evaluate(run, [], None)] == ["fields"]
-    with pytest.raises(ValueError, match="gives shapes no val_split.*--split"):
+    with pytest.raises(UserError, match="gives shapes no val_split.*--split"):
         evaluate(run, ["shapes"], None)
     assert evaluate(run, ["shapes"], "val")[0].images == 3
 
@@ -44,6 +49,6 @@ def test_shards_may_have_moved(tiny_run: Path, tmp_path: Path) -> None:
     run = load_run(tiny_run)
     moved = shutil.copytree(run.recipe.data.shards, tmp_path / "moved")
     gone = replace(run, recipe=replace(run.recipe, data=replace(run.recipe.data, shards=str(tmp_path / "gone"))))
-    with pytest.raises(FileNotFoundError, match="has no val shards"):
+    with pytest.raises(UserError, match="has no val shards"):
         evaluate(gone, [], None)
     assert len(evaluate(gone, [], None, shards=moved)) == 2

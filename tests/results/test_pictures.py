@@ -10,8 +10,18 @@ import pytest
 from PIL import Image
 
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.printable import printable
-from multidomain_cct.results.pictures import IGNORED, RIGHT, WRONG, colored, error_map, indexed, legend, overlay, with_legend
+from multidomain_cct.files.printable import printable
+from multidomain_cct.results.pictures import (
+    IGNORED,
+    RIGHT,
+    WRONG,
+    colored,
+    error_map,
+    indexed,
+    legend,
+    overlay,
+    with_legend,
+)
 
 IDS = np.array([[0, 1, 2], [2, 255, 0]], dtype=np.uint8)
 

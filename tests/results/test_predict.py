@@ -11,10 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
-from multidomain_cct.data.augment import image_tensor
-from multidomain_cct.model.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.data.batches.views import image_tensor
+from multidomain_cct.errors import UserError
+from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
 from multidomain_cct.results.predict import PredictSummary, predict
-from multidomain_cct.training.checkpoint import LoadedRun, load_run
+from multidomain_cct.training.checkpoints.checkpoint import LoadedRun, load_run
 
 CPU = torch.device("cpu")
 
@@ -44,7 +45,9 @@ def test_a_folder_is_mirrored_into_index_color_and_overlay(run: LoadedRun, tmp_p
         draw(tmp_path / "in" / name)
     summary = segment(run, [tmp_path / "in"], tmp_path / "out")
     names = ("a.png", "deep/er/b.png", "c.png", "d.png", "e.png", "f.png", "g.png")
-    assert files_below(tmp_path / "out") == {f"{kind}/{name}" for kind in ("index", "color", "overlay") for name in names}
+    assert files_below(tmp_path / "out") == {
+        f"{kind}/{name}" for kind in ("index", "color", "overlay") for name in names
+    }
     assert summary == PredictSummary(written=7)
 
 
@@ -52,7 +55,11 @@ def test_indices_are_the_train_ids_of_the_most_probable_classes(run: LoadedRun, 
     path = draw(tmp_path / "a.png", size=(61, 43))
     segment(run, [path], tmp_path / "out")
     with Image.open(path) as image, torch.inference_mode():
-        expected = predict_probabilities(run.model, image_tensor(image), "fields", (43, 61), InferenceSettings()).argmax(dim=0).numpy()
+        expected = (
+            predict_probabilities(run.model, image_tensor(image), "fields", (43, 61), InferenceSettings())
+            .argmax(dim=0)
+            .numpy()
+        )
     with Image.open(tmp_path / "out/index/a.png") as index, Image.open(tmp_path / "out/color/a.png") as color:
         assert index.mode == "P" and index.size == color.size == (61, 43)
         assert np.array_equal(np.asarray(index), expected)
@@ -87,7 +94,10 @@ def test_unreadable_images_are_skipped_and_named(run: LoadedRun, tmp_path: Path)
     (tmp_path / "in/cut.png").write_bytes(whole[: len(whole) // 2])
     summary = segment(run, [tmp_path / "in"], tmp_path / "out")
     assert summary.written == 1
-    assert [line.split(": ")[0] for line in summary.unreadable] == [str(tmp_path / "in/cut.png"), str(tmp_path / "in/text.jpg")]
+    assert [line.split(": ")[0] for line in summary.unreadable] == [
+        str(tmp_path / "in/cut.png"),
+        str(tmp_path / "in/text.jpg"),
+    ]
     assert all("cannot be read" in line and "\n" not in line for line in summary.unreadable)
     assert files_below(tmp_path / "out") == {"index/good.png", "color/good.png", "overlay/good.png"}
 
@@ -101,7 +111,7 @@ def test_images_that_differ_in_their_ending_only_keep_it(run: LoadedRun, tmp_pat
 
 def test_images_of_one_name_from_two_folders_are_refused(run: LoadedRun, tmp_path: Path) -> None:
     draw(tmp_path / "one/b.jpg"), draw(tmp_path / "two/b.jpg")
-    with pytest.raises(ValueError, match=r"one/b\.jpg and .*two/b\.jpg would both be written as b\.jpg\.png.*--out"):
+    with pytest.raises(UserError, match=r"one/b\.jpg and .*two/b\.jpg would both be written as b\.jpg\.png.*--out"):
         segment(run, [tmp_path / "one", tmp_path / "two"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -136,7 +146,7 @@ def test_an_input_is_never_written_over(run: LoadedRun, tmp_path: Path, link: bo
     if link:
         source = tmp_path / "a.png"
         source.symlink_to(image)
-    with pytest.raises(ValueError, match=r"color/a\.png is an input and would be written over"):
+    with pytest.raises(UserError, match=r"color/a\.png is an input and would be written over"):
         segment(run, [source], tmp_path)
     assert image.read_bytes() == content and not (tmp_path / "index").exists()
 
@@ -151,35 +161,43 @@ def test_a_link_out_of_the_output_folder_is_replaced_not_followed(run: LoadedRun
 
 
 @pytest.mark.parametrize("source", ["../in/a.jpg", "../in/../in", "."])
-def test_nothing_is_written_outside_the_output_folder(run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str) -> None:
+def test_nothing_is_written_outside_the_output_folder(
+    run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
     draw(tmp_path / "in/a.jpg"), draw(tmp_path / "here/a.jpg")
     monkeypatch.chdir(tmp_path / "here")
     segment(run, [Path(source)], Path("../out"))
-    assert files_below(tmp_path) == {"in/a.jpg", "here/a.jpg", *(f"out/{kind}/a.png" for kind in ("index", "color", "overlay"))}
+    assert files_below(tmp_path) == {
+        "in/a.jpg",
+        "here/a.jpg",
+        *(f"out/{kind}/a.png" for kind in ("index", "color", "overlay")),
+    }
 
 
 def test_a_domain_without_a_head_is_refused_with_those_there_are(run: LoadedRun, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r'no head for the domain "feilds"\. It has: fields, shapes\. Did you mean "fields"\?'):
+    with pytest.raises(
+        UserError, match=r'no head for the domain "feilds"\. It has: fields, shapes\. Did you mean "fields"\?'
+    ):
         segment(run, [draw(tmp_path / "a.jpg")], tmp_path / "out", domain="feilds")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_source_that_does_not_exist_is_refused_before_anything_is_written(run: LoadedRun, tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"gone: there is no such image or folder"):
+    with pytest.raises(UserError, match=r"gone: there is no such image or folder"):
         segment(run, [draw(tmp_path / "a.jpg"), tmp_path / "gone"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_without_images_is_refused(run: LoadedRun, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"empty holds no images\. Images end in \.jpg"):
+    with pytest.raises(UserError, match=r"empty holds no images\. Images end in \.jpg"):
         segment(run, [tmp_path / "empty"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_an_output_folder_that_is_a_file_is_refused(run: LoadedRun, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
-    with pytest.raises(ValueError, match=r"out is a file; --out names a folder"):
+    with pytest.raises(UserError, match=r"out is a file; --out names a folder"):
         segment(run, [draw(tmp_path / "a.jpg")], tmp_path / "out")
 
 

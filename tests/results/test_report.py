@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from multidomain_cct.data.shards import Shards, ShardWriter
+from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.data.shards.writer import ShardWriter
+from multidomain_cct.errors import UserError
 from multidomain_cct.results.report import PANEL_WIDTH, write_report
 from multidomain_cct.training.runlog import read_metrics
 
@@ -83,7 +85,14 @@ def copied_run(tiny_run: Path, tmp_path: Path) -> Path:
 
 def test_scores_of_every_domain_are_those_of_the_log(page: Page, tiny_run: Path) -> None:
     last = [line for line in read_metrics(tiny_run / "metrics.jsonl") if "val/mean_miou" in line][-1]
-    for key in ("val/fields/miou", "val/shapes/miou", "val/fields/pixel_accuracy", "val/mean_miou", "val/harmonic_miou", "val/shapes/iou/ground"):
+    for key in (
+        "val/fields/miou",
+        "val/shapes/miou",
+        "val/fields/pixel_accuracy",
+        "val/mean_miou",
+        "val/harmonic_miou",
+        "val/shapes/iou/ground",
+    ):
         assert f"{100 * last[key]:.1f}" in page.text
     assert "grass" in page.text and "Tiny shapes" in page.text
     assert "val split at label resolution, whole image, mean over 3 of 3 classes" in page.text
@@ -91,7 +100,10 @@ def test_scores_of_every_domain_are_those_of_the_log(page: Page, tiny_run: Path)
 
 def test_best_is_the_first_evaluation_with_the_highest_mean(copied_run: Path) -> None:
     means = {1: 0.3, 2: 0.5, 3: 0.5, 4: 0.4}
-    lines = [{"step": step, "val/mean_miou": mean, "val/fields/miou": mean / 2, "val/fields/iou/sky": None} for step, mean in means.items()]
+    lines = [
+        {"step": step, "val/mean_miou": mean, "val/fields/miou": mean / 2, "val/fields/iou/sky": None}
+        for step, mean in means.items()
+    ]
     (copied_run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     text = read_page(write_report([copied_run], panels=1)).text
     assert "fields 20.0 step 4 25.0 step 2" in text
@@ -100,7 +112,9 @@ def test_best_is_the_first_evaluation_with_the_highest_mean(copied_run: Path) ->
 
 
 def test_every_domain_has_its_curves(page: Page) -> None:
-    assert page.text.count("supervised loss") == page.text.count("consistency loss") == page.text.count("val mIoU, %") == 2
+    assert (
+        page.text.count("supervised loss") == page.text.count("consistency loss") == page.text.count("val mIoU, %") == 2
+    )
     assert sum(tag == "svg" for tag, _ in page.elements) == 6
 
 
@@ -112,7 +126,9 @@ def test_pictures_show_image_truth_prediction_and_errors(page: Page) -> None:
     assert "val_000" in page.text and "val_002" in page.text and "val_001" not in page.text
 
 
-def test_large_pictures_are_made_small(tiny_training: Callable[..., Path], tiny_domain: Callable, tiny_shards: Callable, tmp_path: Path) -> None:
+def test_large_pictures_are_made_small(
+    tiny_training: Callable[..., Path], tiny_domain: Callable, tiny_shards: Callable, tmp_path: Path
+) -> None:
     domain = tiny_domain("shapes")
     tiny_shards(tmp_path / "shards", domain, {"train": 3}, size=(96, 72))
     tiny_shards(tmp_path / "shards", domain, {"val": 1}, size=(1000, 500))
@@ -160,8 +176,12 @@ def test_runs_of_one_name_are_told_apart_by_their_folders(tiny_run: Path, tmp_pa
     assert f"{tiny_run}, {other}" in text
 
 
-def test_runs_of_different_domains_and_classes_share_a_page(tiny_run: Path, tiny_training: Callable[..., Path], tmp_path: Path) -> None:
-    other = tiny_training(tmp_path, "other", {"fields": ("grass", "sea", "barn"), "alone": ("one", "two")}, training={"steps": 1})
+def test_runs_of_different_domains_and_classes_share_a_page(
+    tiny_run: Path, tiny_training: Callable[..., Path], tmp_path: Path
+) -> None:
+    other = tiny_training(
+        tmp_path, "other", {"fields": ("grass", "sea", "barn"), "alone": ("one", "two")}, training={"steps": 1}
+    )
     text = read_page(write_report([tiny_run, other], tmp_path / "two.html", panels=1)).text
     assert "3 domains: fields, shapes, alone" in text
     assert "No predictions of other: its fields has other classes." in text
@@ -169,7 +189,9 @@ def test_runs_of_different_domains_and_classes_share_a_page(tiny_run: Path, tiny
 
 
 def test_a_run_that_was_not_evaluated_yet_says_so(copied_run: Path) -> None:
-    lines = [line for line in (copied_run / "metrics.jsonl").read_text().splitlines(keepends=True) if '"val/' not in line]
+    lines = [
+        line for line in (copied_run / "metrics.jsonl").read_text().splitlines(keepends=True) if '"val/' not in line
+    ]
     (copied_run / "metrics.jsonl").write_text("".join(lines))
     text = read_page(write_report([copied_run], panels=1)).text
     assert "copy has no evaluation of fields yet." in text
@@ -200,7 +222,9 @@ def test_without_shards_the_page_says_so_and_has_no_pictures(copied_run: Path, t
     assert not page.pictures()
 
 
-def test_data_is_shown_as_text(tiny_training: Callable[..., Path], tiny_domain: Callable, tiny_shards: Callable, tmp_path: Path) -> None:
+def test_data_is_shown_as_text(
+    tiny_training: Callable[..., Path], tiny_domain: Callable, tiny_shards: Callable, tmp_path: Path
+) -> None:
     script = "<script>alert(1)<"
     classes = {"fields": (script + "/script>", "$x^", "bell\x07</td>")}
     folder = tiny_shards(tmp_path / "shards", tiny_domain("fields", classes["fields"]), {"train": 3})
@@ -211,7 +235,9 @@ def test_data_is_shown_as_text(tiny_training: Callable[..., Path], tiny_domain: 
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2, "train/fields/<i>\x1b[31m\n": 1.0}) + "\n")
     environment = json.loads((run / "env.json").read_text())
-    (run / "env.json").write_text(json.dumps(environment | {"command": "<script>x", "<script>k": {"<script>n": "<script>v"}}))
+    (run / "env.json").write_text(
+        json.dumps(environment | {"command": "<script>x", "<script>k": {"<script>n": "<script>v"}})
+    )
     path = write_report([run])
     page = read_page(path)
     # The page's own <i> are coloured dots and have a class.
@@ -224,12 +250,14 @@ def test_data_is_shown_as_text(tiny_training: Callable[..., Path], tiny_domain: 
 
 def test_a_folder_that_is_not_a_run_is_refused_before_anything_is_written(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"photos: this is not a run's folder \(it has no recipe\.yaml\)\."):
+    with pytest.raises(UserError, match=r"photos: this is not a run's folder \(it has no recipe\.yaml\)\."):
         write_report([tiny_run, tmp_path / "photos"], tmp_path / "out.html")
     assert not (tmp_path / "out.html").exists()
 
 
 def test_long_curves_are_thinned(copied_run: Path) -> None:
-    lines = [{"step": step, "train/fields/supervised": 1 / step, "train/shapes/supervised": 1.0} for step in range(1, 20001)]
+    lines = [
+        {"step": step, "train/fields/supervised": 1 / step, "train/shapes/supervised": 1.0} for step in range(1, 20001)
+    ]
     (copied_run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert write_report([copied_run], panels=1).stat().st_size < 400_000

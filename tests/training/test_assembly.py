@@ -1,4 +1,6 @@
-"""What network a recipe gets: its method, a head for every label space, and auxiliary decoders where they have something to see."""
+"""What network a recipe gets: its method, a head for every label space, and auxiliary decoders where they have
+something to see.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,20 @@ from typing import Any
 import pytest
 
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from multidomain_cct.methods.unimatch import UniMatch, UniMatchSettings
 from multidomain_cct.methods.usss import Usss, UsssSettings
 from multidomain_cct.model.network import Segmenter
-from multidomain_cct.model.perturbations import AdversarialNoise, ContextMask, Dropout, FeatureNoise, GuidedCutout, ObjectMask
+from multidomain_cct.model.perturbations import (
+    AdversarialNoise,
+    ContextMask,
+    Dropout,
+    FeatureNoise,
+    GuidedCutout,
+    ObjectMask,
+)
 from multidomain_cct.training.assembly import build_model, notices, require_lenders, uses_unlabelled
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe, recipe_from
@@ -50,8 +60,13 @@ def recipe(**changes: object) -> Recipe:
 
 @pytest.fixture
 def domains(tiny_domain: Callable[..., Domain]) -> dict[str, Domain]:
-    """`yard` has a class that is a thing, `room` has none, `walls` has nothing else; `dusk` borrows the labels of `yard`."""
-    plain = {name: tiny_domain(name, classes) for name, classes in (("yard", ("cat", "grass")), ("room", ("wall", "floor", "door")), ("walls", ("a", "b")))}
+    """`yard` has a class that is a thing, `room` has none, `walls` has nothing else; `dusk` borrows the labels of
+    `yard`.
+    """
+    plain = {
+        name: tiny_domain(name, classes)
+        for name, classes in (("yard", ("cat", "grass")), ("room", ("wall", "floor", "door")), ("walls", ("a", "b")))
+    }
     cat, grass = plain["yard"].classes
     yard = replace(plain["yard"], classes=(replace(cat, thing=True), grass))
     walls = replace(plain["walls"], classes=tuple(replace(label, thing=True) for label in plain["walls"].classes))
@@ -71,8 +86,13 @@ def kinds(model: Segmenter, name: str) -> Counter[type]:
     return Counter(type(auxiliary.perturbation) for auxiliary in model.head(name).auxiliaries)
 
 
-@pytest.mark.parametrize(("method", "kind"), [("cct", CCT), ("supervised", Segmenter), ("mean_teacher", MeanTeacher), ("unimatch", UniMatch), ("usss", Usss)])
-def test_each_method_has_its_network_with_a_head_for_every_domain(domains: dict[str, Domain], method: str, kind: type) -> None:
+@pytest.mark.parametrize(
+    ("method", "kind"),
+    [("cct", CCT), ("supervised", Segmenter), ("mean_teacher", MeanTeacher), ("unimatch", UniMatch), ("usss", Usss)],
+)
+def test_each_method_has_its_network_with_a_head_for_every_domain(
+    domains: dict[str, Domain], method: str, kind: type
+) -> None:
     model = build_model(recipe(method=method), some(domains, "yard", "room"), unlabelled=seen("yard", "room"))
     assert type(model) is kind and list(model.heads) == ["yard", "room"]
     assert [sum(kinds(model, name).values()) for name in ("yard", "room")] == ([9, 4] if method == "cct" else [0, 0])
@@ -90,16 +110,36 @@ def test_a_method_gets_its_own_section(domains: dict[str, Domain]) -> None:
 
 def test_every_domain_has_its_own_settings(domains: dict[str, Domain]) -> None:
     own = {
-        "yard": {"weight": 2, "consistency": {"confidence": 0.9}, "perturbations": {"dropout": {"count": 0}, "feature_noise": {"amplitude": 0.1}}},
+        "yard": {
+            "weight": 2,
+            "consistency": {"confidence": 0.9},
+            "perturbations": {"dropout": {"count": 0}, "feature_noise": {"amplitude": 0.1}},
+        },
         "room": {},
     }
     made = recipe(domains=own, consistency={"weight": 3}, supervised={"loss": "ab_ce"})
     model = build_model(made, some(domains, "yard", "room"), unlabelled=seen("yard", "room"))
     yard, room = model.tasks["yard"], model.tasks["room"]
-    assert (yard.weight, yard.consistency.weight, yard.consistency.confidence, yard.things) == (2, 3, 0.9, (True, False))
-    assert (room.weight, room.consistency.weight, room.consistency.confidence, room.things) == (1, 3, 0, (False, False, False))
+    assert (yard.weight, yard.consistency.weight, yard.consistency.confidence, yard.things) == (
+        2,
+        3,
+        0.9,
+        (True, False),
+    )
+    assert (room.weight, room.consistency.weight, room.consistency.confidence, room.things) == (
+        1,
+        3,
+        0,
+        (False, False, False),
+    )
     assert yard.supervised == room.supervised == made.supervised
-    assert kinds(model, "yard") == {FeatureNoise: 2, ObjectMask: 1, ContextMask: 1, GuidedCutout: 3, AdversarialNoise: 1}
+    assert kinds(model, "yard") == {
+        FeatureNoise: 2,
+        ObjectMask: 1,
+        ContextMask: 1,
+        GuidedCutout: 3,
+        AdversarialNoise: 1,
+    }
     assert kinds(model, "room") == {FeatureNoise: 2, Dropout: 1, AdversarialNoise: 1}
     amplitudes = {name: model.head(name).auxiliaries[0].perturbation.amplitude for name in ("yard", "room")}
     assert amplitudes == {"yard": 0.1, "room": 0.3}
@@ -109,13 +149,20 @@ def test_every_domain_has_its_own_settings(domains: dict[str, Domain]) -> None:
 
 
 @pytest.mark.parametrize("name", ["room", "walls"])
-def test_a_domain_without_objects_or_without_context_loses_three_kinds_and_says_so_once(domains: dict[str, Domain], name: str) -> None:
+def test_a_domain_without_objects_or_without_context_loses_three_kinds_and_says_so_once(
+    domains: dict[str, Domain], name: str
+) -> None:
     made = recipe(domains={"yard": {}, name: {}})
     chosen = some(domains, "yard", name)
-    assert kinds(build_model(made, chosen, unlabelled=seen("yard", name)), name) == {FeatureNoise: 2, Dropout: 1, AdversarialNoise: 1}
+    assert kinds(build_model(made, chosen, unlabelled=seen("yard", name)), name) == {
+        FeatureNoise: 2,
+        Dropout: 1,
+        AdversarialNoise: 1,
+    }
     (line,) = notices(made, chosen)
     assert line == (
-        f"{name}: its class table marks no class, or every class, as `thing`, so 5 auxiliary decoders with object masks, context masks and guided cutout are"
+        f"{name}: its class table marks no class, or every class, as `thing`, so 5 auxiliary decoders with object "
+        "masks, context masks and guided cutout are"
         " left out."
     )
 
@@ -124,13 +171,23 @@ def test_nothing_is_said_of_kinds_that_are_not_asked_for(domains: dict[str, Doma
     off = {kind: {"count": 0} for kind in ("object_mask", "context_mask", "guided_cutout")}
     chosen = some(domains, "yard", "room")
     assert notices(recipe(domains={"yard": {}, "room": {"perturbations": off}}), chosen) == []
-    assert notices(recipe(method="mean_teacher"), chosen) == [] and notices(recipe(consistency={"weight": 0}), chosen) == []
+    assert (
+        notices(recipe(method="mean_teacher"), chosen) == []
+        and notices(recipe(consistency={"weight": 0}), chosen) == []
+    )
 
 
-def test_a_domain_whose_decoders_are_all_left_out_does_not_use_its_unlabelled_images(domains: dict[str, Domain]) -> None:
-    made = recipe(perturbations=TINY["perturbations"] | {kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")})
+def test_a_domain_whose_decoders_are_all_left_out_does_not_use_its_unlabelled_images(
+    domains: dict[str, Domain],
+) -> None:
+    made = recipe(
+        perturbations=TINY["perturbations"]
+        | {kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")}
+    )
     assert not uses_unlabelled(made, domains["room"]) and uses_unlabelled(made, domains["yard"])
-    assert notices(made, some(domains, "yard", "room"))[0].endswith("None is left, so its unlabelled images are not used.")
+    assert notices(made, some(domains, "yard", "room"))[0].endswith(
+        "None is left, so its unlabelled images are not used."
+    )
 
 
 def test_a_borrower_is_asked_for_the_mix_of_its_lender(domains: dict[str, Domain]) -> None:
@@ -150,10 +207,17 @@ def test_image_labels_that_are_not_used_and_mixing_that_cannot_be_are_noticed(do
         assert "cutmix does nothing" in notices(alone, yard, parts=4)[0] and notices(alone, yard, parts=2) == []
 
 
-def test_a_run_prints_which_decoders_it_leaves_out(two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_prints_which_decoders_it_leaves_out(
+    two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = ONE_STEP | {"runs": str(tmp_path), "data": ONE_STEP["data"] | {"shards": str(two_domains)}}
     run = train(recipe(**settings), [two_domains / "domains"])
-    assert capsys.readouterr().out.count("shapes: its class table marks no class, or every class, as `thing`, so 5 auxiliary decoders") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "shapes: its class table marks no class, or every class, as `thing`, so 5 auxiliary decoders"
+        )
+        == 1
+    )
     assert (run / "checkpoints" / "step-00000001").is_dir()
 
 
@@ -190,12 +254,15 @@ def test_lender_and_borrower_may_stand_in_any_order(domains: dict[str, Domain], 
 
 
 def test_a_lender_that_is_not_in_the_recipe_is_named_with_what_to_add(domains: dict[str, Domain]) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError) as caught:
         require_lenders(some(domains, "dusk"))
-    assert str(caught.value) == 'domains.dusk borrows the labels of "yard", which is not in the recipe. Add it: domains.yard.'
+    assert (
+        str(caught.value)
+        == 'domains.dusk borrows the labels of "yard", which is not in the recipe. Add it: domains.yard.'
+    )
 
 
 def test_two_domains_of_one_label_space_cannot_be_compared(domains: dict[str, Domain]) -> None:
-    with pytest.raises(ValueError, match="which compares label spaces, but the recipe has 1. Add a domain") as caught:
+    with pytest.raises(UserError, match="which compares label spaces, but the recipe has 1. Add a domain") as caught:
         build_model(recipe(method="usss", domains={"yard": {}, "dusk": {}}), some(domains, "yard", "dusk"))
     assert "\n" not in str(caught.value)

@@ -13,20 +13,23 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from multidomain_cct.data.loader import TrainingSet
-from multidomain_cct.data.order import seed_from
-from multidomain_cct.data.shard_index import ShardIndex, index_path
+from multidomain_cct.data.batches.loader import TrainingSet
+from multidomain_cct.data.batches.streams import open_streams
+from multidomain_cct.data.shards.index import ShardIndex, index_path
 from multidomain_cct.data.specification import read_domain
-from multidomain_cct.data.streams import open_streams
+from multidomain_cct.errors import UserError
+from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.results.evaluate import evaluate
 from multidomain_cct.training.assembly import build_model
-from multidomain_cct.training.checkpoint import checkpoints, load_run, read_state
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints, load_run, read_state
 from multidomain_cct.training.loop import RunFailed, train
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.runlog import read_metrics
 
 TinyRecipe = Callable[..., Recipe]
-DETERMINISTIC = {kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")} | {"feature_drop": {"count": 2, "low": 0.7, "high": 0.7}}
+DETERMINISTIC = {kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")} | {
+    "feature_drop": {"count": 2, "low": 0.7, "high": 0.7}
+}
 FROZEN = {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32, "norm": "frozen"}
 
 
@@ -48,14 +51,25 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
 
 
 def test_a_run_leaves_its_folder_complete(tiny_run: Path) -> None:
-    assert {path.name for path in tiny_run.iterdir()} >= {"recipe.yaml", "domains", "env.json", "metrics.jsonl", "checkpoints"}
+    assert {path.name for path in tiny_run.iterdir()} >= {
+        "recipe.yaml",
+        "domains",
+        "env.json",
+        "metrics.jsonl",
+        "checkpoints",
+    }
     assert sorted(path.name for path in (tiny_run / "domains").iterdir()) == ["fields.yaml", "shapes.yaml"]
     assert json.loads((tiny_run / "env.json").read_text())["command"] == "multidomain_cct train tiny.yaml"
     lines = read_metrics(tiny_run / "metrics.jsonl")
     keys = {key for line in lines for key in line}
     assert {"step", "lr", "sys/images_per_s", "sys/peak_mib", "sys/data_wait_fraction", "val/mean_miou"} <= keys
     for name, last in (("fields", "barn"), ("shapes", "ground")):
-        assert {f"train/{name}/supervised", f"train/{name}/consistency", f"val/{name}/miou", f"val/{name}/iou/{last}"} <= keys
+        assert {
+            f"train/{name}/supervised",
+            f"train/{name}/consistency",
+            f"val/{name}/miou",
+            f"val/{name}/iou/{last}",
+        } <= keys
 
 
 def test_logged_terms_are_the_terms_of_the_forward_pass(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
@@ -75,13 +89,22 @@ def test_logged_terms_are_the_terms_of_the_forward_pass(tiny_recipe: TinyRecipe,
 
 def test_a_killed_run_resumes_to_the_same_bytes(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
     def command(name: str, *more: str) -> list[str]:
-        changes = [f"name={name}", "data.workers=2", "training.steps=20", "training.save_every=5", "training.keep=9", *more]
+        changes = [
+            f"name={name}",
+            "data.workers=2",
+            "training.steps=20",
+            "training.save_every=5",
+            "training.keep=9",
+            *more,
+        ]
         return [sys.executable, "-m", "multidomain_cct", str(path), *changes, "--domains", str(two_domains / "domains")]
 
     path = tmp_path / "tiny.yaml"
     path.write_text(tiny_recipe(training={"steps": 20, "log_every": 1}).to_yaml())
     subprocess.run(command("straight"), check=True, timeout=300, capture_output=True)
-    killed = subprocess.Popen(command("killed"), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    killed = subprocess.Popen(
+        command("killed"), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     saved = tmp_path / "runs" / "killed" / "checkpoints" / "step-00000010"
     deadline = time.monotonic() + 200
     while not saved.exists() and killed.poll() is None and time.monotonic() < deadline:
@@ -97,13 +120,20 @@ def test_a_killed_run_resumes_to_the_same_bytes(tiny_recipe: TinyRecipe, two_dom
     assert losses[0] == losses[1] and len(losses[0]) == 20
 
 
-@pytest.mark.parametrize("supervised_only", [{"method": "supervised"}, {"consistency": {"weight": 0}}], ids=["method", "weight"])
+@pytest.mark.parametrize(
+    "supervised_only", [{"method": "supervised"}, {"consistency": {"weight": 0}}], ids=["method", "weight"]
+)
 def test_supervised_runs_see_the_same_images_and_start_from_the_same_weights(
     tiny_recipe: TinyRecipe, two_domains: Path, supervised_only: dict[str, object]
 ) -> None:
     cct = start(tiny_recipe(name="cct", encoder=FROZEN), two_domains)
     supervised = start(tiny_recipe(name="supervised", encoder=FROZEN, **supervised_only), two_domains)
-    terms = {key.split("/")[2] for line in read_metrics(supervised / "metrics.jsonl") for key in line if key.startswith("train/")}
+    terms = {
+        key.split("/")[2]
+        for line in read_metrics(supervised / "metrics.jsonl")
+        for key in line
+        if key.startswith("train/")
+    }
     assert terms == {"supervised"}
     assert not any(".auxiliaries." in name for name in weights(supervised))
     # In the first step only images and weights decide the loss.
@@ -111,9 +141,14 @@ def test_supervised_runs_see_the_same_images_and_start_from_the_same_weights(
 
 
 @pytest.mark.parametrize("method", ["supervised", "mean_teacher", "unimatch", "usss"])
-def test_every_method_starts_from_the_encoder_and_main_decoders_of_cct(tiny_recipe: TinyRecipe, two_domains: Path, method: str) -> None:
+def test_every_method_starts_from_the_encoder_and_main_decoders_of_cct(
+    tiny_recipe: TinyRecipe, two_domains: Path, method: str
+) -> None:
     domains = {name: read_domain(two_domains / "domains" / f"{name}.yaml") for name in ("fields", "shapes")}
-    cct, own = (build_model(tiny_recipe(method=name), domains, unlabelled={name: True for name in domains}).state_dict() for name in ("cct", method))
+    cct, own = (
+        build_model(tiny_recipe(method=name), domains, unlabelled={name: True for name in domains}).state_dict()
+        for name in ("cct", method)
+    )
     shared = [name for name in cct if ".auxiliaries." not in name]
     assert len(shared) > 20 and {name for name in own if name.startswith(("encoder.", "heads."))} == set(shared)
     assert all(torch.equal(cct[name], own[name]) for name in shared)
@@ -122,7 +157,12 @@ def test_every_method_starts_from_the_encoder_and_main_decoders_of_cct(tiny_reci
 def test_accumulation_keeps_the_global_batch(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
     runs = []
     for parts in (1, 2):
-        recipe = tiny_recipe(name=f"parts{parts}", encoder=FROZEN, perturbations=DETERMINISTIC, training={"steps": 3, "log_every": 1, "accumulation": parts})
+        recipe = tiny_recipe(
+            name=f"parts{parts}",
+            encoder=FROZEN,
+            perturbations=DETERMINISTIC,
+            training={"steps": 3, "log_every": 1, "accumulation": parts},
+        )
         runs.append(start(recipe, two_domains))
     for term in ("fields/supervised", "shapes/consistency"):
         assert logged(runs[0], f"train/{term}") == pytest.approx(logged(runs[1], f"train/{term}"), abs=1e-5)
@@ -135,7 +175,9 @@ def restart() -> Callable[[], None]:
     return lambda: AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_mixed_precision_is_not_left_out_in_silence(tiny_recipe: TinyRecipe, two_domains: Path, restart: Callable[[], None]) -> None:
+def test_mixed_precision_is_not_left_out_in_silence(
+    tiny_recipe: TinyRecipe, two_domains: Path, restart: Callable[[], None]
+) -> None:
     losses = []
     for precision in ("no", "bf16"):
         restart()
@@ -150,34 +192,59 @@ def test_a_tracker_receives_the_metrics(tiny_recipe: TinyRecipe, two_domains: Pa
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
-    with pytest.raises(ValueError, match="training.trackers names 'tensorbored'. Installed: .*tensorboard"):
+    with pytest.raises(UserError, match="training.trackers names 'tensorbored'. Installed: .*tensorboard"):
         start(tiny_recipe(training__trackers=["tensorbored"]), two_domains)
 
 
 def test_alternating_domains_take_turns(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
     run = start(tiny_recipe(data__schedule="alternate", training__steps=4), two_domains)
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "lr" in line]
-    assert [sorted({key.split("/")[1] for key in line if key.startswith("train/")}) for line in lines] == [["fields"], ["shapes"]] * 2
+    assert [sorted({key.split("/")[1] for key in line if key.startswith("train/")}) for line in lines] == [
+        ["fields"],
+        ["shapes"],
+    ] * 2
 
 
 @pytest.mark.parametrize(
-    "changes", [{"training__precision": "bf16"}, {"optimiser": {"name": "adamw", "lr": 1e-3}}, {"encoder__norm": "per_domain"}, {"training__clip": 0.1}]
+    "changes",
+    [
+        {"training__precision": "bf16"},
+        {"optimiser": {"name": "adamw", "lr": 1e-3}},
+        {"encoder__norm": "per_domain"},
+        {"training__clip": 0.1},
+    ],
 )
-def test_other_settings_train_and_can_be_loaded(tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object]) -> None:
+def test_other_settings_train_and_can_be_loaded(
+    tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object]
+) -> None:
     run = start(tiny_recipe(**changes), two_domains)
     assert len(losses := logged(run, "train/fields/supervised")) == 2 and min(losses) > 0
     state = load_run(run).state
-    assert state.step == 2 and state.recipe == (run / "recipe.yaml").read_text() and set(state.domains) == {"fields", "shapes"}
+    assert (
+        state.step == 2
+        and state.recipe == (run / "recipe.yaml").read_text()
+        and set(state.domains) == {"fields", "shapes"}
+    )
 
 
 @pytest.mark.parametrize(
     ("method", "optimiser"),
-    [("cct", {"name": "adamw", "lr": 1e-3}), ("cct", {"name": "sgd"}), ("mean_teacher", {}), ("unimatch", {}), ("usss", {})],
+    [
+        ("cct", {"name": "adamw", "lr": 1e-3}),
+        ("cct", {"name": "sgd"}),
+        ("mean_teacher", {}),
+        ("unimatch", {}),
+        ("usss", {}),
+    ],
 )
 def test_resuming_restores_the_optimiser_and_what_a_method_remembers(
     tiny_recipe: TinyRecipe, two_domains: Path, method: str, optimiser: dict[str, object]
 ) -> None:
-    settings = {"method": method, "optimiser": optimiser, "training": {"steps": 4, "save_every": 2, "log_every": 1, "keep": 9}}
+    settings = {
+        "method": method,
+        "optimiser": optimiser,
+        "training": {"steps": 4, "save_every": 2, "log_every": 1, "keep": 9},
+    }
     again = start(tiny_recipe(name="again", **settings), two_domains)
     last = checkpoints(again / "checkpoints")[-1]
     straight = {path.name: path.read_bytes() for path in last.iterdir() if path.suffix == ".safetensors"}
@@ -186,12 +253,18 @@ def test_resuming_restores_the_optimiser_and_what_a_method_remembers(
     assert len(straight) == 2 and {name: (last / name).read_bytes() for name in straight} == straight
 
 
-def test_what_a_mean_teacher_run_scores_saves_and_restores_is_the_teacher(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
-    recipe = tiny_recipe(method="mean_teacher", optimiser={"lr": 0.1}, training={"steps": 3, "log_every": 1, "evaluate_every": 3})
+def test_what_a_mean_teacher_run_scores_saves_and_restores_is_the_teacher(
+    tiny_recipe: TinyRecipe, two_domains: Path
+) -> None:
+    recipe = tiny_recipe(
+        method="mean_teacher", optimiser={"lr": 0.1}, training={"steps": 3, "log_every": 1, "evaluate_every": 3}
+    )
     run = start(recipe, two_domains)
     restored = load_run(run)
     tensors = weights(run)
-    assert tensors["updates"] == 3 and not torch.equal(tensors["teacher.heads.shapes.main.classify.weight"], tensors["heads.shapes.main.classify.weight"])
+    assert tensors["updates"] == 3 and not torch.equal(
+        tensors["teacher.heads.shapes.main.classify.weight"], tensors["heads.shapes.main.classify.weight"]
+    )
     for result in evaluate(restored, [], None, workers=0):
         assert result.miou == logged(run, f"val/{result.domain.name}/miou")[-1]
     images = torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8)
@@ -202,7 +275,9 @@ def test_what_a_mean_teacher_run_scores_saves_and_restores_is_the_teacher(tiny_r
     assert torch.equal(restored.model.logits(images, "shapes"), before)
 
 
-def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
+    tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     training = {"steps": 4, "save_every": 2, "keep": 9}
     run = start(tiny_recipe(training=training), two_domains)
     whole = (checkpoints(run / "checkpoints")[-1] / "model.safetensors").read_bytes()
@@ -222,8 +297,14 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_new_one(tiny_recipe: Tin
 
 
 @pytest.mark.parametrize("optimiser", [{"name": "adamw", "lr": 1e-3}, {"name": "sgd"}])
-def test_a_run_resumes_before_every_domain_had_its_turn(tiny_recipe: TinyRecipe, two_domains: Path, optimiser: dict[str, object]) -> None:
-    settings = {"optimiser": optimiser, "data__schedule": "alternate", "training": {"steps": 4, "save_every": 1, "keep": 9, "log_every": 1}}
+def test_a_run_resumes_before_every_domain_had_its_turn(
+    tiny_recipe: TinyRecipe, two_domains: Path, optimiser: dict[str, object]
+) -> None:
+    settings = {
+        "optimiser": optimiser,
+        "data__schedule": "alternate",
+        "training": {"steps": 4, "save_every": 1, "keep": 9, "log_every": 1},
+    }
     again = start(tiny_recipe(name="again", **settings), two_domains)
     straight = weights(again)
     for checkpoint in checkpoints(again / "checkpoints")[1:]:
@@ -232,19 +313,23 @@ def test_a_run_resumes_before_every_domain_had_its_turn(tiny_recipe: TinyRecipe,
     assert largest_difference(straight, weights(again)) == 0
 
 
-def test_other_labelled_images_are_noticed_on_resuming(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
+def test_other_labelled_images_are_noticed_on_resuming(
+    tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path
+) -> None:
     keys = tmp_path / "keys.txt"
     keys.write_text("train_000\ntrain_001\n")
     settings = {"domains": {"shapes": {"labelled": str(keys)}}, "resume": "auto"}
     start(tiny_recipe(**settings), two_domains)
     keys.write_text("train_000\ntrain_002\n")
-    with pytest.raises(ValueError, match="was trained on other data in shapes/labelled"):
+    with pytest.raises(UserError, match="was trained on other data in shapes/labelled"):
         start(tiny_recipe(**settings), two_domains)
 
 
 def test_a_start_that_failed_does_not_stand_in_the_way(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
     one_image = {"labelled_batch": 1, "unlabelled_batch": 1}
-    recipe = tiny_recipe(domains={"shapes": {"labelled": "4", "unlabelled": "none", **one_image}}, encoder__context="psp")
+    recipe = tiny_recipe(
+        domains={"shapes": {"labelled": "4", "unlabelled": "none", **one_image}}, encoder__context="psp"
+    )
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         start(recipe, two_domains)
     assert start(tiny_recipe(), two_domains) == recipe.folder
@@ -260,9 +345,9 @@ def test_resuming_keeps_the_record_of_the_first_start(tiny_recipe: TinyRecipe, t
 def test_an_existing_run_is_never_overwritten(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
     run = start(tiny_recipe(), two_domains)
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match=r"exists. Continue it with resume=auto, or start another run with name=OTHER"):
+    with pytest.raises(UserError, match=r"exists. Continue it with resume=auto, or start another run with name=OTHER"):
         start(tiny_recipe(), two_domains)
-    with pytest.raises(ValueError, match=r"is a run of another recipe: seed: 0 -> 1"):
+    with pytest.raises(UserError, match=r"is a run of another recipe: seed: 0 -> 1"):
         start(tiny_recipe(resume="auto", seed=1), two_domains)
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
@@ -271,12 +356,14 @@ def test_a_folder_that_is_no_run_is_left_alone(tiny_recipe: TinyRecipe, two_doma
     recipe = tiny_recipe(resume="auto")
     recipe.folder.mkdir(parents=True)
     (recipe.folder / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="is not a run"):
+    with pytest.raises(UserError, match="is not a run"):
         start(recipe, two_domains)
     assert [path.name for path in recipe.folder.iterdir()] == ["thesis.txt"]
 
 
-def test_auto_starts_a_run_that_does_not_exist_and_finishes_one_that_is_done(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+def test_auto_starts_a_run_that_does_not_exist_and_finishes_one_that_is_done(
+    tiny_recipe: TinyRecipe, two_domains: Path
+) -> None:
     run = start(tiny_recipe(resume="auto"), two_domains)
     before = weights(run)
     start(tiny_recipe(resume="auto"), two_domains)
@@ -289,7 +376,9 @@ def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run(
 ) -> None:
     training = {"steps": 9, "log_every": 1, "max_skipped": 2, "save_every": 1}
     recipe = tiny_recipe(method=method, optimiser={"lr": 1e30, "schedule": "constant"}, training=training)
-    with pytest.raises(RunFailed, match=r"step 4: (fields|shapes)/\w+ is nan; keys .*train_\d.*; 3 steps in a row were skipped"):
+    with pytest.raises(
+        RunFailed, match=r"step 4: (fields|shapes)/\w+ is nan; keys .*train_\d.*; 3 steps in a row were skipped"
+    ):
         start(recipe, two_domains)
     assert "step 2: " in capsys.readouterr().out
     # The checkpoints of skipped steps hold the weights of the last good one, a teacher's and class embeddings too.
@@ -298,9 +387,14 @@ def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run(
     assert (kept[-1] / "model.safetensors").read_bytes() == (kept[-2] / "model.safetensors").read_bytes()
 
 
-def test_init_from_takes_the_encoder_and_the_heads_that_match(tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_init_from_takes_the_encoder_and_the_heads_that_match(
+    tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     old = start(tiny_recipe(name="old"), two_domains)
-    new = start(tiny_recipe(name="new", init_from=str(old), domains={"shapes": {"labelled": "4"}}, optimiser={"lr": 1e-12}), two_domains)
+    new = start(
+        tiny_recipe(name="new", init_from=str(old), domains={"shapes": {"labelled": "4"}}, optimiser={"lr": 1e-12}),
+        two_domains,
+    )
     assert "head fields: not in this run" in capsys.readouterr().out
     before, after = weights(old), weights(new)
     shared = [name for name in after if not name.endswith(("running_mean", "running_var", "num_batches_tracked"))]
@@ -310,7 +404,7 @@ def test_init_from_takes_the_encoder_and_the_heads_that_match(tiny_recipe: TinyR
 
 def test_init_from_another_encoder_is_refused(tiny_run: Path, tiny_recipe: TinyRecipe, two_domains: Path) -> None:
     recipe = tiny_recipe(init_from=str(tiny_run), encoder__width=64)
-    with pytest.raises(ValueError, match="the encoder of .* is another one"):
+    with pytest.raises(UserError, match="the encoder of .* is another one"):
         start(recipe, two_domains)
     assert not recipe.folder.exists()
 
@@ -323,35 +417,54 @@ def test_other_shards_are_noticed_on_resuming(tiny_recipe: TinyRecipe, two_domai
         path.unlink()
     for path in (copy / "shapes").glob("val-*"):
         path.rename(path.with_name(path.name.replace("val", "train")))
-    shutil.copytree(two_domains / "shapes", copy / "shapes", dirs_exist_ok=True, ignore=shutil.ignore_patterns("train*"))
-    with pytest.raises(ValueError, match="was trained on other data in shapes/train"):
+    shutil.copytree(
+        two_domains / "shapes", copy / "shapes", dirs_exist_ok=True, ignore=shutil.ignore_patterns("train*")
+    )
+    with pytest.raises(UserError, match="was trained on other data in shapes/train"):
         start(recipe, two_domains)
 
 
 def test_checkpoints_beyond_the_newest_and_the_best_are_removed(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
-    run = start(tiny_recipe(training={"steps": 6, "save_every": 1, "evaluate_every": 2, "keep": 1, "log_every": 1}), two_domains)
+    run = start(
+        tiny_recipe(training={"steps": 6, "save_every": 1, "evaluate_every": 2, "keep": 1, "log_every": 1}), two_domains
+    )
     state = load_run(run, "best").state
     assert {path.name for path in checkpoints(run / "checkpoints")} == {"step-00000006", f"step-{state.best_step:08d}"}
-    means = {line["step"]: line["val/mean_miou"] for line in read_metrics(run / "metrics.jsonl") if "val/mean_miou" in line}
+    means = {
+        line["step"]: line["val/mean_miou"] for line in read_metrics(run / "metrics.jsonl") if "val/mean_miou" in line
+    }
     assert means[state.best_step] == max(means.values()) == state.best_miou
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"domains": {"fields": {"labelled": "11"}}}, r"domains.fields.labelled asks for 11 labelled images; there are 10"),
-        ({"data__labelled_batch": 3, "training": {"steps": 1, "accumulation": 2}}, r"fields: labelled_batch is 3.*multiple of 2"),
+        (
+            {"domains": {"fields": {"labelled": "11"}}},
+            r"domains.fields.labelled asks for 11 labelled images; there are 10",
+        ),
+        (
+            {"data__labelled_batch": 3, "training": {"steps": 1, "accumulation": 2}},
+            r"fields: labelled_batch is 3.*multiple of 2",
+        ),
         ({"domains": {"feilds": {}}}, r'names the domain "feilds".*Did you mean "fields"'),
-        ({"domains": {"fields": {"val_split": "hard"}}}, r"fields has no hard shards. Make them: python -m multidomain_cct pack fields"),
+        (
+            {"domains": {"fields": {"val_split": "hard"}}},
+            r"fields has no hard shards. Make them: python -m multidomain_cct pack fields",
+        ),
         ({"encoder__name": "resnet5"}, r"which timm does not know"),
         pytest.param(
-            {"training__precision": "fp16"}, r"Use `bf16` or `no`", marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works here")
+            {"training__precision": "fp16"},
+            r"Use `bf16` or `no`",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 works here"),
         ),
     ],
 )
-def test_mistakes_are_found_before_anything_is_written(tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object], message: str) -> None:
+def test_mistakes_are_found_before_anything_is_written(
+    tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object], message: str
+) -> None:
     recipe = tiny_recipe(**changes)
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
+    with pytest.raises(UserError, match=message):
         start(recipe, two_domains)
     assert not recipe.folder.exists()
 
@@ -363,7 +476,9 @@ def test_a_run_is_loaded_from_its_folder_alone(tiny_recipe: TinyRecipe, two_doma
     assert run.model.heads.keys() == {"fields", "shapes"} and not run.model.training
 
 
-def test_images_that_were_skipped_are_told_and_counted(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_images_that_were_skipped_are_told_and_counted(
+    tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = tmp_path / "data"
     shutil.copytree(two_domains, root)
     shard = root / "fields" / "unlabelled-00000.tar"
@@ -372,7 +487,19 @@ def test_images_that_were_skipped_are_told_and_counted(tiny_recipe: TinyRecipe, 
     shard.write_bytes(content)
     # Six images of this split and six unlabelled ones of train: six steps of two see each once.
     bad = {"on_bad": "skip", "max_bad_fraction": 0.5}
-    run = start(tiny_recipe(training__steps=6, training__log_every=1, data__shards=str(root), **{f"data__{key}": value for key, value in bad.items()}), root)
+    run = start(
+        tiny_recipe(
+            training__steps=6,
+            training__log_every=1,
+            data__shards=str(root),
+            **{f"data__{key}": value for key, value in bad.items()},
+        ),
+        root,
+    )
     counts = logged(run, "data/fields/skipped/image: bytes differ from the index")
-    told = [line for line in capsys.readouterr().out.splitlines() if "fields: skipped: " in line and "unlabelled-00000.tar" in line]
+    told = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "fields: skipped: " in line and "unlabelled-00000.tar" in line
+    ]
     assert counts[-1] == 1 and len(told) == 1

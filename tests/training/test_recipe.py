@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 
 from multidomain_cct.data.specification import domain_folders, find_domain
+from multidomain_cct.errors import UserError
 from multidomain_cct.training.recipe import differences, read_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -22,7 +23,11 @@ def test_every_shipped_recipe_loads_with_its_domains_and_says_what_it_is(path: P
     assert recipe.name == path.stem
     for name, choice in recipe.domains.items():
         domain = find_domain(name, domain_folders(recipe=path))
-        assert {choice.train_split, *choice.unlabelled_splits, *([choice.val_split] if choice.val_split else [])} <= set(domain.splits)
+        assert {
+            choice.train_split,
+            *choice.unlabelled_splits,
+            *([choice.val_split] if choice.val_split else []),
+        } <= set(domain.splits)
         assert choice.val_split != "test" or "val" not in domain.splits
     header = path.read_text().split("domains:")[0]
     assert "accelerate launch -m multidomain_cct" in header
@@ -32,14 +37,20 @@ def test_every_shipped_recipe_loads_with_its_domains_and_says_what_it_is(path: P
 
 
 def test_a_recipe_survives_being_written_and_read(tmp_path: Path) -> None:
-    recipe = read_recipe(write(tmp_path, BASE), ["domains.camvid.crop=[96,64]", "optimiser.lr=2e-2", "training.precision=no"])
+    recipe = read_recipe(
+        write(tmp_path, BASE), ["domains.camvid.crop=[96,64]", "optimiser.lr=2e-2", "training.precision=no"]
+    )
     assert read_recipe(write(tmp_path, recipe.to_yaml())) == recipe
     assert recipe.name == "mine" and recipe.optimiser.lr == 0.02 and recipe.training.precision == "no"
     assert recipe.domains["camvid"].labelled == "50" and recipe.domains["cityscapes"].labelled == "all"
 
 
 def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
-    assert list(read_recipe(write(tmp_path, BASE), ["domains.ccp.labelled=1/16"]).domains) == ["camvid", "cityscapes", "ccp"]
+    assert list(read_recipe(write(tmp_path, BASE), ["domains.ccp.labelled=1/16"]).domains) == [
+        "camvid",
+        "cityscapes",
+        "ccp",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,7 +61,10 @@ def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
         ("perturbation.dropout.count=3", 'Did you mean "perturbations"'),
         ("training.steps=many", "training.steps is 'many'.*could not be converted to Integer"),
         ("data.crop=abc", "data.crop is 'abc': a list is expected"),
-        ("data.crop=[100,100]", r"data.crop is \[100, 100\], which encoder.stride 8 does not divide. Use for example \[96, 96\]"),
+        (
+            "data.crop=[100,100]",
+            r"data.crop is \[100, 100\], which encoder.stride 8 does not divide. Use for example \[96, 96\]",
+        ),
         ("domains.camvid.crop=[64]", r"domains.camvid.crop is \[64\]; it is \[width, height\]"),
         ("seed=${oc.env:HOME}", "plain values, without"),
         ("encoder.context=pspp", "encoder.context is 'pspp'; it is one of psp, fpn, none"),
@@ -72,26 +86,59 @@ def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
         ("data.crop=[1", "not valid YAML"),
         ("domains.camvid.unlabelled=some", "rest, all, none"),
         ("domains.camvid.labelled=0", "labelled is 0; write `none`"),
-        ("domains.camvid.weak_split=train", "weak_split is 'train'; it names pseudo-labels that `weaklabels` made, whose splits end in _weak."),
-        ("domains.camvid.unlabelled_splits=[val]", "domains.camvid trains on its val_split 'val'; what is scored is not trained on. Name another split."),
+        (
+            "domains.camvid.weak_split=train",
+            "weak_split is 'train'; it names pseudo-labels that `weaklabels` made, whose splits end in _weak.",
+        ),
+        (
+            "domains.camvid.unlabelled_splits=[val]",
+            "domains.camvid trains on its val_split 'val'; what is scored is not trained on. Name another split.",
+        ),
         ("domains.camvid.weight=.nan", "domains.camvid.weight is nan; it is a finite number."),
         ("optimiser.lr=.inf", "optimiser.lr is inf; it is a finite number."),
         ("data.augment.scale=[0.5,.inf]", r"data.augment.scale is \[0.5, inf\]; it is a finite number."),
         ("method=mean_techer", 'method is .mean_techer.; it is one of cct, supervised, .* Did you mean "mean_teacher"'),
         ("method=fixmatch", "it is one of cct, supervised, mean_teacher, unimatch, usss"),
-        ("domains.camvid.consistency.confidnce=0.9", r'unknown key "domains.camvid.consistency.confidnce".*Did you mean "confidence"'),
-        ("domains.camvid.perturbations.dropot.count=0", r'unknown key "domains.camvid.perturbations.dropot".*Did you mean "dropout"'),
-        ("domains.camvid.perturbations.dropout.cuont=0", r"Allowed in domains.camvid.perturbations.dropout: count, probability. Did you mean .count"),
+        (
+            "domains.camvid.consistency.confidnce=0.9",
+            r'unknown key "domains.camvid.consistency.confidnce".*Did you mean "confidence"',
+        ),
+        (
+            "domains.camvid.perturbations.dropot.count=0",
+            r'unknown key "domains.camvid.perturbations.dropot".*Did you mean "dropout"',
+        ),
+        (
+            "domains.camvid.perturbations.dropout.cuont=0",
+            r"Allowed in domains.camvid.perturbations.dropout: count, probability. Did you mean .count",
+        ),
         ("perturbations.dropout.needs_objects=true", 'unknown key "perturbations.dropout.needs_objects"'),
         ("domains.camvid.consistency=3", "domains.camvid.consistency is 3; it is a section with the keys weight"),
-        ("domains.camvid.perturbations=[dropout]", "domains.camvid.perturbations is .*; it is a section with the keys feature_noise"),
-        ("domains.camvid.consistency.weight=much", "domains.camvid.consistency.weight is 'much'.*could not be converted to Float"),
-        ("domains.camvid.consistency.confidence=${oc.env:HOME}", "domains.camvid.consistency.confidence is .* plain values, without"),
-        ("consistency.confidence=1", "consistency.confidence is 1.0; a probability that can be exceeded lies in 0 to below 1"),
+        (
+            "domains.camvid.perturbations=[dropout]",
+            "domains.camvid.perturbations is .*; it is a section with the keys feature_noise",
+        ),
+        (
+            "domains.camvid.consistency.weight=much",
+            "domains.camvid.consistency.weight is 'much'.*could not be converted to Float",
+        ),
+        (
+            "domains.camvid.consistency.confidence=${oc.env:HOME}",
+            "domains.camvid.consistency.confidence is .* plain values, without",
+        ),
+        (
+            "consistency.confidence=1",
+            "consistency.confidence is 1.0; a probability that can be exceeded lies in 0 to below 1",
+        ),
         ("domains.camvid.consistency.confidence=-0.1", "consistency.confidence is -0.1"),
-        ("perturbations.adversarial_noise.xi=1e-6", "perturbations.adversarial_noise.xi is 1e-06, which 32-bit numbers lose; it is at least 0.01"),
+        (
+            "perturbations.adversarial_noise.xi=1e-6",
+            "perturbations.adversarial_noise.xi is 1e-06, which 32-bit numbers lose; it is at least 0.01",
+        ),
         ("domains.camvid.perturbations.adversarial_noise.xi=1e-6", "perturbations.adversarial_noise.xi is 1e-06"),
-        ("domains.camvid.weak_split=x domains.camvid.unlabelled_splits=[x]", "names a split twice, or the train_split or weak_split"),
+        (
+            "domains.camvid.weak_split=x domains.camvid.unlabelled_splits=[x]",
+            "names a split twice, or the train_split or weak_split",
+        ),
         ("mean_teacher.decay=1", "mean_teacher.decay is 1.0; it lies in 0 to below 1"),
         ("mean_teacher.cutmix=2", "mean_teacher.cutmix is 2.0; a probability"),
         ("unimatch.confidence=1", "unimatch.confidence is 1.0; it lies in 0 to below 1"),
@@ -111,7 +158,7 @@ def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
     ],
 )
 def test_each_mistake_is_one_line_with_the_key(tmp_path: Path, override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_recipe(write(tmp_path, BASE), override.split(" "))
     assert "\n" not in str(error.value)
 
@@ -129,13 +176,13 @@ def test_each_mistake_is_one_line_with_the_key(tmp_path: Path, override: str, me
 )
 def test_a_broken_file_is_one_line_with_its_path(tmp_path: Path, text: str, message: str) -> None:
     path = write(tmp_path, text)
-    with pytest.raises(ValueError, match=message) as error:
+    with pytest.raises(UserError, match=message) as error:
         read_recipe(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 def test_an_absent_recipe_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="there is no such recipe"):
+    with pytest.raises(UserError, match="there is no such recipe"):
         read_recipe(tmp_path / "none.yaml")
 
 
@@ -147,7 +194,12 @@ def test_a_shipped_recipe_is_found_from_any_folder(tmp_path: Path, monkeypatch: 
 def test_differences_name_what_makes_another_run_and_not_what_may_change(tmp_path: Path) -> None:
     path = write(tmp_path, BASE)
     old = read_recipe(path)
-    assert differences(old, read_recipe(path, ["data.workers=7", "resume=auto", "training.log_every=3", "training.accumulation=2"])) == []
+    assert (
+        differences(
+            old, read_recipe(path, ["data.workers=7", "resume=auto", "training.log_every=3", "training.accumulation=2"])
+        )
+        == []
+    )
     assert differences(old, read_recipe(path, ["optimiser.lr=0.5", "domains.camvid.labelled=3"])) == [
         "domains.camvid.labelled: 50 -> 3",
         "optimiser.lr: 0.01 -> 0.5",
@@ -176,14 +228,22 @@ def test_a_domains_sections_replace_single_keys_and_inherit_the_others(tmp_path:
     assert general == recipe.consistency and (general.weight, general.distance, general.confidence) == (2, "js", 0)
     assert own == replace(general, confidence=0.9)
     mix, common = recipe.perturbations_of("camvid"), recipe.perturbations_of("cityscapes")
-    assert common == recipe.perturbations and (common.dropout.count, common.dropout.probability, common.object_mask.count) == (3, 0.3, 1)
+    assert common == recipe.perturbations and (
+        common.dropout.count,
+        common.dropout.probability,
+        common.object_mask.count,
+    ) == (3, 0.3, 1)
     assert mix == replace(common, dropout=replace(common.dropout, probability=0.7))
 
 
 @pytest.mark.parametrize("text", [BASE, OWN])
 def test_overrides_reach_a_domains_own_sections(tmp_path: Path, text: str) -> None:
     before = read_recipe(write(tmp_path, text))
-    overrides = ["domains.camvid.perturbations.dropout.count=0", "domains.camvid.consistency.confidence=0.8", "domains.cityscapes.consistency.weight=7"]
+    overrides = [
+        "domains.camvid.perturbations.dropout.count=0",
+        "domains.camvid.consistency.confidence=0.8",
+        "domains.cityscapes.consistency.weight=7",
+    ]
     recipe = read_recipe(write(tmp_path, text), overrides)
     mix = before.perturbations_of("camvid")
     assert recipe.perturbations_of("camvid") == replace(mix, dropout=replace(mix.dropout, count=0))
@@ -193,13 +253,21 @@ def test_overrides_reach_a_domains_own_sections(tmp_path: Path, text: str) -> No
 
 
 def test_a_domain_inherits_what_an_override_changes_in_the_recipes_section(tmp_path: Path) -> None:
-    recipe = read_recipe(write(tmp_path, OWN), ["consistency.distance=kl", "consistency.confidence=0.5", "perturbations.dropout.count=9"])
+    recipe = read_recipe(
+        write(tmp_path, OWN), ["consistency.distance=kl", "consistency.confidence=0.5", "perturbations.dropout.count=9"]
+    )
     assert (recipe.consistency_of("camvid").distance, recipe.consistency_of("camvid").confidence) == ("kl", 0.9)
-    assert recipe.perturbations_of("camvid").dropout == replace(recipe.perturbations.dropout, probability=0.7) and recipe.perturbations.dropout.count == 9
+    assert (
+        recipe.perturbations_of("camvid").dropout == replace(recipe.perturbations.dropout, probability=0.7)
+        and recipe.perturbations.dropout.count == 9
+    )
 
 
 def test_sections_of_a_domains_own_survive_being_written_and_read(tmp_path: Path) -> None:
-    recipe = read_recipe(write(tmp_path, OWN), ["method=mean_teacher", "domains.cityscapes.weak_split=train_weak", "domains.camvid.labelled=none"])
+    recipe = read_recipe(
+        write(tmp_path, OWN),
+        ["method=mean_teacher", "domains.cityscapes.weak_split=train_weak", "domains.camvid.labelled=none"],
+    )
     assert read_recipe(write(tmp_path, recipe.to_yaml())) == recipe
     assert differences(recipe, read_recipe(write(tmp_path, OWN))) == [
         "method: mean_teacher -> cct",
@@ -210,7 +278,9 @@ def test_sections_of_a_domains_own_survive_being_written_and_read(tmp_path: Path
 
 def test_consistency_weight_zero_turns_every_domain_off(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path, BASE), ["domains.camvid.consistency.weight=5"])
-    assert recipe.consistency_of("camvid").weight == 5 and recipe.consistency_of("cityscapes").weight == pytest.approx(30 / 21)
+    assert recipe.consistency_of("camvid").weight == 5 and recipe.consistency_of("cityscapes").weight == pytest.approx(
+        30 / 21
+    )
     assert recipe.uses_unlabelled("camvid") and recipe.uses_unlabelled("cityscapes")
     off = read_recipe(write(tmp_path, BASE), ["domains.camvid.consistency.weight=5", "consistency.weight=0"])
     assert not off.uses_unlabelled("camvid") and not off.uses_unlabelled("cityscapes")
@@ -230,12 +300,17 @@ def test_pseudo_labels_are_used_without_consistency_unless_they_are_turned_off_t
 # Methods
 
 
-@pytest.mark.parametrize(("method", "uses"), [("cct", True), ("supervised", False), ("mean_teacher", True), ("unimatch", True), ("usss", True)])
+@pytest.mark.parametrize(
+    ("method", "uses"),
+    [("cct", True), ("supervised", False), ("mean_teacher", True), ("unimatch", True), ("usss", True)],
+)
 def test_every_method_but_the_supervised_one_uses_unlabelled_images(tmp_path: Path, method: str, uses: bool) -> None:
     assert read_recipe(write(tmp_path, BASE), [f"method={method}"]).uses_unlabelled("camvid") == uses
 
 
 def test_comparing_label_spaces_takes_two_domains(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="method is `usss`, which compares label spaces, but there is one domain. Add a domain") as caught:
+    with pytest.raises(
+        UserError, match="method is `usss`, which compares label spaces, but there is one domain. Add a domain"
+    ) as caught:
         read_recipe(write(tmp_path, "method: usss\ndomains: {camvid: {labelled: 50}}\n"))
     assert "\n" not in str(caught.value)

@@ -3,13 +3,18 @@ import math
 import pytest
 import torch
 
+from multidomain_cct.errors import UserError
 from multidomain_cct.training.schedules import OptimiserSettings, build_optimiser, learning_rate, set_learning_rate
 
 
 def test_learning_rates_follow_their_formulas() -> None:
     for step in (0, 100, 599):
-        assert learning_rate(OptimiserSettings(lr=0.02), step, 600) == pytest.approx(0.02 * (1 - step / 600) ** 0.9, abs=1e-15)
-        assert learning_rate(OptimiserSettings(lr=0.02, schedule="cosine"), step, 600) == pytest.approx(0.01 * (1 + math.cos(math.pi * step / 600)), abs=1e-15)
+        assert learning_rate(OptimiserSettings(lr=0.02), step, 600) == pytest.approx(
+            0.02 * (1 - step / 600) ** 0.9, abs=1e-15
+        )
+        assert learning_rate(OptimiserSettings(lr=0.02, schedule="cosine"), step, 600) == pytest.approx(
+            0.01 * (1 + math.cos(math.pi * step / 600)), abs=1e-15
+        )
         assert learning_rate(OptimiserSettings(lr=0.02, schedule="constant"), step, 600) == 0.02
 
 
@@ -38,5 +43,5 @@ def test_the_trunk_has_its_own_learning_rate_and_frozen_parameters_are_left_out(
     ],
 )
 def test_impossible_settings_are_refused(make: object, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         make()  # type: ignore[operator]

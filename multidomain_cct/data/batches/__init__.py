@@ -1,0 +1,1 @@
+"""Shards -> what a training step or an evaluation sees."""

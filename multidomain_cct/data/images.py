@@ -1,0 +1,112 @@
+"""Image files, decoded safely: which formats, how large, upright.
+
+Imports no torch, so that a packing worker starts quickly.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from multidomain_cct.errors import UserError
+
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+"""What an image may be, whatever its name says. Pillow knows others that start programs (EPS) or have seldom been
+attacked in earnest.
+"""
+_UNREADABLE = (
+    Image.DecompressionBombWarning,
+    OSError,
+    SyntaxError,
+    ValueError,
+    RuntimeError,
+    AttributeError,
+    struct.error,
+    Image.DecompressionBombError,
+)
+"""What Pillow raises for damaged files, found by damaging files of every format."""
+_GREY_STEPS: dict[Any, int] = {"L;2": 85, "L;4": 17}
+"""Pillow stretches grey values of 2 and 4 bits to the range of 8; dividing by the step gives the stored ids back."""
+
+
+def load_image(source: bytes | Path, name: str) -> Image.Image:
+    """The image as 8-bit RGB, turned upright as its EXIF tag asks.
+
+    Raises UserError, starting with `name`, when it cannot be read.
+    """
+    # Loaded, it outlives its file.
+    with open_image(source, name) as image:
+        return decoded(image, name)
+
+
+def open_image(source: bytes | Path, name: str) -> Image.Image:
+    """The image with its header read and its pixels not yet, for `decoded`.
+
+    Raises UserError, starting with `name`, when it cannot be read.
+    """
+    with _errors_that_name(name):
+        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
+
+
+def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
+    """(width, height) that an opened image has once it is turned upright."""
+    # Pillow gives a TIFF the size that it has once it is turned.
+    return image.size if image.format == "TIFF" or _orientation(image, name) < 5 else (image.height, image.width)
+
+
+def decode_smaller(image: Image.Image, name: str, wanted: tuple[int, int]) -> tuple[float, float]:
+    """Let an opened JPEG be decoded at a half, a quarter or an eighth of its size when that is still at least `wanted`.
+
+    Gives (width, height) of the whole picture in decoded pixels. They are not whole numbers where the factor does not
+    divide the size; the last column or row then shows the picture only in part. A JPEG that has to be turned is left
+    alone: its part of a pixel would lie on another side.
+    """
+    if image.format == "JPEG" and _orientation(image, name) == 1 and (drafted := image.draft(None, wanted)) is not None:
+        return drafted[1][2], drafted[1][3]
+    return upright_size(image, name)
+
+
+def decoded(image: Image.Image, name: str) -> Image.Image:
+    """An opened image as 8-bit RGB, turned upright. Raises UserError, starting with `name`, when it cannot be read."""
+    with _errors_that_name(name):
+        image.load()
+        ImageOps.exif_transpose(image, in_place=True)
+        if image.mode.startswith("I"):
+            # Pillow clips 16 bits to 255 instead of scaling them.
+            return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def grey_step(image: Image.Image) -> int:
+    """What to divide the pixels by; the image must not be loaded yet, for loading forgets how it was stored."""
+    stored = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
+    return _GREY_STEPS.get(stored[0] if isinstance(stored, tuple) else stored, 1)
+
+
+def _orientation(image: Image.Image, name: str) -> int:
+    """The EXIF tag: 1 is upright, 5 to 8 lie on their side."""
+    with _errors_that_name(name):
+        found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return found if found in range(1, 9) else 1
+
+
+@contextmanager
+def _errors_that_name(name: str) -> Iterator[None]:
+    """What Pillow raises within becomes a UserError of one line."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns where it can go on: broken EXIF is no reason to fail, a picture of suspicious size is.
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    except _UNREADABLE as error:
+        reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UserError(f"{name}: the image cannot be read ({reason}).") from None

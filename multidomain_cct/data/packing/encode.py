@@ -1,0 +1,127 @@
+"""One raw sample -> the bytes that a shard holds. Imports neither torch nor tar, so that a worker starts quickly."""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.images import load_image
+from multidomain_cct.data.packing.raw_files import RawSample
+from multidomain_cct.data.packing.raw_masks import mask_picture
+from multidomain_cct.errors import UserError
+
+JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample, ready to be written."""
+
+    key: str
+    image: bytes
+    mask: bytes | None
+    meta: bytes
+    pixels: np.ndarray
+    unknown: dict[str, int]
+    stored_size: str
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Turns raw samples of one split into what is written; calling it gives the error as text, so that it crosses
+    process borders as one line.
+    """
+
+    domain: Domain
+    raw: Path
+    split: str
+
+    def __call__(self, sample: RawSample) -> Encoded | str:
+        try:
+            return self.encode(sample)
+        except (UserError, OSError) as error:
+            return str(error)
+
+    def encode_chunk(self, samples: list[RawSample]) -> list[Encoded | str]:
+        return [self(sample) for sample in samples]
+
+    def encode(self, sample: RawSample) -> Encoded:
+        source = sample.image.read_bytes()
+        image = load_image(source, str(sample.image))
+        original = image.size
+        pixels = np.zeros(256, dtype=np.int64)
+        unknown: dict[str, int] = {}
+        mask = None
+        stored = fitted_size(original, self.domain.size)
+        if sample.mask is not None:
+            picture, unknown = mask_picture(sample.mask, self.domain)
+            if picture.size != original:
+                raise UserError(
+                    f"{sample.mask.path}: the mask is {picture.width}x{picture.height} but its image {sample.image} "
+                    f"is {original[0]}x{original[1]}. "
+                    "Export the mask at the image's size."
+                )
+            if self.split not in self.domain.score_at_full_size and stored != original:
+                picture = picture.resize(stored, Image.Resampling.NEAREST)
+            pixels = np.array(picture.histogram(), dtype=np.int64)
+            mask = _png(picture)
+        if stored != original:
+            content = _jpeg(image.resize(stored, Image.Resampling.BICUBIC))
+        else:
+            # A plain JPEG of the right size is kept byte for byte: no second loss.
+            content = source if _is_plain_jpeg(source) else _jpeg(image)
+        meta = {"size": list(original), "source": sample.image.relative_to(self.raw).as_posix()}
+        return Encoded(
+            sample.key,
+            content,
+            mask,
+            json.dumps(meta, sort_keys=True).encode(),
+            pixels,
+            unknown,
+            f"{stored[0]}x{stored[1]}",
+        )
+
+
+def fitted_size(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int, int]:
+    """The largest size with the same aspect ratio that fits the box and is not larger than the original; all are
+    (width, height).
+    """
+    if box is None:
+        return size
+    ratio = min(1.0, box[0] / size[0], box[1] / size[1])
+    return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
+
+
+def _is_plain_jpeg(source: bytes) -> bool:
+    """Whether the bytes are an upright 8-bit RGB JPEG, which any reader shows the same."""
+    with Image.open(io.BytesIO(source)) as image:
+        return image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+
+
+def _jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def _png(mask: Image.Image) -> bytes:
+    """A PNG of 8-bit grey values whose rows are stored as they are.
+
+    Pillow offers no choice of the rows' filters: its own make smaller files of label masks, which take several times as
+    long to read (benchmarks/loader.py).
+    """
+    rows = np.zeros((mask.height, 1 + mask.width), dtype=np.uint8)
+    rows[:, 1:] = np.asarray(mask)
+    header = struct.pack(">IIBBBBB", mask.width, mask.height, 8, 0, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes(), level=3)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )

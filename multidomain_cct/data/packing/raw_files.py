@@ -1,0 +1,195 @@
+"""Raw files: which are images, what they are called as samples, and which mask belongs to which image.
+
+Images and masks are paired by name, never by listing order: two listings that differ by one file would shift every pair
+behind it without a sign.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import takewhile
+from pathlib import Path, PurePosixPath
+
+from multidomain_cct.data.domain import Domain, Split
+from multidomain_cct.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+MASK_ENDINGS = ("_mask", "-mask", "_label", "_gt")
+"""What a mask's name may add to its image's name in the layout `folder`."""
+LONGEST_KEY = 200
+"""File systems hold names of 255 bytes; the key shares them with a suffix."""
+
+
+class MissingRawFiles(UserError):
+    """What a split needs is not in the raw folder: the data set may have been fetched in part."""
+
+
+@dataclass(frozen=True)
+class MaskFile:
+    """Where the labels of one image are, and in which values."""
+
+    path: Path
+    cell: int | None = None
+    """Position in the label table of SUNRGBD2Dseg.mat; None for an image file."""
+    train_ids: bool = False
+    """True when the file holds train ids already, and the class table's raw ids do not apply."""
+
+
+@dataclass(frozen=True)
+class RawSample:
+    """One image of a raw data set."""
+
+    key: str
+    """Name of the sample in shards and logs: flat, unique in its split."""
+    image: Path
+    mask: MaskFile | None
+    """None in an unlabelled split."""
+
+
+def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list[RawSample]:
+    """The images and masks that two globs find; pairs share the path below each glob's fixed leading folder, without
+    the ending that the glob names.
+    """
+    images = _globbed(raw, globs.images, f"{domain.name}: splits.{split}.images")
+    if not images:
+        raise MissingRawFiles(f"{raw}: split {split} of {domain.name} needs {globs.images}, and no image matches that.")
+    if not globs.masks:
+        return unlabelled_samples(images)
+    masks = _globbed(raw, globs.masks, f"{domain.name}: splits.{split}.masks")
+    for stem in sorted(images.keys() - masks.keys()):
+        extended = [stem + ending for ending in MASK_ENDINGS if stem + ending in masks and stem + ending not in images]
+        if len(extended) > 1:
+            raise UserError(
+                f"{images[stem]}: has {len(extended)} masks, {' and '.join(masks[name].name for name in extended)}; "
+                "keep one."
+            )
+        if extended:
+            masks[stem] = masks.pop(extended[0])
+    return paired_samples(
+        images, {stem: MaskFile(path) for stem, path in masks.items()}, lambda stem: f"the name {stem} in {globs.masks}"
+    )
+
+
+def paired_samples(
+    images: Mapping[str, Path], masks: Mapping[str, MaskFile], expected: Callable[[str], str]
+) -> list[RawSample]:
+    """One sample for each name; both sides must have the same names."""
+    lonely = [stem for stem in images if stem not in masks]
+    if lonely:
+        more = f" ({len(lonely)} of {len(images)} images have none)" if len(lonely) > 1 else ""
+        raise UserError(
+            f"{images[lonely[0]]}: has no mask; expected {expected(lonely[0])}{more}. Add the masks, or take the "
+            "images out of the split."
+        )
+    orphans = [stem for stem in masks if stem not in images]
+    if orphans:
+        more = f" ({len(orphans)} of {len(masks)} masks have none)" if len(orphans) > 1 else ""
+        raise UserError(
+            f"{masks[orphans[0]].path}: has no image; expected the name {orphans[0]}{more}. Add the images, or take "
+            "the masks out of the split."
+        )
+    return [RawSample(sample_key(stem), image, masks[stem]) for stem, image in images.items()]
+
+
+def listed_samples(
+    images: Mapping[str, Path], masks: Mapping[str, Path], stems: list[str], where: str, expected: Callable[[str], str]
+) -> list[RawSample]:
+    """The samples that a list names; files that it does not name belong to other splits."""
+    absent = next((stem for stem in stems if stem not in images), None)
+    if absent:
+        raise UserError(
+            f"{where} {absent}, and {next(iter(images.values())).parent} has no such image. Add the image, or take "
+            "the name out."
+        )
+    twice, count = Counter(stems).most_common(1)[0] if stems else ("", 0)
+    if count > 1:
+        raise UserError(f"{where} {twice} {count} times; keep one.")
+    chosen = {stem: images[stem] for stem in stems}
+    return paired_samples(chosen, {stem: MaskFile(masks[stem]) for stem in chosen if stem in masks}, expected)
+
+
+def unlabelled_samples(images: Mapping[str, Path]) -> list[RawSample]:
+    return [RawSample(sample_key(stem), image, None) for stem, image in images.items()]
+
+
+def sample_key(stem: str) -> str:
+    """The path as a flat name:
+
+    ASCII letters, digits, - and _ stay, every other byte becomes =XX, so different paths have different keys.
+    """
+    # surrogateescape: a file name on Linux is bytes, and need not be UTF-8.
+    key = re.sub(
+        rb"[^A-Za-z0-9_-]", lambda byte: b"=%02X" % byte.group()[0], stem.encode("utf-8", "surrogateescape")
+    ).decode("ascii")
+    if len(key) > LONGEST_KEY:
+        raise UserError(
+            f"{stem}: gives a sample key of {len(key)} characters; at most {LONGEST_KEY} fit. Shorten the names of "
+            "its folders or file."
+        )
+    return key
+
+
+def image_files(folder: Path, pattern: str) -> list[Path]:
+    """The image files below a folder that match a glob, sorted.
+
+    Hidden ones (also a Mac's ._ copies) and other files do not count.
+    """
+    found = (path for path in folder.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def images_in(folder: Path, pattern: str, domain: Domain, split: str) -> dict[str, Path]:
+    """The images of a folder by stem; at least one."""
+    images = by_stem(image_files(folder, pattern), pattern.rpartition("*")[2])
+    if not images:
+        state = "no image there matches that" if folder.is_dir() else "there is no such folder"
+        raise MissingRawFiles(f"{folder}: split {split} of {domain.name} needs {pattern} in it, and {state}.")
+    return images
+
+
+def by_stem(paths: Iterable[Path], ending: str = "") -> dict[str, Path]:
+    """Files by their name without the given ending, or without the suffix."""
+    return unique_names((path.name.removesuffix(ending) if ending else path.stem, path) for path in paths)
+
+
+def _globbed(raw: Path, pattern: str, where: str) -> dict[str, Path]:
+    """The image files that a glob matches, by path below its fixed leading folder and without its fixed ending (else
+    without the suffix).
+    """
+    *folders, name = PurePosixPath(pattern).parts or ("",)
+    if not name or PurePosixPath(pattern).is_absolute() or ".." in folders or re.search(r"[^/]\*\*|\*\*[^/]", pattern):
+        raise UserError(
+            f"{where} is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a whole folder. "
+            "Write it as in images/**/*.jpg."
+        )
+    home = raw.joinpath(*takewhile(lambda part: not re.search(r"[*?[]", part), folders))
+    # *_rgb.png names an ending that is no part of what a pair shares; *.[jp]* names none.
+    ending = re.split(r"[*?\]]", name)[-1].removeprefix(name)
+    below = ((path.relative_to(home).as_posix(), path) for path in image_files(raw, pattern))
+    return unique_names(
+        (text.removesuffix(ending) if "." in ending else str(PurePosixPath(text).with_suffix("")), path)
+        for text, path in below
+    )
+
+
+def unique_names(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
+    found: dict[str, Path] = {}
+    for name, path in named:
+        if name in found:
+            raise UserError(f"{path}: goes by the name {name}, as {found[name]} does. Keep one, or rename one.")
+        found[name] = path
+    return found
+
+
+def listed_stems(path: Path) -> list[str]:
+    """The stems in a list file: one sample a line, a bare stem or paths of which the first counts."""
+    if not path.is_file():
+        raise MissingRawFiles(f"{path}: there is no such file. It names the images of a split, one a line.")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: this is not text in UTF-8. It names the images of a split, one a line.") from None
+    return [PurePosixPath(line.split()[0]).stem for line in lines if line.strip()]

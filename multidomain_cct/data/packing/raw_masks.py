@@ -1,0 +1,164 @@
+"""Label masks as they are published, read as train ids.
+
+Shapes: H W size of the mask.
+"""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.images import grey_step
+from multidomain_cct.data.packing.raw_files import MaskFile
+from multidomain_cct.errors import UserError
+
+_FORMATS = ("PNG", "BMP", "TIFF", "GIF", "JPEG")
+_ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+_COLOR_MODES = ("RGB", "RGBA")
+
+
+def read_mask(mask: MaskFile, domain: Domain) -> tuple[np.ndarray, dict[str, int]]:
+    """The (H, W) uint8 train ids of a mask, and the pixel count of each raw value that the class table does not name,
+    by the value in print ("12", "#ff0080").
+
+    Single-channel images hold raw ids; palette images hold them as indices, whatever the palette; RGB images hold raw
+    colours, and transparency is ignored. Values without a class become IGNORE. Those in the domain's ignore_ids and
+    ignore_colors are expected, and not counted. Raises UserError, naming the file, when it cannot be read, when its
+    format has changed the labels, and when the domain says `unknown: error` and there are such values.
+    """
+    values = _read_pixels(mask.path) if mask.cell is None else _read_cell(mask.path, mask.cell)
+    if values.ndim == 3:
+        train_ids, known = _colors_to_train_ids(values, domain)
+    elif mask.train_ids:
+        known = (values >= 0) & ((values < domain.num_classes) | (values == IGNORE))
+        train_ids = np.where(known, values, IGNORE).astype(np.uint8)
+    else:
+        train_ids, known = _ids_to_train_ids(values, domain)
+    return train_ids, {} if known.all() else _count_unknown(values[~known], mask, domain)
+
+
+def _ids_to_train_ids(ids: np.ndarray, domain: Domain) -> tuple[np.ndarray, np.ndarray]:
+    """Train ids, and whether the table knows the id, both (H, W)."""
+    train, known = domain.id_lookup
+    if ids.dtype == np.uint8:
+        # The usual case, and where packing spends its time: short tables stay in the fastest cache.
+        return train[:256].take(ids), known[:256].take(ids)
+    if ids.dtype.itemsize <= 2 and ids.dtype.kind == "u":
+        return train[ids], known[ids]
+    inside = (ids >= 0) & (ids < len(train))
+    bounded = np.where(inside, ids, 0)
+    return np.where(inside, train[bounded], IGNORE).astype(np.uint8), inside & known[bounded]
+
+
+def _colors_to_train_ids(colors: np.ndarray, domain: Domain) -> tuple[np.ndarray, np.ndarray]:
+    """Train ids, and whether the table knows the colour, both (H, W)."""
+    codes, train = domain.color_lookup
+    pixels = _codes(colors)
+    nearest = np.searchsorted(codes, pixels).clip(max=len(codes) - 1)
+    known = codes[nearest] == pixels
+    return np.where(known, train[nearest], IGNORE).astype(np.uint8), known
+
+
+def _count_unknown(values: np.ndarray, mask: MaskFile, domain: Domain) -> dict[str, int]:
+    is_color = values.ndim == 2
+    found, counts = np.unique(_codes(values) if is_color else values, return_counts=True)
+    unknown = {
+        f"#{value:06x}" if is_color else str(value): int(count)
+        for value, count in zip(found.tolist(), counts, strict=True)
+    }
+    if domain.unknown == "error":
+        value, count = max(unknown.items(), key=lambda item: item[1])
+        kind, field = ("colour", "ignore_colors") if is_color else ("id", "ignore_ids")
+        others = f", and {len(unknown) - 1} more such values" if len(unknown) > 1 else ""
+        raise UserError(
+            f"{mask.path}: {count} pixels have the {kind} {value}, which no class of {domain.name} names{others}. Add "
+            f"it to a class or to {field}."
+        )
+    return unknown
+
+
+def _codes(colors: np.ndarray) -> np.ndarray:
+    """Colours (..., 3) as the integers by which `Domain.color_lookup` is sorted."""
+    red, green, blue = np.moveaxis(colors.astype(np.int64), -1, 0)
+    codes: np.ndarray = red << 16 | green << 8 | blue
+    return codes
+
+
+def mask_picture(mask: MaskFile, domain: Domain) -> tuple[Image.Image, dict[str, int]]:
+    """What `read_mask` gives, with the ids as an 8-bit picture.
+
+    Grey 8-bit masks whose ids are all known stay in Pillow, which is where packing saves its time.
+    """
+    if mask.cell is None and not mask.train_ids:
+        image, step = _open(mask.path)
+        train, known = domain.id_lookup
+        if image.mode == "L" and step == 1 and known[:256][np.array(image.histogram()) > 0].all():
+            return image.point(train[:256].tolist()), {}
+    train_ids, unknown = read_mask(mask, domain)
+    return Image.fromarray(train_ids), unknown
+
+
+def _read_pixels(path: Path) -> np.ndarray:
+    """Raw ids (H, W) or raw colours (H, W, 3) of an image file."""
+    image, step = _open(path)
+    pixels: np.ndarray = np.asarray(image)
+    if image.mode in _COLOR_MODES:
+        return pixels[..., :3]
+    if image.mode == "1":
+        return pixels.astype(np.uint8)
+    return pixels if step == 1 else pixels // np.uint8(step)
+
+
+def _open(path: Path) -> tuple[Image.Image, int]:
+    """The decoded image, and what its pixels have to be divided by."""
+    try:
+        with warnings.catch_warnings():
+            # Pillow only warns of a file that would fill the memory until it is twice as large.
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path, formats=_FORMATS) as image:
+                step = grey_step(image)
+                image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(
+            f"{path}: the mask is too large to be read safely ({error}). Cut image and mask into tiles."
+        ) from None
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
+        raise UserError(
+            f"{path}: the mask cannot be read ({error}). Masks are PNG, BMP, TIFF or GIF files; fetch or export it "
+            "again."
+        ) from None
+    _refuse_unusable(image, path)
+    return image, step
+
+
+def _refuse_unusable(image: Image.Image, path: Path) -> None:
+    if image.format == "JPEG" or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
+        raise UserError(
+            f"{path}: the mask is JPEG-compressed, which changes labels along every border. Export it as PNG."
+        )
+    if image.mode not in _ID_MODES + _COLOR_MODES:
+        raise UserError(
+            f"{path}: the mask has pixels of Pillow's mode {image.mode}. Export it as 8- or 16-bit ids in one "
+            "channel, palette indices or RGB colours."
+        )
+
+
+def _read_cell(path: Path, cell: int) -> np.ndarray:
+    """Raw ids (H, W) of one image in SUNRGBD2Dseg.mat."""
+    import h5py
+
+    # Opened anew for every mask: an HDF5 file that is open does not survive the fork of a worker.
+    try:
+        with h5py.File(path, "r") as table:
+            ids: np.ndarray = table[table["SUNRGBD2Dseg"]["seglabel"][cell][0]][()]
+    except (OSError, KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{path}: the labels of image {cell + 1} cannot be read ({error}). Fetch SUNRGBDtoolbox.zip again."
+        ) from None
+    # MATLAB stores columns first.
+    return np.ascontiguousarray(ids.T)

@@ -1,0 +1,1 @@
+"""Tar shards and their indexes, on a disk or at an address. Nothing here knows a domain."""

@@ -1,0 +1,233 @@
+"""Files from http(s) and s3 addresses, on connections that break.
+
+http(s) is read with the standard library, which needs nothing installed and keeps no state that a fork would copy; s3
+is read through fsspec.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from multidomain_cct.errors import UserError
+
+PROTOCOLS = ("http", "https", "s3")
+_CHUNK = 1 << 20
+_PART = 8 << 20
+"""Bytes that one request to s3 asks for: between two of them is judged whether the server is too slow."""
+_MAX_UNKNOWN = 1 << 30
+"""Bytes that a file of unknown size may have."""
+
+
+class SourceError(OSError):
+    """A file that cannot be fetched: not the user's mistake.
+
+    The message is one line: address, attempts, the last trouble.
+    """
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long a server is given."""
+
+    attempts: int = 6
+    wait: float = 1.0
+    """Seconds before the second attempt; each further wait is twice as long."""
+    stall: float = 30.0
+    """Seconds without a byte after which an attempt ends."""
+    grace: float = 60.0
+    """Seconds that an attempt may take besides what `least_rate` allows for the bytes that have come."""
+    least_rate: float = 32 * 1024
+    """Bytes a second; slower than this an attempt ends, and the next goes on where it stopped."""
+
+
+def require_address(address: str, allowed: list[str], where: str) -> None:
+    """Refuse what is no plain address of an allowed protocol. Never repeats the address, which may hold a password."""
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        parts = urlsplit("")
+    if (
+        parts.scheme not in PROTOCOLS
+        or not parts.hostname
+        or not re.fullmatch(r"[\w.:/~%+-]+", address.partition("://")[2].replace("@", ""))
+    ):
+        raise UserError(
+            f"{where} is no address; it is like https://HOST/FOLDER and begins with "
+            f"{', '.join(f'{name}://' for name in PROTOCOLS)}."
+        )
+    if parts.username or parts.password or "@" in address:
+        raise UserError(
+            f"{where} holds a user name or password, which would end up in logs. Use the environment or a credentials "
+            "file of the service."
+        )
+    if parts.scheme not in allowed:
+        raise UserError(
+            f"{where} begins with {parts.scheme}://, which data.remote does not allow. To read from there, write "
+            f"data.remote=[{parts.scheme}]."
+        )
+
+
+def download(
+    address: str,
+    target: Path,
+    *,
+    sha256: bytes | None = None,
+    size: int | None = None,
+    patience: Patience | None = None,
+) -> None:
+    """Fetch a file whole, going on from what `target` already holds of it.
+
+    Raises SourceError when it cannot be had in a bounded number of attempts, or is not the file that was meant, and
+    UserError when a package is missing.
+    """
+    patience, trouble = patience or Patience(), ""
+    for attempt in range(patience.attempts):
+        if attempt:
+            time.sleep(patience.wait * 2 ** (attempt - 1))
+        try:
+            expected = _append(address, target, size, patience)
+            found = target.stat().st_size
+            if expected is not None and found < expected:
+                trouble = f"{found} of {expected} bytes came"
+                continue
+            if (expected is None or found == expected) and sha256 in (None, _sha256(target)):
+                return
+            trouble = "it is not the file that was indexed: its size or checksum differs"
+            target.unlink()
+        except SourceError:
+            raise
+        except urllib.error.HTTPError as error:
+            trouble = f"HTTP {error.code} {error.reason}"
+            error.close()
+            if error.code == 416:
+                target.unlink(missing_ok=True)
+            elif 300 <= error.code < 500 and error.code not in (408, 429):
+                raise SourceError(
+                    f"{address}: {trouble}. Look at the address, and whether the file may be read."
+                ) from None
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            # ValueError: a server that redirects to what is no address.
+            trouble = " ".join(str(getattr(error, "reason", error) or type(error).__name__).split())
+    raise SourceError(
+        f"{address}: not fetched in {patience.attempts} attempts (the last: {trouble}). Look at the server, then go "
+        "on with resume=auto."
+    )
+
+
+def _append(address: str, target: Path, size: int | None, patience: Patience) -> int | None:
+    """Read once, as far as it goes. Returns how long the whole file is, where that is known."""
+    start = target.stat().st_size if target.is_file() else 0
+    if size is not None and start >= size:
+        return size
+    begun, received = time.monotonic(), 0
+    opened = _open_s3 if address.startswith("s3://") else _open_http
+    body, start, announced = opened(address, start, patience.stall)
+    expected = size if size is not None else announced
+    with closing(body), target.open("r+b" if start else "wb") as file:
+        file.seek(start)
+        file.truncate()
+        # One byte more than expected is enough to see that it is another file.
+        left = (_MAX_UNKNOWN if expected is None else expected) + 1 - start
+        while left > 0 and (
+            chunk := body.read1(min(_CHUNK, left)) if hasattr(body, "read1") else body.read(min(_CHUNK, left))
+        ):
+            file.write(chunk)
+            left -= len(chunk)
+            received += len(chunk)
+            # Judged on what has come: on the size of the whole file, a server that sends hardly anything would be
+            # waited for through hours.
+            if time.monotonic() - begun > patience.grace + received / patience.least_rate:
+                raise TimeoutError(f"less than {patience.least_rate / 1024:.0f} KiB a second")
+    return expected
+
+
+def _open_http(address: str, start: int, stall: float) -> tuple[Any, int, int | None]:
+    """The body from byte `start`, or from the beginning where the server knows no ranges; where it begins; the length
+    of the whole file.
+    """
+    request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
+    response = urllib.request.build_opener(_SameProtocols).open(request, timeout=stall)
+    start = start if response.status == 206 else 0
+    length = response.headers.get("Content-Length")
+    return response, start, start + int(length) if length is not None and length.isdigit() else None
+
+
+class _SameProtocols(urllib.request.HTTPRedirectHandler):
+    """Follows redirections to http(s) only, and never from https to http."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if urlsplit(newurl).scheme not in ("https", req.type):
+            raise urllib.error.HTTPError(req.full_url, 403, "redirected to another protocol", headers, fp)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _open_s3(address: str, start: int, stall: float) -> tuple[Any, int, int | None]:
+    return open_with_fsspec(
+        address, start, protocol="s3", config_kwargs={"connect_timeout": stall, "read_timeout": stall}
+    )
+
+
+def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any) -> tuple[Any, int, int | None]:
+    """As `_open_http`, of any file system that fsspec knows."""
+    try:
+        import fsspec
+
+        # A new instance: a cached one may have been made before a fork.
+        files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+    except ImportError as error:
+        raise UserError(
+            f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install "
+            "'multidomain-cct[remote]'"
+        ) from None
+    try:
+        with _as_oserror():
+            body = files.open(address, "rb", block_size=_PART)
+            body.seek(start)
+    except (FileNotFoundError, PermissionError) as error:
+        trouble = "there is no such file" if isinstance(error, FileNotFoundError) else "it may not be read"
+        raise SourceError(
+            f"{address}: {trouble} ({error}). Look at the address, and at what these credentials may read."
+        ) from None
+    return _Body(body), start, int(body.size)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A file of fsspec whose troubles are OSErrors, whichever library has them."""
+
+    file: Any
+
+    def read(self, size: int = -1) -> bytes:
+        with _as_oserror():
+            content: bytes = self.file.read(size)
+        return content
+
+    def close(self) -> None:
+        self.file.close()
+
+
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        # botocore and aiohttp have families of their own: no connection, no credentials, a timeout.
+        raise OSError(str(error) or type(error).__name__) from None
+
+
+def _sha256(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").digest()

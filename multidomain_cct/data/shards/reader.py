@@ -1,0 +1,219 @@
+"""Tar shards, read sample by sample.
+
+Beside each `<shard>.tar` is `<shard>.tar.idx` with the offset, size and crc32 of every member: a sample is one seek and
+one read, and damage is seen. Nothing here grows with the number of samples: indexes are opened when a sample of theirs
+is read, and closed again.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
+from multidomain_cct.data.shards.index import IMAGE, MASK, ShardIndex, shard_paths
+from multidomain_cct.data.shards.sources import LocalFolder, Source
+from multidomain_cct.errors import UserError
+
+INDEX_BYTES = 32 * 1024 * 1024
+"""Memory for opened indexes per split and process; at least one is kept."""
+OPEN_FILES = 64
+"""Shards per split and process that are open at a time."""
+
+
+class BadSample(UserError):
+    """A sample that cannot be used. The message is one line: shard, key, field, what was found."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        """A few words that are the same for all samples with this fault."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One sample as it lies in its shard."""
+
+    key: str
+    shard: str
+    """Where the shard is, for messages."""
+    image: bytes
+    mask: bytes | None
+
+
+class Shards:
+    """The samples of one split of one domain, read by their number.
+
+    Opens files when first read, so it may be built before a loader's workers are forked.
+    """
+
+    def __init__(self, source: Source, catalogue: Catalogue) -> None:
+        self.source, self.catalogue = source, catalogue
+        self.ends = np.cumsum(catalogue.samples)
+        """(s,) int64: the sample number at which each shard ends."""
+        self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._index_bytes = 0
+        self._descriptors: OrderedDict[int, int] = OrderedDict()
+
+    @classmethod
+    def open(cls, folder: Path, split: str) -> Shards:
+        """The split's shards in a domain's folder. Raises UserError with the command that makes them."""
+        paths = shard_paths(folder, split)
+        if not paths:
+            raise UserError(
+                f"{folder} has no {split} shards. Make them: python -m multidomain_cct pack {folder.name} --raw "
+                f"FOLDER --split {split} --out {folder.parent}"
+            )
+        if not catalogue_path(folder, split).is_file():
+            return cls.of(paths)
+        catalogue = Catalogue.load(catalogue_path(folder, split))
+        names = tuple(path.name for path in paths)
+        if names != catalogue.names:
+            different = min(set(names) ^ set(catalogue.names))
+            raise UserError(
+                f"{catalogue_path(folder, split)} lists other shards than there are ({different}). Restore them, or "
+                "make the catalogue again: python -m"
+                f" multidomain_cct index --catalogue {folder}/{split}-*.tar"
+            )
+        return cls(LocalFolder(folder), catalogue)
+
+    @classmethod
+    def of(cls, paths: Sequence[Path]) -> Shards:
+        """These shards of one folder, by their indexes."""
+        opened: list[tuple[int, ShardIndex]] = []
+        room = INDEX_BYTES
+
+        def keep(number: int, index: ShardIndex) -> None:
+            nonlocal room
+            room -= index.num_bytes
+            if room >= 0:
+                opened.append((number, index))
+
+        shards = cls(LocalFolder(paths[0].parent), Catalogue.of(paths, seen=keep))
+        for number, index in opened:
+            shards._keep_index(number, index)
+        return shards
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """The key of each sample, read when asked for."""
+        return _Keys(self)
+
+    @property
+    def labelled(self) -> np.ndarray:
+        """(n,) bool: whether the sample has a mask."""
+        has_mask = np.zeros(len(self), dtype=bool)
+        has_mask[self.numbers(labelled=True)] = True
+        return has_mask
+
+    def numbers(self, *, labelled: bool) -> np.ndarray:
+        """(m,) int64, ascending: the samples with a mask, or those without.
+
+        Opens only indexes of shards that have both kinds.
+        """
+        found = [np.empty(0, dtype=np.int64)]
+        wanted = self.catalogue.labelled if labelled else self.catalogue.samples - self.catalogue.labelled
+        for shard in np.flatnonzero(wanted).tolist():
+            count = int(self.catalogue.samples[shard])
+            rows = (
+                np.arange(count)
+                if wanted[shard] == count
+                else np.flatnonzero((self._index(shard).size[:, MASK] >= 0) == labelled)
+            )
+            found.append(rows + int(self.ends[shard]) - count)
+        return np.concatenate(found)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex digest of keys and contents."""
+        return self.catalogue.fingerprint
+
+    def read(self, number: int, *, with_mask: bool = True) -> Record:
+        """The sample's bytes. Raises BadSample, naming shard and key, when they are not those that were indexed."""
+        shard, row = self._place(number)
+        index = self._index(shard)
+        mask = self._member(shard, index, row, MASK) if with_mask and index.size[row, MASK] >= 0 else None
+        return Record(
+            index.keys[row],
+            self.source.place(self.catalogue.names[shard]),
+            self._member(shard, index, row, IMAGE),
+            mask,
+        )
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The shard of a sample, and its row there."""
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        shard = int(np.searchsorted(self.ends, number, side="right"))
+        return shard, number - int(self.ends[shard] - self.catalogue.samples[shard])
+
+    def _index(self, shard: int) -> ShardIndex:
+        if shard not in self._indexes:
+            self._keep_index(shard, self.source.index(self.catalogue, shard))
+        self._indexes.move_to_end(shard)
+        return self._indexes[shard]
+
+    def _keep_index(self, shard: int, index: ShardIndex) -> None:
+        self._indexes[shard] = index
+        self._index_bytes += index.num_bytes
+        while self._index_bytes > INDEX_BYTES and len(self._indexes) > 1:
+            _, oldest = self._indexes.popitem(last=False)
+            self._index_bytes -= oldest.num_bytes
+
+    def _member(self, shard: int, index: ShardIndex, row: int, column: int) -> bytes:
+        size = int(index.size[row, column])
+        # pread keeps no file position, so forked workers may share the descriptor.
+        content = os.pread(self._descriptor(shard), size, int(index.offset[row, column]))
+        if len(content) != size or zlib.crc32(content) != index.crc32[row, column]:
+            path, field = self.source.place(self.catalogue.names[shard]), "image" if column == IMAGE else "mask"
+            raise BadSample(
+                f"{path}: key {index.keys[row]!r}: the bytes differ from what was indexed ({field}). Copy the shard "
+                "again, or if it was changed on purpose:"
+                f" python -m multidomain_cct index {path}",
+                f"{field}: bytes differ from the index",
+            )
+        return content
+
+    def _descriptor(self, shard: int) -> int:
+        if shard not in self._descriptors:
+            self._descriptors[shard] = self.source.descriptor(self.catalogue, shard)
+            if len(self._descriptors) > OPEN_FILES:
+                _, oldest = self._descriptors.popitem(last=False)
+                os.close(oldest)
+        self._descriptors.move_to_end(shard)
+        return self._descriptors[shard]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_descriptors": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in getattr(self, "_descriptors", {}).values():
+            os.close(descriptor)
+
+
+class _Keys(Sequence[str]):
+    """The keys of all samples, in order, without holding them."""
+
+    def __init__(self, shards: Shards) -> None:
+        self._shards = shards
+
+    def __len__(self) -> int:
+        return len(self._shards)
+
+    def __getitem__(self, number: Any) -> Any:
+        shard, row = self._shards._place(number)
+        return self._shards._index(shard).keys[row]
+
+    def __iter__(self) -> Iterator[str]:
+        for shard in range(len(self._shards.ends)):
+            yield from self._shards._index(shard).keys

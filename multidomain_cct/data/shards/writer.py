@@ -1,0 +1,92 @@
+"""Samples -> tar shards, each whole and indexed before it appears.
+
+A sample is up to three members with one key: `<key>.jpg` the image, `<key>.png` the mask (8-bit train ids; absent when
+unlabelled), `<key>.json` its origin.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import webdataset
+
+from multidomain_cct.data.shards.index import index_path
+from multidomain_cct.data.shards.scan import scan_shard
+
+MAX_SHARD_BYTES = 512 * 1024 * 1024
+
+
+class ShardWriter:
+    """Writes samples into `<folder>/<split>-00000.tar`, `-00001.tar` ...; a shard appears under its name, with its
+    index, only when it is whole.
+
+    The bytes depend only on the samples, their order and where the caller publishes: modification times are 0.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        *,
+        first_shard: int = 0,
+        max_bytes: int = MAX_SHARD_BYTES,
+        note: Callable[[], dict[str, Any]] = dict,
+    ) -> None:
+        """`note` is called when a shard is finished; what it returns is kept in the shard's index."""
+        self.folder, self.split, self.max_bytes, self.note = folder, split, max_bytes, note
+        self.number = first_shard
+        self.finished: list[Path] = []
+        self._bytes = 0
+        self._file: Any = None
+        self._tar: Any = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def is_full(self, more: int) -> bool:
+        """Whether a sample of `more` bytes belongs into the next shard."""
+        return self._tar is not None and self._bytes + more > self.max_bytes
+
+    def write(self, key: str, *, image: bytes, mask: bytes | None, meta: bytes) -> None:
+        if self._tar is None:
+            self._file = self._temporary.open("wb")
+            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+        sample = {"__key__": key, "jpg": image, "json": meta} | ({} if mask is None else {"png": mask})
+        self._bytes += self._tar.write(sample)
+
+    @property
+    def _path(self) -> Path:
+        return self.folder / f"{self.split}-{self.number:05d}.tar"
+
+    @property
+    def _temporary(self) -> Path:
+        return self._path.with_name(f".{self._path.name}.tmp")
+
+    def publish(self) -> None:
+        """Finish the shard in hand and put it, with its index, in place."""
+        self._tar.close()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        # The index is in place before the shard: whoever sees the shard can read it.
+        scan_shard(self._temporary, notes=self.note()).save(index_path(self._path))
+        os.replace(self._temporary, self._path)
+        self.finished.append(self._path)
+        self.number, self._bytes, self._tar, self._file = self.number + 1, 0, None, None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._tar is None:
+            return
+        if kind is None:
+            self.publish()
+        else:
+            self._tar.close()
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)

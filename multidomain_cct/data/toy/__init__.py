@@ -1,0 +1,1 @@
+"""Two toy domains, drawn on the spot."""

@@ -1,0 +1,348 @@
+"""Two toy domains, drawn on the spot: a street and a room, with disjoint labels.
+
+A scene is a handful of boxes, rectangles and discs seen through a random camera. Colour alone does not tell the classes
+apart (a brick wall, an autumn tree and a red car share their reds; floor, table and chair their woods); shape, texture
+and place do. A few labelled images leave much to learn, many suffice.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from multidomain_cct.data.toy.painter import Scene, Span
+from multidomain_cct.errors import UserError
+
+SPLITS = {"train": 240, "val": 60}
+"""Images of each split; every one has a mask."""
+CLASSES = {
+    "toy_street": ("sky", "road", "building", "tree", "car", "person"),
+    "toy_room": ("wall", "floor", "window", "table", "chair", "lamp"),
+}
+"""Class names; a raw id is a position here."""
+
+SKY, ROAD, BUILDING, TREE, CAR, PERSON = range(6)
+WALL, FLOOR, WINDOW, TABLE, CHAIR, LAMP = range(6)
+
+_SEED = 2
+_SKIES = (
+    ((88, 142, 214), (196, 220, 240)),
+    ((150, 158, 168), (208, 210, 212)),
+    ((104, 92, 150), (244, 178, 128)),
+    ((58, 74, 120), (168, 150, 172)),
+)
+_ASPHALTS = ((96, 98, 104), (128, 124, 120), (112, 98, 90), (72, 76, 86), (150, 144, 136))
+_FACADES = (
+    (168, 84, 68),
+    (206, 184, 148),
+    (140, 146, 154),
+    (122, 132, 110),
+    (196, 148, 92),
+    (96, 110, 138),
+    (222, 216, 206),
+)
+_LEAVES = ((72, 118, 58), (112, 140, 66), (184, 108, 48), (170, 74, 52), (56, 88, 74), (206, 160, 70))
+_PAINTS = (
+    (184, 60, 54),
+    (52, 84, 150),
+    (222, 218, 210),
+    (46, 48, 56),
+    (226, 178, 62),
+    (86, 132, 92),
+    (148, 150, 158),
+    (128, 82, 130),
+)
+_GLASSES = ((62, 74, 96), (150, 176, 204), (236, 206, 130))
+_SKINS = ((236, 198, 168), (206, 156, 118), (150, 104, 76), (98, 68, 52))
+_WALLS = ((222, 208, 180), (164, 184, 164), (150, 172, 196), (198, 138, 112), (184, 180, 178))
+_WOODS = ((170, 116, 72), (206, 164, 112), (112, 74, 52), (140, 134, 128))
+_FABRICS = (
+    (176, 72, 60),
+    (70, 104, 140),
+    (196, 158, 72),
+    (94, 122, 88),
+    (170, 116, 72),
+    (112, 74, 52),
+    (210, 206, 200),
+)
+_SHADES = ((250, 232, 176), (242, 240, 232), (206, 92, 68), (236, 186, 84))
+# Strength of the coarse and of the fine grain of each class.
+_STREET_GRAIN = ((0.02, 0.00), (0.06, 0.06), (0.05, 0.03), (0.14, 0.14), (0.02, 0.00), (0.05, 0.03))
+_ROOM_GRAIN = ((0.025, 0.02), (0.06, 0.06), (0.03, 0.00), (0.04, 0.03), (0.05, 0.05), (0.02, 0.00))
+
+
+def render_toy(name: str, folder: Path) -> None:
+    """Draw the toy domain `name` into a raw tree: images/<split>/<stem>.jpg and masks/<split>/<stem>.png, 8-bit raw
+    ids.
+
+    Each picture depends on its name, split and index only, and each file appears whole; those that are there already
+    are left as they are. Raises UserError for a name that is not in CLASSES.
+    """
+    if name not in CLASSES:
+        raise UserError(
+            f'The layout `toy` can draw {" and ".join(CLASSES)}, not "{name}". Images and masks of your own have the '
+            "layout `folder`."
+        )
+    for split_number, (split, count) in enumerate(SPLITS.items()):
+        for kind in ("images", "masks"):
+            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            image_path, mask_path = (
+                folder / "images" / split / f"{split}_{index:03d}.jpg",
+                folder / "masks" / split / f"{split}_{index:03d}.png",
+            )
+            if not (image_path.exists() and mask_path.exists()):
+                rng = np.random.default_rng([_SEED, list(CLASSES).index(name), split_number, index])
+                image, mask = _street(rng) if name == "toy_street" else _room(rng)
+                _save(image, image_path, format="JPEG", quality=95)
+                _save(mask, mask_path, format="PNG")
+
+
+def _save(picture: Image.Image, path: Path, **options: Any) -> None:
+    encoded = io.BytesIO()
+    picture.save(encoded, **options)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_bytes(encoded.getvalue())
+    os.replace(temporary, path)
+
+
+_Thing = tuple[float, float, Callable[[Scene, float, float], None]]
+
+
+def _paint_things(scene: Scene, things: Sequence[_Thing]) -> None:
+    """Each thing is (z, x, how to paint it at x, z); the near ones hide the far ones."""
+    for z, x, paint in sorted(things, key=lambda thing: -thing[0]):
+        paint(scene, x, z)
+
+
+def _street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    top, bottom = np.asarray(_SKIES[rng.integers(len(_SKIES))]) + rng.normal(0, 8, (2, 3))
+    scene = Scene(rng, eye=rng.uniform(1.5, 2.6), horizon=rng.uniform(0.38, 0.58), behind=(top, bottom), haze=True)
+    for x, y in rng.uniform((-8, 2), (8, 7), (rng.integers(6), 2)):
+        for _ in range(6):
+            scene.disc(
+                SKY,
+                tuple(bottom),
+                (x + rng.normal(0, 0.8), y + rng.normal(0, 0.12), 12),
+                rng.uniform(0.3, 0.7),
+                squash=0.5,
+                tone=1.06,
+            )
+    side, asphalt, pavement = rng.uniform(5, 8), scene.near(_ASPHALTS), rng.uniform(1.1, 1.35)
+    scene.lying(ROAD, asphalt, (-400, 400), 0, (1, 300))
+    for sign in (-1, 1):
+        scene.lying(ROAD, asphalt, (sign * (side - 2), sign * (side + 9)), 0, (1, 300), pavement)
+    for z in range(3, 60, 5):
+        scene.lying(ROAD, (226, 222, 206), (-0.12, 0.12), 0, (z, z + 2.4))
+    for sign in (-1, 1):
+        _paint_houses(scene, sign, side)
+    wall, edge = math.copysign(side, scene.lean), rng.uniform(-side, side)
+    if rng.random() < 0.7:
+        scene.shine(rng.uniform(0.55, 0.75), [(edge, 0, 1), (edge, 0, 80), (wall, 0, 80), (wall, 0, 1)])
+    trees = [
+        (rng.uniform(8, 24), rng.choice((-1, 1)) * (side - rng.uniform(0.2, 1.6)), _paint_tree)
+        for _ in range(rng.integers(1, 5))
+    ]
+    cars = [
+        (rng.uniform(6, 17), rng.choice((-1, 1)) * rng.uniform(1.2, side - 2.6), _paint_car)
+        for _ in range(rng.integers(1, 4))
+    ]
+    persons = [(rng.uniform(4, 9), rng.uniform(-3, 3), _paint_person) for _ in range(rng.integers(0, 4))]
+    _paint_things(scene, trees + cars + persons)
+    return scene.develop(_STREET_GRAIN)
+
+
+def _paint_houses(scene: Scene, sign: int, side: float) -> None:
+    """The houses along one side of the street, with gaps."""
+    rng, far = scene.rng, 62.0
+    while far > 3:
+        near, height = max(far - rng.uniform(7, 14), 1.5), 3.2 * rng.integers(1, 6) + rng.uniform(0.5, 2)
+        if rng.random() < 0.8:
+            facade, pane = scene.near(_FACADES), scene.near(_GLASSES)
+            scene.facing(BUILDING, facade, (sign * side, sign * (side + 12)), (0, height), near)
+            scene.receding(BUILDING, facade, sign * side, (0, height), (near, far), 0.78)
+            for floor in np.arange(0.9, height - 2, 3.2):
+                for x in np.arange(side + 0.8, side + 10, 2.6):
+                    scene.facing(BUILDING, pane, (sign * x, sign * (x + 1.3)), (floor, floor + 1.6), near)
+                for z in np.arange(near + 0.8, far - 1.6, 2.6):
+                    scene.receding(BUILDING, pane, sign * side, (floor, floor + 1.6), (z, z + 1.3), 0.85)
+        far = near
+
+
+def _paint_tree(scene: Scene, x: float, z: float) -> None:
+    rng, leaves = scene.rng, scene.near(_LEAVES)
+    trunk, crown = rng.uniform(1.5, 2.6), rng.uniform(1.3, 2.3)
+    scene.shadow((x - crown, x + crown), (z, z + 1))
+    scene.facing(TREE, (92, 70, 54), (x - 0.2, x + 0.2), (0, trunk + crown), z)
+    if rng.random() < 0.25:
+        for level in range(3):
+            half, foot = crown * (1 - 0.25 * level), 0.5 * trunk + 0.8 * crown * level
+            scene.polygon(
+                TREE,
+                leaves,
+                [(x - half, foot, z), (x + half, foot, z), (x, foot + 1.7 * crown, z)],
+                0.85 + 0.12 * level,
+            )
+        return
+    for lift in np.linspace(-0.5, 0.9, 14):
+        place = (x + rng.normal(0, 0.45) * crown, trunk + crown * (1 + 0.8 * lift), z)
+        scene.disc(TREE, leaves, place, crown * rng.uniform(0.4, 0.65), tone=1 + 0.3 * lift + rng.normal(0, 0.06))
+
+
+def _paint_car(scene: Scene, x: float, z: float) -> None:
+    paint, glass, tyre = scene.near(_PAINTS), scene.near(_GLASSES[:2]), (34, 34, 38)
+    seen_from_side = scene.rng.random() < 0.35
+    half, length, inset, high = (2.0, 1.8, 0.55, 0.9) if seen_from_side else (0.9, 4.0, 0.08, 0.95)
+    cabin = ((x - half + inset, x + half - inset), (z + 0.1, z + 1.7) if seen_from_side else (z + 1, z + 3.4))
+    scene.shadow((x - half, x + half), (z, z + length))
+    for wheel in (x - 0.65 * half, x + 0.65 * half):
+        scene.box(CAR, tyre, (wheel - 0.17, wheel + 0.17), (0, 0.4), (z + 0.1, z + 0.6))
+    scene.box(CAR, paint, (x - half, x + half), (0.28, high), (z, z + length))
+    scene.box(CAR, glass, cabin[0], (high, high + 0.6), cabin[1])
+    scene.box(CAR, paint, cabin[0], (high + 0.5, high + 0.6), cabin[1])
+    light = ((252, 240, 200), (200, 40, 36))[scene.rng.integers(2)]
+    for sign in (-1, 1):
+        if seen_from_side:
+            scene.disc(CAR, tyre, (x + sign * 1.25, 0.36, z), 0.36)
+            scene.disc(CAR, (170, 172, 176), (x + sign * 1.25, 0.36, z), 0.16)
+        else:
+            scene.facing(CAR, light, (x + sign * 0.5, x + sign * 0.8), (0.6, 0.8), z)
+
+
+def _paint_person(scene: Scene, x: float, z: float) -> None:
+    rng, shirt, trousers = scene.rng, scene.near(_PAINTS), scene.near(_PAINTS)
+    hip, neck = np.array((0.85, 1.5)) * rng.uniform(0.9, 1.1)
+    stride, reach = rng.uniform(0.08, 0.25), rng.uniform(0.34, 0.55, size=2)
+    scene.shadow((x - 0.3, x + 0.3), (z, z + 0.3))
+    for sign, hand in zip((-1, 1), reach, strict=True):
+        foot = x + sign * stride
+        scene.polygon(
+            PERSON,
+            trousers,
+            [(foot - 0.13, 0, z), (foot + 0.13, 0, z), (x + 0.25, hip, z), (x - 0.25, hip, z)],
+            1 - 0.08 * sign,
+        )
+        scene.polygon(
+            PERSON,
+            shirt,
+            [
+                (x, neck, z),
+                (x + sign * 0.36, neck, z),
+                (x + sign * (hand + 0.1), hip, z),
+                (x + sign * (hand - 0.1), hip, z),
+            ],
+            0.85,
+        )
+    scene.polygon(PERSON, shirt, [(x - 0.25, hip, z), (x + 0.25, hip, z), (x + 0.33, neck, z), (x - 0.33, neck, z)])
+    scene.disc(PERSON, scene.near(((52, 40, 34), (120, 84, 52), (196, 160, 96))), (x, neck + 0.25, z), 0.21)
+    scene.disc(PERSON, scene.near(_SKINS), (x, neck + 0.16, z), 0.18)
+
+
+def _room(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
+    paint = np.asarray(_WALLS[rng.integers(len(_WALLS))]) * rng.uniform(0.85, 1.1) + rng.normal(0, 8, 3)
+    scene = Scene(rng, eye=rng.uniform(1.3, 1.9), horizon=rng.uniform(0.16, 0.36), behind=(paint, paint), haze=False)
+    left, right, depth, height = (
+        -rng.uniform(1.9, 3.2),
+        rng.uniform(1.9, 3.2),
+        rng.uniform(4.0, 5.6),
+        rng.uniform(2.4, 2.9),
+    )
+    scene.lying(WALL, (236, 234, 228), (left, right), height, (0.5, depth))
+    for x, tone in zip((left, right), rng.permutation((0.8, 1.06)), strict=True):
+        scene.receding(WALL, tuple(paint), x, (0, height), (0.5, depth), tone)
+    scene.facing(WALL, tuple(paint), (left, right), (0, height), depth, 0.94)
+    _paint_floor(scene, (left, right), depth)
+    _paint_openings(scene, (left, right), depth)
+    table, middle = rng.uniform(2.4, depth - 1.2), rng.uniform(left + 1.1, right - 1.1)
+    tables: list[_Thing] = [(table, middle, _paint_table)] if rng.random() < 0.85 else []
+    seats = (middle + rng.choice((-1, 1), 3) * rng.uniform(0.8, 1.6, 3)).clip(left + 0.35, right - 0.35)
+    chairs: list[_Thing] = [(table + rng.uniform(-0.5, 0.9), x, _paint_chair) for x in seats[: rng.integers(1, 4)]]
+    lamps: list[_Thing] = [
+        (rng.uniform(2.8, depth - 0.4), rng.uniform(left + 0.4, right - 0.4), _paint_lamp)
+        for _ in range(rng.integers(1, 3))
+    ]
+    _paint_things(scene, tables + chairs + lamps)
+    return scene.develop(_ROOM_GRAIN)
+
+
+def _paint_floor(scene: Scene, x: Span, depth: float) -> None:
+    """Boards, tiles or carpet, and perhaps a rug."""
+    rng, ground, kind = scene.rng, scene.near(_WOODS), scene.rng.integers(3)
+    width, length = ((0.3, 9.0), (0.5, 0.5), (9.0, 9.0))[kind]
+    for column, start in enumerate(np.arange(x[0], x[1], width)):
+        for row, z in enumerate(np.arange(0.5, depth, length)):
+            tone = (0.9, 1.06)[(row + column) % 2] + rng.normal(0, 0.03)
+            scene.lying(FLOOR, ground, (start, min(start + width, x[1])), 0, (z, min(z + length, depth)), tone)
+    if rng.random() < 0.5:
+        rug, middle, near = scene.near(_FABRICS), rng.uniform(-0.6, 0.6), rng.uniform(2, 3)
+        scene.lying(FLOOR, rug, (middle - 1.2, middle + 1.2), 0, (near, near + 1.6))
+        scene.lying(FLOOR, rug, (middle - 1.0, middle + 1.0), 0, (near + 0.15, near + 1.45), 1.15)
+
+
+def _paint_openings(scene: Scene, x: Span, depth: float) -> None:
+    """One or two windows, the daylight they throw on the floor, and perhaps a picture, which is wall."""
+    rng, frame = scene.rng, scene.near(((240, 238, 232), (112, 74, 52), (90, 92, 96)))
+    top, bottom = np.asarray(_SKIES[rng.integers(len(_SKIES))]) * rng.choice((0.35, 1.0, 1.05))
+    low, high = rng.uniform(0.7, 1.0), rng.uniform(1.8, 2.2)
+    starts = np.linspace(x[0] + 0.4, x[1] - 1.4, 3) + rng.uniform(-0.2, 0.2)
+    kinds = rng.permutation(("window", rng.choice(("window", "nothing")), "picture"))
+    for start, kind in zip(starts, kinds, strict=True):
+        if kind == "picture":
+            scene.facing(WALL, scene.near(_FABRICS), (start + 0.2, start + 0.8), (1.3, 1.9), depth)
+            scene.facing(WALL, scene.near(_WALLS), (start + 0.27, start + 0.73), (1.37, 1.83), depth)
+        elif kind == "window":
+            scene.facing(WINDOW, frame, (start, start + 1.1), (low, high), depth)
+            for pane in (start + 0.07, start + 0.58):
+                for sill, color in ((low + 0.07, bottom), ((low + high) / 2 + 0.02, top)):
+                    scene.facing(
+                        WINDOW, tuple(color), (pane, pane + 0.45), (sill, sill + (high - low) / 2 - 0.1), depth
+                    )
+            lean, near = scene.lean / 2, depth - 1.8
+            scene.shine(
+                1.3,
+                [
+                    (start, 0, depth - 0.7),
+                    (start + 1.1, 0, depth - 0.7),
+                    (start + 1.1 + lean, 0, near),
+                    (start + lean, 0, near),
+                ],
+            )
+
+
+def _paint_table(scene: Scene, x: float, z: float) -> None:
+    rng, wood = scene.rng, scene.near(_WOODS)
+    half, deep, high = rng.uniform(0.55, 0.95), rng.uniform(0.6, 0.9), rng.uniform(0.65, 0.8)
+    scene.shadow((x - half, x + half), (z, z + deep - 0.8))
+    scene.legs(TABLE, wood, (x - half, x + half), high, (z, z + deep))
+    scene.box(TABLE, wood, (x - half, x + half), (high - 0.15, high), (z, z + deep))
+
+
+def _paint_chair(scene: Scene, x: float, z: float) -> None:
+    rng, fabric = scene.rng, scene.near(_FABRICS)
+    wood = fabric if rng.random() < 0.5 else scene.near(_WOODS)
+    half, high = rng.uniform(0.24, 0.31), rng.uniform(0.9, 1.15)
+    back_is_near = rng.random() < 0.4
+    scene.shadow((x - half, x + half), (z, z - 0.5))
+    scene.legs(CHAIR, wood, (x - half, x + half), 0.45, (z, z + 2 * half))
+    rest = z if back_is_near else z + 2 * half - 0.07
+    scene.box(CHAIR, fabric, (x - half, x + half), (0.4, 0.48), (z, z + 2 * half))
+    scene.box(CHAIR, fabric, (x - half, x + half), (0.45 if back_is_near else 0.52, high), (rest, rest + 0.07))
+
+
+def _paint_lamp(scene: Scene, x: float, z: float) -> None:
+    """A lamp that hangs from the ceiling, or one on a stand."""
+    rng, shade, metal = scene.rng, scene.near(_SHADES), scene.near(((60, 58, 60), (180, 150, 90)))
+    hangs, bottom, high = rng.random() < 0.5, rng.uniform(0.24, 0.34), rng.uniform(0.3, 0.45)
+    y, top = rng.uniform(1.5, 1.9) if hangs else rng.uniform(1.2, 1.6), bottom * rng.uniform(0.35, 0.9)
+    if not hangs:
+        scene.disc(LAMP, metal, (x, 0.03, z), 0.17, squash=0.3)
+    scene.facing(LAMP, metal, (x - 0.05, x + 0.05), (y, 3.5) if hangs else (0, y), z)
+    scene.polygon(LAMP, shade, [(x - bottom, y, z), (x + bottom, y, z), (x + top, y + high, z), (x - top, y + high, z)])
+    scene.disc(LAMP, shade, (x, y, z), bottom, squash=0.2, tone=1.15)

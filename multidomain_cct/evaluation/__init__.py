@@ -1,0 +1,1 @@
+"""Prediction of whole images, and its scores."""

@@ -1,0 +1,108 @@
+"""Prediction of whole images: at once or by a sliding window, over scales and flips.
+
+Shapes: B images, C classes of the domain, H W image size, H' W' size at which the answer is wanted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multidomain_cct.errors import UserError
+from multidomain_cct.model.network import Segmenter
+
+
+@dataclass(frozen=True)
+class InferenceSettings:
+    """How a whole image is predicted."""
+
+    window: list[int] | None = None
+    """[width, height] of a sliding window for larger images; none: the whole image at once."""
+    overlap: float = 1 / 3
+    """Share of the window that neighbours share, 0 to below 1."""
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    """Image scales whose probabilities are averaged."""
+    flip: bool = False
+    """Average with the mirrored image."""
+    batch: int = 1
+    """Images that `evaluate` predicts at once; one of another size than the one before it begins a new batch. More fill
+    a GPU with small images.
+    """
+
+    def __post_init__(self) -> None:
+        if self.window is not None and (len(self.window) != 2 or min(self.window) < 1):
+            raise UserError(f"the window is {self.window}; it is [width, height] in pixels.")
+        if not 0 <= self.overlap < 1:
+            raise UserError(f"the overlap is {self.overlap}; it lies in 0 to below 1.")
+        if self.batch < 1:
+            raise UserError(f"the batch is {self.batch}; it is at least 1 image.")
+        if not self.scales or min(self.scales) <= 0:
+            raise UserError(f"the scales are {self.scales}; at least one, each above 0.")
+
+
+def predict_probabilities(
+    model: Segmenter, image: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings
+) -> Tensor:
+    """(C, H', W') class probabilities of a (3, H, W) uint8 image, at `size` = (H', W')."""
+    return batch_probabilities(model, image[None], domain, size, settings)[0]
+
+
+def batch_probabilities(
+    model: Segmenter, images: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings
+) -> Tensor:
+    """(B, C, H', W') class probabilities of (B, 3, H, W) uint8 images, at `size` = (H', W'): what each has alone, up to
+    rounding.
+    """
+    total: Tensor | None = None
+    for scale in settings.scales:
+        scaled = images
+        if scale != 1.0:
+            smaller = [max(1, round(side * scale)) for side in images.shape[-2:]]
+            resized = F.interpolate(images.float(), size=smaller, mode="bilinear", align_corners=False, antialias=True)
+            scaled = resized.round().clamp(0, 255).to(torch.uint8)
+        for mirrored in (False, True) if settings.flip else (False,):
+            view = scaled.flip(-1) if mirrored else scaled
+            logits = _window_logits(model, view, domain, settings).float()
+            logits = logits.flip(-1) if mirrored else logits
+            if logits.shape[-2:] != size:
+                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            probabilities = logits.softmax(dim=1)
+            total = probabilities if total is None else total + probabilities
+    assert total is not None
+    return total / (len(settings.scales) * (2 if settings.flip else 1))
+
+
+def _window_logits(model: Segmenter, images: Tensor, domain: str, settings: InferenceSettings) -> Tensor:
+    """(B, C, H, W) logits, averaged where windows overlap."""
+    height, width = images.shape[-2:]
+    if settings.window is None or (width <= settings.window[0] and height <= settings.window[1]):
+        return model.logits(images, domain)
+    rows = _window_starts(height, settings.window[1], settings.overlap)
+    columns = _window_starts(width, settings.window[0], settings.overlap)
+    total: Tensor | None = None
+    seen = torch.zeros(1, 1, height, width, device=images.device)
+    for top in rows:
+        for left in columns:
+            place = (
+                ...,
+                slice(top, min(top + settings.window[1], height)),
+                slice(left, min(left + settings.window[0], width)),
+            )
+            logits = model.logits(images[place], domain).float()
+            if total is None:
+                total = logits.new_zeros(len(images), logits.shape[1], height, width)
+            total[place] += logits
+            seen[place] += 1
+    assert total is not None
+    return total / seen
+
+
+def _window_starts(length: int, window: int, overlap: float) -> list[int]:
+    """Starts of windows that cover the length, the last one flush with its end."""
+    if length <= window:
+        return [0]
+    stride = max(1, round(window * (1 - overlap)))
+    return [*range(0, length - window, stride), length - window]

@@ -1,0 +1,180 @@
+"""Scores: an int64 confusion matrix per domain, and what follows from it.
+
+Shapes: B images, C classes of the domain, H W size of the labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from multidomain_cct.data.batches.loader import ScoredImage, scored_images
+from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.evaluation.inference import InferenceSettings, batch_probabilities
+from multidomain_cct.model.network import Segmenter
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well one domain's split is segmented."""
+
+    domain: Domain
+    split: str
+    confusion: np.ndarray
+    """(C, C) int64 pixels; rows are the truth, columns the prediction."""
+    images: int
+    sizes: tuple[str, ...]
+    """Resolutions of the labels, WIDTHxHEIGHT, that were scored."""
+    settings: InferenceSettings
+
+    @property
+    def iou(self) -> dict[str, float | None]:
+        """Intersection over union per class, 0 to 1; None for a class in neither truth nor prediction."""
+        return {label.name: value for label, value in zip(self.domain.classes, class_iou(self.confusion), strict=True)}
+
+    @property
+    def miou(self) -> float:
+        """Mean over the classes that occur in truth or prediction, 0 to 1."""
+        return mean_iou(self.confusion)
+
+    @property
+    def pixel_accuracy(self) -> float:
+        """Share of the labelled pixels that are right, 0 to 1."""
+        return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
+
+    @property
+    def protocol(self) -> str:
+        """How the number was made, in one line."""
+        window = (
+            "whole image"
+            if self.settings.window is None
+            else f"window {self.settings.window[0]}x{self.settings.window[1]}"
+        )
+        extras = f", scales {self.settings.scales}" if self.settings.scales != [1.0] else ""
+        extras += ", flip" if self.settings.flip else ""
+        counted = sum(value is not None for value in self.iou.values())
+        sizes = self.sizes[0] if len(self.sizes) == 1 else f"{len(self.sizes)} sizes"
+        return (
+            f"{self.domain.name}/{self.split}: {self.images} images at label resolution ({sizes}), {window}{extras}, "
+            f"mean over {counted} of"
+            f" {self.domain.num_classes} classes"
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        plain = {
+            "split": self.split,
+            "images": self.images,
+            "miou": self.miou,
+            "pixel_accuracy": self.pixel_accuracy,
+            "iou": self.iou,
+        }
+        return plain | {"confusion": self.confusion.tolist(), "protocol": self.protocol}
+
+
+def class_iou(confusion: np.ndarray) -> list[float | None]:
+    """Intersection over union of each class, None where the class is in neither truth nor prediction."""
+    hits = np.diag(confusion)
+    union = confusion.sum(0) + confusion.sum(1) - hits
+    return [float(h) / float(u) if u else None for h, u in zip(hits, union, strict=True)]
+
+
+def mean_iou(confusion: np.ndarray) -> float:
+    """Mean over the classes that have an IoU, 0 to 1; 0 when none has."""
+    values = [value for value in class_iou(confusion) if value is not None]
+    return float(np.mean(values)) if values else 0.0
+
+
+def confusion_of(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
+    """(C, C) int64: pixels by truth and prediction, of uint8 train ids of any one shape; ignored pixels do not count,
+    whatever they are predicted as.
+
+    One count of truth x C + prediction. Ignored pixels are not taken out, which costs more than all the rest, but
+    counted in row 255 and left there. In 16 bits, where they suffice, it takes half the time of 64.
+    """
+    dtype = torch.int16 if IGNORE * (num_classes + 1) <= torch.iinfo(torch.int16).max else torch.int32
+    # Each is narrowed by itself: adding different types converts value by value.
+    pairs = truth.to(dtype).mul_(num_classes).add_(prediction.to(dtype))
+    counts = torch.bincount(pairs.flatten(), minlength=num_classes**2)
+    return counts[: num_classes**2].view(num_classes, num_classes)
+
+
+def arithmetic_and_harmonic(values: list[float]) -> tuple[float, float]:
+    """Both means over domains; the harmonic one is 0 when a value is."""
+    return float(np.mean(values)), 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
+
+
+def _each_after(call: Callable[[], None], items: Iterable[ScoredImage]) -> Iterator[ScoredImage]:
+    """The items, each after a call."""
+    for item in items:
+        call()
+        yield item
+
+
+def _batches(images: Iterable[ScoredImage], size: int) -> Iterator[list[ScoredImage]]:
+    """The images in their order, up to `size` together; one whose picture or labels measure other than the last one's
+    begins a new batch.
+    """
+    batch: list[ScoredImage] = []
+    for item in images:
+        if batch and (
+            len(batch) == size or (item.image.shape, item.mask.shape) != (batch[0].image.shape, batch[0].mask.shape)
+        ):
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def score(
+    model: Segmenter,
+    shards: Shards,
+    domain: Domain,
+    split: str,
+    settings: InferenceSettings,
+    *,
+    device: torch.device,
+    workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    total: Callable[[Tensor], Tensor] = lambda count: count,
+    seen: Callable[[str], None] = lambda key: None,
+    between: Callable[[], None] = lambda: None,
+) -> Score:
+    """Score every image of a split once.
+
+    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told
+    each key. `between` is called before each image, equally often in every process; it may raise to end the scoring.
+    The model is left in the mode it was in.
+    """
+    was_training = model.training
+    model.eval()
+    confusion = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64, device=device)
+    count = torch.zeros(1, dtype=torch.int64, device=device)
+    sizes = set()
+    own = range(rank, len(shards), world)
+    for batch in _batches(_each_after(between, scored_images(shards, domain, own, workers=workers)), settings.batch):
+        height, width = batch[0].mask.shape
+        # Stacked as they lie in memory, pixel by pixel: putting channel after channel takes several times as long.
+        pictures = torch.stack([item.image.permute(1, 2, 0) for item in batch]).to(device).permute(0, 3, 1, 2)
+        masks = torch.stack([item.mask for item in batch]).to(device)
+        prediction = batch_probabilities(model, pictures, domain.name, (height, width), settings).argmax(dim=1)
+        confusion += confusion_of(masks, prediction, domain.num_classes)
+        count += len(batch)
+        sizes.add(f"{width}x{height}")
+        for item in batch:
+            seen(item.key)
+    if len(own) < math.ceil(len(shards) / world):
+        between()
+    model.train(was_training)
+    confusion, images = total(confusion), int(total(count))
+    assert images == len(shards), f"{images} of {len(shards)} images were scored"
+    return Score(domain, split, confusion.cpu().numpy(), images, tuple(sorted(sizes)), settings)

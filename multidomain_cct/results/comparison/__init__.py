@@ -1,0 +1,1 @@
+"""Recipes x seeds, and the tables of their scores."""

@@ -1,0 +1,1 @@
+"""The diagnosis: do features change where the classes do?"""

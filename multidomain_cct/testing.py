@@ -1,0 +1,121 @@
+"""assert_resumes_exactly: a test for transforms, methods and recipes of your own.
+
+A run that is killed and goes on must end with the bytes of one that was not. It does when everything random hangs on
+the step or on the sample: a transform that draws from numpy's or Python's global generator, counts its calls or reads
+the clock breaks that, and this is how to find out:
+
+    from multidomain_cct.testing import assert_resumes_exactly
+    from multidomain_cct.training.recipe import read_recipe
+
+    def test_my_recipe_resumes_exactly(tmp_path):
+        recipe = read_recipe(Path("recipes/mine.yaml"), ["training.steps=8"])
+        assert_resumes_exactly(recipe, [Path("domains")], tmp_path)
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from multidomain_cct.errors import UserError
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints
+from multidomain_cct.training.loop import train
+from multidomain_cct.training.recipe import Recipe
+from multidomain_cct.training.runlog import read_metrics
+
+Train = Callable[[Recipe, Sequence[Path]], object]
+
+
+def assert_resumes_exactly(
+    recipe: Recipe, folders: Sequence[Path], workspace: Path, *, start: Train = train, timeout: float = 600
+) -> None:
+    """Train the recipe in `workspace` without interruption, and again with a SIGKILL half-way and resume=auto, and
+    compare.
+
+    `folders` hold domain files. `start` trains: `train`, or a function of an importable module that sets up what is
+    your own and then calls it. Each run has a process of its own, in which nothing of an earlier one is left, and
+    `timeout` seconds. Raises AssertionError that names the first step whose losses differ, or the checkpoint's file;
+    and RuntimeError when a run fails. Only as many steps as needed: give the recipe few.
+    """
+    half = recipe.training.steps // 2
+    if half < 1:
+        raise UserError(f"training.steps is {recipe.training.steps}; a run that is interrupted needs 2 or more.")
+    training = replace(recipe.training, log_every=1, save_every=half, keep=recipe.training.steps)
+    straight, killed = (
+        replace(recipe, runs=str(workspace), name=name, training=training, resume="auto")
+        for name in ("straight", "killed")
+    )
+    for each in (straight, killed):
+        if each.folder.exists():
+            raise UserError(f"{each.folder} exists. Give a workspace without the runs of an earlier comparison.")
+    _finish(_started(start, straight, folders), timeout)
+    process, saved = _started(start, killed, folders), killed.folder / "checkpoints" / f"step-{half:08d}"
+    deadline = time.monotonic() + timeout
+    while process.is_alive() and not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if process.is_alive() and process.pid is not None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    if not saved.exists():
+        raise RuntimeError(f"the run to be killed did not reach step {half}; what it printed says why.")
+    # It may have come further before it died.
+    for later in checkpoints(killed.folder / "checkpoints"):
+        if later.name > saved.name:
+            later.rename(later.with_name(f".{later.name}.old"))
+    _finish(_started(start, killed, folders), timeout)
+    _compare(straight.folder, killed.folder)
+
+
+def _started(start: Train, recipe: Recipe, folders: Sequence[Path]) -> BaseProcess:
+    process = multiprocessing.get_context("spawn").Process(target=_run, args=(start, recipe, list(folders)))
+    process.start()
+    return process
+
+
+def _run(start: Train, recipe: Recipe, folders: list[Path]) -> None:
+    # A spawned process would spawn its loader processes too; a run forks them.
+    multiprocessing.set_start_method("fork", force=True)
+    start(recipe, folders)
+
+
+def _finish(process: BaseProcess, timeout: float) -> None:
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise RuntimeError(f"a run did not end within {timeout} seconds.")
+    if process.exitcode:
+        raise RuntimeError(f"a run ended with exit code {process.exitcode}; what it printed says why.")
+
+
+def _compare(straight: Path, killed: Path) -> None:
+    before, after = (_logged(run) for run in (straight, killed))
+    for step in sorted(before.keys() | after.keys()):
+        values, others = before.get(step, {}), after.get(step, {})
+        for key in values | others:
+            assert values.get(key) == others.get(key), (
+                f"step {step}: {key} is {others.get(key)} after the interruption, {values.get(key)} without it."
+            )
+    last = checkpoints(straight / "checkpoints")[-1].name
+    for name in ("model.safetensors", "optimiser.safetensors"):
+        contents = [(run / "checkpoints" / last / name).read_bytes() for run in (straight, killed)]
+        assert contents[0] == contents[1], (
+            f"{name} of {last} has other bytes after the interruption, although all losses agree."
+        )
+
+
+def _logged(run: Path) -> dict[int, dict[str, Any]]:
+    """Losses, scores and learning rate by step."""
+    found: dict[int, dict[str, Any]] = {}
+    for line in read_metrics(run / "metrics.jsonl"):
+        found.setdefault(line["step"], {}).update(
+            {key: value for key, value in line.items() if not key.startswith("sys/")}
+        )
+    return found

@@ -1,0 +1,350 @@
+"""Checkpoints: atomic, verified, without pickles.
+
+`checkpoints/step-00000100/` holds model.safetensors, optimiser.safetensors, state.json and MANIFEST.json (sizes and
+sha256 of the others). It is written under a temporary name, synced and renamed, so a folder with its final name is
+whole. Nothing else is needed to resume: order, augmentation, learning rate and per-step randomness are functions of the
+step. Names that begin with a dot are on their way in or out, and belong to the writer alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.specification import read_domain
+from multidomain_cct.errors import UserError
+from multidomain_cct.files.durable import make_folder, sync, write_tensors, write_text
+from multidomain_cct.model.network import Segmenter
+from multidomain_cct.training.assembly import build_model
+from multidomain_cct.training.checkpoints.optimiser_state import optimiser_tensors, restore_optimiser
+from multidomain_cct.training.recipe import Recipe, read_recipe
+
+SCHEMA = 3
+_MODEL, _OPTIMISER, _STATE, _MANIFEST = "model.safetensors", "optimiser.safetensors", "state.json", "MANIFEST.json"
+_REPLACED = ".before"
+"""Ending of a checkpoint while another of the same step takes its place."""
+_STATE_TYPES: dict[str, Any] = {
+    "step": int,
+    "fingerprints": dict,
+    "best_step": int,
+    "best_miou": (int, float),
+    "owes_evaluation": bool,
+    "images": dict,
+    "recipe": str,
+    "domains": dict,
+    "schema": int,
+    "optimiser": list,
+    "scaler": (dict, type(None)),
+}
+_ANOTHER = "Choose another checkpoint, or start another run with name=OTHER."
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a run knows besides its tensors."""
+
+    step: int
+    """Optimiser steps done."""
+    fingerprints: dict[str, str]
+    """Contents of the shards the run trains on, by domain/split."""
+    best_step: int = 0
+    """Step with the best mean mIoU so far; 0 before the first evaluation."""
+    best_miou: float = -1.0
+    owes_evaluation: bool = False
+    """The run was asked to stop before this step's evaluation was done."""
+    images: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Images read and skipped, over all processes, of each domain where bad ones may be skipped."""
+    recipe: str = ""
+    """The recipe as YAML, so that a checkpoint tells what it is without its run's folder."""
+    domains: dict[str, str] = field(default_factory=dict)
+    """The domains' specifications as YAML, by name."""
+    schema: int = SCHEMA
+
+
+def save_checkpoint(
+    folder: Path,
+    state: RunState,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None = None,
+    *,
+    keep: int,
+) -> Path:
+    """Publish a checkpoint in `folder` and remove older ones but the newest `keep` and the best.
+
+    When it returns, the checkpoint outlives a loss of power. Raises OSError, and leaves nothing behind, when the disk
+    does not take it.
+    """
+    target = folder / f"step-{state.step:08d}"
+    temporary, replaced = folder / f".{target.name}.tmp", target.with_name(f"{target.name}{_REPLACED}")
+    make_folder(folder)
+    for left_by_a_crash in folder.glob(".step-*"):
+        shutil.rmtree(left_by_a_crash)
+    try:
+        temporary.mkdir()
+        _write(temporary, state, model, optimiser, scaler)
+        if target.exists():
+            # It keeps a name that is still found: at no moment may a run be without a checkpoint.
+            if replaced.exists():
+                _discard(replaced)
+            os.replace(target, replaced)
+        os.replace(temporary, target)
+        sync(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    # Later steps can only be damaged ones that a resume passed over; they must not push this one out.
+    own = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.name <= target.name]
+    for old in [*own[:-keep], replaced]:
+        if old.name != f"step-{state.best_step:08d}" and old.exists():
+            _discard(old)
+    return target
+
+
+def _write(
+    folder: Path,
+    state: RunState,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler | None,
+) -> None:
+    """The files of a checkpoint, all on the disk."""
+    write_tensors(
+        folder / _MODEL, {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    )
+    tensors = optimiser_tensors(model, optimiser)
+    write_tensors(folder / _OPTIMISER, tensors)
+    plain = asdict(state) | {"optimiser": sorted(tensors), "scaler": scaler.state_dict() if scaler else None}
+    write_text(folder / _STATE, json.dumps(plain, indent=1))
+    manifest = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        for name in (_MODEL, _OPTIMISER, _STATE)
+    }
+    write_text(folder / _MANIFEST, json.dumps(manifest, indent=1))
+    sync(folder)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Published checkpoints, oldest first; one that is being replaced stands before the one that replaces it."""
+    return sorted(
+        (path for path in folder.glob("step-*") if path.is_dir()),
+        key=lambda path: (path.name.removesuffix(_REPLACED), not path.suffix),
+    )
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
+        for name in (_MODEL, _OPTIMISER, _STATE):
+            size = (checkpoint / name).stat().st_size
+            if size != manifest[name]["bytes"]:
+                return f"{name} has {size} bytes, not {manifest[name]['bytes']}"
+            if _sha256(checkpoint / name) != manifest[name]["sha256"]:
+                return f"the contents of {name} have changed"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except OSError as error:
+        return f"{Path(str(error.filename)).name} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{_MANIFEST} cannot be read"
+    return None
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that is whole, and a warning for each newer one that is not.
+
+    Raises UserError when there are checkpoints but none is whole.
+    """
+    warnings: list[str] = []
+    for checkpoint in reversed(checkpoints(folder)):
+        trouble = damage(checkpoint)
+        if trouble is None:
+            return checkpoint, warnings
+        warnings.append(f"{checkpoint} is damaged ({trouble}); the one before it is used.")
+    if warnings:
+        raise UserError(f"{folder}: no checkpoint is whole: {warnings[0]} Start a new run with another name.")
+    return None, []
+
+
+def choose_checkpoint(run: Path, which: str) -> Path:
+    """The checkpoint that `last`, `best` or a folder names. Raises UserError when it is absent or damaged."""
+    if which in ("last", "best"):
+        found = checkpoints(run / "checkpoints")
+        if not found:
+            raise UserError(f"{run} has no checkpoints; train it first.")
+        checkpoint = found[-1]
+        if which == "best":
+            _require_whole(checkpoint)
+            step = read_state(checkpoint).best_step
+            checkpoint = run / "checkpoints" / f"step-{step:08d}"
+            if not step:
+                raise UserError(f"{run} has not been evaluated, so no checkpoint is the best. Use --checkpoint last.")
+    else:
+        checkpoint = Path(which)
+        if not checkpoint.is_dir():
+            raise UserError(
+                f"{checkpoint}: there is no such checkpoint; it is `last`, `best` or a folder such as "
+                f"{run / 'checkpoints' / 'step-00000100'}."
+            )
+        if run.resolve() not in checkpoint.resolve().parents:
+            raise UserError(f"{checkpoint} is not a checkpoint of {run}. Name the run that it belongs to.")
+    _require_whole(checkpoint)
+    return checkpoint
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """The run's state in a checkpoint.
+
+    Raises UserError when it is not of a schema that this version reads, or not complete.
+    """
+    plain = _plain_state(checkpoint)
+    return RunState(**{name: plain[name] for name in _STATE_TYPES if name not in ("optimiser", "scaler")})
+
+
+def _plain_state(checkpoint: Path) -> dict[str, Any]:
+    path = checkpoint / _STATE
+    try:
+        plain = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        plain = None
+    if not isinstance(plain, dict):
+        raise UserError(f"{path}: this is not the state of a run. {_ANOTHER}")
+    if plain.get("schema") == 1 and isinstance(plain.get("optimiser"), dict):
+        # It had no owed evaluations, and a place for plain numbers that no optimiser used.
+        plain |= {"schema": 2, "owes_evaluation": False, "optimiser": plain["optimiser"].get("entries")}
+    if plain.get("schema") == 2:
+        # Each process counted bad images for itself, from its own start.
+        plain |= {"schema": SCHEMA, "images": {}}
+    if plain.get("schema") != SCHEMA:
+        raise UserError(
+            f"{path}: the checkpoint has the schema {plain.get('schema')!r}; this version reads 1 to {SCHEMA}. "
+            f"{_ANOTHER}"
+        )
+    trouble = [f"{name} is missing" for name in _STATE_TYPES if name not in plain] + [
+        f"{name} is unknown" for name in plain if name not in _STATE_TYPES
+    ]
+    for name, kind in _STATE_TYPES.items():
+        # To Python, True is a number.
+        if name in plain and (
+            not isinstance(plain[name], kind) or (isinstance(plain[name], bool) and kind is not bool)
+        ):
+            trouble.append(f"{name} is {plain[name]!r}")
+    if trouble:
+        raise UserError(
+            f"{path}: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}. "
+            f"{_ANOTHER}"
+        )
+    return plain
+
+
+def load_checkpoint(
+    checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
+) -> RunState:
+    """Put model and optimiser into the state of a checkpoint, strictly, and return the run's state.
+
+    Raises UserError, with one line that names the item, when one is missing, left over or of another shape.
+    """
+    _require_whole(checkpoint)
+    state, plain = read_state(checkpoint), _plain_state(checkpoint)
+    load_strictly(model, model_tensors(checkpoint), str(checkpoint))
+    restore_optimiser(model, optimiser, _tensors(checkpoint / _OPTIMISER), plain["optimiser"], str(checkpoint))
+    saved, own = plain["scaler"], scaler.state_dict() if scaler else None
+    if (saved is None) != (own is None) or (saved is not None and own is not None and saved.keys() != own.keys()):
+        raise UserError(
+            f"{checkpoint}: the gradient scaler's state is {saved!r}, this run's has {sorted(own or {})}. Use the "
+            "precision that it was saved with."
+        )
+    if scaler is not None:
+        scaler.load_state_dict(saved)
+    return state
+
+
+def model_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint, by name."""
+    return _tensors(checkpoint / _MODEL)
+
+
+def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+    """Load every tensor. Raises UserError that names what is missing, left over or of another shape or type."""
+    wanted = model.state_dict()
+    trouble = [f"{name} is missing" for name in wanted if name not in tensors]
+    trouble += [f"{name} is unknown" for name in tensors if name not in wanted]
+    for name, own in wanted.items():
+        found = tensors.get(name)
+        if found is not None and found.shape != own.shape:
+            trouble.append(f"{name} is {list(found.shape)}, not {list(own.shape)}")
+        elif found is not None and found.dtype != own.dtype:
+            trouble.append(f"{name} is {found.dtype}, not {own.dtype}")
+    if trouble:
+        raise UserError(
+            f"{where} does not fit the model: "
+            f"{', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}."
+        )
+    model.load_state_dict(dict(tensors))
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained run, ready to predict."""
+
+    folder: Path
+    recipe: Recipe
+    domains: dict[str, Domain]
+    model: Segmenter
+    """In evaluation mode, with main decoders only."""
+    checkpoint: Path
+    state: RunState
+
+
+def load_run(run: Path, which: str = "last") -> LoadedRun:
+    """A run from its folder alone. Raises UserError when the folder is not a run or its checkpoint is damaged."""
+    if not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run}: this is not a run's folder (it has no recipe.yaml).")
+    recipe = read_recipe(run / "recipe.yaml")
+    domains = {name: read_domain(run / "domains" / f"{name}.yaml") for name in recipe.domains}
+    checkpoint = choose_checkpoint(run, which)
+    model = build_model(recipe, domains, pretrained=False)
+    tensors = model_tensors(checkpoint)
+    load_strictly(
+        model, {name: tensor for name, tensor in tensors.items() if ".auxiliaries." not in name}, str(checkpoint)
+    )
+    return LoadedRun(run, recipe, domains, model.eval(), checkpoint, read_state(checkpoint))
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: this is not a whole safetensors file ({error}).") from None
+
+
+def _require_whole(checkpoint: Path) -> None:
+    trouble = damage(checkpoint)
+    if trouble is not None:
+        raise UserError(f"{checkpoint} is damaged ({trouble}). Choose another with --checkpoint.")
+
+
+def _discard(checkpoint: Path) -> None:
+    """Remove a checkpoint so that at no moment a part of it bears its name."""
+    hidden = checkpoint.with_name(f".{checkpoint.name}.old")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.replace(checkpoint, hidden)
+    shutil.rmtree(hidden)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,81 @@
+"""An optimiser's state as named tensors, and back: complete and of the right shapes, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from multidomain_cct.errors import UserError
+
+_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
+    torch.optim.SGD: {"momentum_buffer"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}
+"""What each optimiser keeps of a parameter. `step` is one number; the others have the parameter's shape."""
+
+
+def optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """`<parameter>/<key>` -> tensor.
+
+    A parameter that has had no gradient yet has none: the heads of a domain whose turn has not come.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous()
+        for parameter, values in optimiser.state.items()
+        for key, value in values.items()
+        # Without momentum, SGD keeps a None.
+        if value is not None
+    }
+
+
+def restore_optimiser(
+    model: nn.Module, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor], entries: list[str], where: str
+) -> None:
+    """Put the optimiser into the saved state. `entries` are the names that were saved.
+
+    Raises UserError that names what is missing, left over or of another shape.
+    """
+    parameters = dict(model.named_parameters())
+    optimised = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+    trouble = [f"{entry} is missing" for entry in entries if entry not in tensors]
+    trouble += [f"{entry} was not saved with it" for entry in tensors if entry not in entries]
+    state: dict[nn.Parameter, dict[str, Tensor]] = {}
+    for entry, value in tensors.items():
+        name, _, key = entry.rpartition("/")
+        if name not in parameters or id(parameters[name]) not in optimised:
+            trouble.append(f"{entry} belongs to nothing that this model trains")
+            continue
+        parameter = parameters[name]
+        shape = torch.Size() if key == "step" else parameter.shape
+        if key not in _KEYS[_kind(optimiser)]:
+            trouble.append(f"{entry} is nothing that {_kind(optimiser).__name__} keeps")
+        elif value.shape != shape or not value.is_floating_point():
+            trouble.append(f"{entry} is {value.dtype} {list(value.shape)}, not floating point {list(shape)}")
+        # Counters stay on the CPU, where the optimisers keep them; moments live with their parameter.
+        state.setdefault(parameter, {})[key] = value if key == "step" else value.to(parameter.device)
+    for parameter, values in state.items():
+        name = next(name for name, other in parameters.items() if other is parameter)
+        trouble += [
+            f"{name}/{key} is missing"
+            for key in sorted(_KEYS[_kind(optimiser)] - values.keys())
+            if f"{name}/{key}" not in entries
+        ]
+    if trouble:
+        raise UserError(
+            f"{where}: the optimiser's {_some(trouble)}. Choose another checkpoint, or start another run with "
+            "name=OTHER."
+        )
+    optimiser.state.clear()
+    for parameter, values in state.items():
+        optimiser.state[parameter] = values
+
+
+def _kind(optimiser: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
+    return next(kind for kind in _KEYS if isinstance(optimiser, kind))
+
+
+def _some(lines: list[str]) -> str:
+    return ", ".join(lines[:4]) + (f", and {len(lines) - 4} more" if len(lines) > 4 else "")

@@ -1,0 +1,1 @@
+"""Processes that fail, and processes that are asked to stop."""

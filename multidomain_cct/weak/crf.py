@@ -1,0 +1,274 @@
+"""A dense conditional random field over the pixels of one image: mean field, in torch, on any device.
+
+Energy: unary terms -log p, and between every two pixels a Potts penalty weighted by kernel(pixel i, pixel j), a sum of
+two Gaussians: one of the positions ("smoothness"), one of positions and colours ("appearance"). Kraehenbuehl and Koltun
+2011, "Efficient Inference in Fully Connected CRFs with Gaussian Edge Potentials".
+
+Shapes: C classes, H W image size, N = H W pixels, d dimensions of the appearance kernel (2 positions, 3 colours), M
+points of its lattice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from multidomain_cct.errors import UserError
+
+_TINY = 1e-10
+"""Smallest probability a unary term may have: -log of 0 would keep a class out whatever its surroundings say."""
+
+
+@dataclass(frozen=True)
+class CrfSettings:
+    """How pseudo-labels are drawn to the image's borders. The defaults are the paper's."""
+
+    iterations: int = 10
+    """Mean-field iterations; 0 leaves the probabilities as they are."""
+    smooth_position: float = 3.0
+    """Deviation of the smoothness kernel, in pixels."""
+    smooth_weight: float = 3.0
+    """Weight of the smoothness kernel; 0 leaves it out."""
+    color_position: float = 50.0
+    """Deviation of the appearance kernel in position, in pixels."""
+    color_value: float = 5.0
+    """Deviation of the appearance kernel in colour, in steps of 0 to 255."""
+    color_weight: float = 10.0
+    """Weight of the appearance kernel; 0 leaves it out."""
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise UserError(f"crf.iterations is {self.iterations}; it is at least 0.")
+        for name in ("smooth_position", "color_position", "color_value"):
+            # Smaller ones separate every pixel from every other, and cost a lattice point for each.
+            if not getattr(self, name) >= 1:
+                raise UserError(
+                    f"crf.{name} is {getattr(self, name)}; a deviation is at least 1, in pixels or steps of colour."
+                )
+        for name in ("smooth_weight", "color_weight"):
+            if getattr(self, name) < 0:
+                raise UserError(f"crf.{name} is {getattr(self, name)}; it is 0 or more.")
+
+
+def dense_crf(probabilities: Tensor, image: Tensor, settings: CrfSettings) -> Tensor:
+    """(C, H, W) float32 probabilities after mean field, from (C, H, W) probabilities and the (3, H, W) uint8 image."""
+    return DenseCrf(image, settings)(probabilities)
+
+
+class DenseCrf:
+    """The kernels of one image, built once for any number of refinements.
+
+    They are normalised as pydensecrf does by default (NORMALIZE_SYMMETRIC): with n = K 1, messages are K_ij / sqrt(n_i
+    n_j). As there, a pixel's own term is part of the sum. Departures: the smoothness kernel is exact, where pydensecrf
+    runs it through a lattice too; the lattice of the appearance kernel includes its gaps (see Lattice).
+    """
+
+    @torch.no_grad()
+    def __init__(self, image: Tensor, settings: CrfSettings) -> None:
+        """`image` is (3, H, W) uint8, on the device where the refinements run."""
+        assert image.dtype == torch.uint8 and len(image) == 3
+        self.settings = settings
+        self.smooth = (
+            Smoothness(image.shape[1:], settings.smooth_position, image.device) if settings.smooth_weight else None
+        )
+        self.appearance = Lattice(appearance_features(image, settings)) if settings.color_weight else None
+
+    @torch.no_grad()
+    def __call__(self, probabilities: Tensor) -> Tensor:
+        """(..., C, H, W) float32 probabilities after mean field, from (..., C, H, W) probabilities; leading dimensions
+        are refined apart, but in one pass.
+        """
+        unary = probabilities.float().clamp_min(_TINY).log()  # (..., C, H, W)
+        belief = unary.softmax(dim=-3)
+        for _ in range(self.settings.iterations):
+            planes, score = belief.flatten(0, -3), unary.clone()
+            if self.smooth is not None:
+                score.add_(self.smooth(planes).view_as(score), alpha=self.settings.smooth_weight)
+            if self.appearance is not None:
+                # The lattice works on whole rows of classes, (N, C); softmax over a last dimension that short is ten
+                # times slower than over the first.
+                message = self.appearance(planes.flatten(1).T.contiguous()).T
+                score.add_(message.reshape(score.shape), alpha=self.settings.color_weight)
+            belief = score.softmax(dim=-3)
+        return belief
+
+
+def appearance_features(image: Tensor, settings: CrfSettings) -> Tensor:
+    """(5, N) float32: columns, rows, red, green, blue of the pixels, in deviations of the appearance kernel."""
+    height, width = image.shape[-2:]
+    rows, columns = torch.meshgrid(
+        torch.arange(height, device=image.device), torch.arange(width, device=image.device), indexing="ij"
+    )
+    positions = torch.stack([columns, rows]).flatten(1) / settings.color_position
+    return torch.cat([positions, image.flatten(1).float() / settings.color_value])
+
+
+class Smoothness:
+    """The normalised Gaussian of the positions. It separates into rows and columns, and so does its normalisation."""
+
+    CUTOFF = 5.0
+    """Deviations beyond which the kernel is 0: what is left out is 4e-6 of its height."""
+
+    def __init__(self, size: Sequence[int], deviation: float, device: torch.device) -> None:
+        self.radius = math.ceil(self.CUTOFF * deviation)
+        offsets = torch.arange(-self.radius, self.radius + 1, dtype=torch.float64)
+        self.kernel = torch.exp(-0.5 * (offsets / deviation) ** 2).float().to(device)
+        rows, columns = (self._blurred(torch.ones(1, length, 1, device=device))[0, :, 0] for length in size)
+        self.scale = (rows[:, None] * columns).rsqrt()  # (H, W)
+
+    def __call__(self, belief: Tensor) -> Tensor:
+        """(C, H, W) filtered planes of (C, H, W) planes."""
+        down = self._blurred(belief * self.scale)
+        # Depthwise convolution along columns is ten times faster than along rows.
+        across = self._blurred(down.transpose(1, 2).contiguous()).transpose(1, 2)
+        return across * self.scale
+
+    def _blurred(self, planes: Tensor) -> Tensor:
+        kernel = self.kernel.view(1, 1, -1, 1).repeat(len(planes), 1, 1, 1)
+        return F.conv2d(planes[None], kernel, padding=(self.radius, 0), groups=len(planes))[0]
+
+
+class Lattice:
+    """A Gaussian filter of deviation 1 over N points in d dimensions, symmetrically normalised, by a permutohedral
+    lattice (Adams, Baek and Davis 2010).
+
+    Each point lies in a simplex of d + 1 lattice points. Values are spread to these by barycentric weights, blurred
+    with (1/2, 1, 1/2) along the d + 1 directions of the lattice, and gathered back. All three are weighted sums of
+    rows, which is what `embedding_bag` does. The well-known version blurs among the points that values were spread to;
+    here the gaps between two of them belong to the lattice too, which halves the error.
+    """
+
+    def __init__(self, features: Tensor) -> None:
+        """`features` is (d, N), in deviations."""
+        zero, rank, weights = _simplices(features)
+        keys, strides = _vertex_keys(zero, rank)  # (d + 1, N)
+        # Stable: sums are taken in an order that hangs on the image alone.
+        ordered, order = keys.flatten().sort(stable=True)
+        used, number, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
+        vertices = _with_gaps(used, strides)
+        place = torch.searchsorted(vertices, used)
+        self.num_points, self.num_pixels = len(vertices), features.shape[1]
+        # One bag beyond the points stays 0: it stands for the neighbours that the lattice does not have.
+        lengths = counts.new_zeros(self.num_points + 1).index_copy_(0, place, counts)
+        self.spread_start = (lengths.cumsum(0) - lengths).int()
+        self.spread_index = (order % self.num_pixels).int()
+        self.spread_weight = weights.flatten()[order]
+        vertex = torch.empty_like(number, dtype=torch.int32).index_copy_(0, order, place.int()[number])
+        self.gather_index = vertex.view(-1, self.num_pixels).T.contiguous()  # (N, d + 1)
+        self.gather_weight = weights.T.contiguous()
+        self.neighbours = _neighbours(vertices, strides)
+        self.blur = features.new_tensor([0.5, 1.0, 0.5]).repeat(self.num_points + 1, 1)
+        # The lattice's own constant factor drops out here.
+        norm = self(features.new_ones(self.num_pixels, 1)).add_(1e-20).rsqrt_()[:, 0]
+        self.gather_weight *= norm[:, None]
+        self.spread_weight *= norm[self.spread_index]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(N, C) filtered values of (N, C) values."""
+        points = F.embedding_bag(
+            self.spread_index, values, self.spread_start, mode="sum", per_sample_weights=self.spread_weight
+        )  # (M + 1, C)
+        for neighbours in self.neighbours:
+            points = F.embedding_bag(neighbours, points, mode="sum", per_sample_weights=self.blur)
+        return F.embedding_bag(self.gather_index, points, mode="sum", per_sample_weights=self.gather_weight)
+
+
+def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The simplex that encloses each point: its remainder-0 vertex and the rank of each coordinate, both (d + 1, N),
+    and the (d + 1, N) barycentric weights.
+    """
+    d, num = features.shape
+    # Rows of E span the plane whose coordinates sum to 0; scaled so that the blur's variance is 1.
+    scale = torch.arange(1, d + 1, device=features.device, dtype=torch.float32)
+    scale = (d + 1) * (2 / 3) ** 0.5 / (scale * (scale + 1)).sqrt()
+    scaled = features * scale[:, None]
+    elevated = features.new_empty(d + 1, num)
+    above = torch.zeros_like(scaled[0])
+    for axis in range(d, 0, -1):
+        elevated[axis] = above - axis * scaled[axis - 1]
+        above = above + scaled[axis - 1]
+    elevated[0] = above
+    zero = (elevated / (d + 1)).round() * (d + 1)
+    excess = (zero.sum(dim=0) / (d + 1)).round().int()  # (N,)
+    difference = elevated - zero
+    rank = torch.zeros_like(zero, dtype=torch.int32)
+    for i in range(d + 1):
+        for j in range(i + 1, d + 1):
+            lower = difference[i] < difference[j]
+            rank[i] += lower
+            rank[j] += ~lower
+    rank += excess
+    over, under = rank > d, rank < 0
+    shift = (under.int() - over.int()) * (d + 1)
+    rank += shift
+    zero += shift
+    difference = (elevated - zero) / (d + 1)
+    weights = features.new_zeros(d + 2, num)
+    for axis in range(d + 1):
+        place = (d - rank[axis]).long()[None]
+        weights.scatter_add_(0, place, difference[axis][None])
+        weights.scatter_add_(0, place + 1, -difference[axis][None])
+    weights[0] += 1 + weights[d + 1]
+    return zero.int(), rank, weights[: d + 1]
+
+
+def _vertex_keys(zero: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """(d + 1, N) int64 keys of the simplices' vertices, and the (d,) strides by which a vertex's first d coordinates
+    make its key.
+    """
+    d = len(zero) - 1
+    low = zero[:d].amin(dim=1) - 2 * (d + 1)
+    span = (zero[:d].amax(dim=1) + 2 * (d + 1) - low + 1).long()
+    assert span.double().log2().sum() < 62, "the features span more than 2^62 lattice cells"
+    strides = torch.cat([span.new_ones(1), span.flip(0).cumprod(0)[:-1]]).flip(0)
+    base = ((zero[:d] - low[:, None]) * strides[:, None]).sum(dim=0)  # (N,)
+    # The vertex of remainder k adds k to every coordinate, less d + 1 where the coordinate's rank is above d - k.
+    keys = torch.stack(
+        [base + k * strides.sum() - ((rank[:d] > d - k) * (d + 1) * strides[:, None]).sum(dim=0) for k in range(d + 1)]
+    )
+    return keys, strides
+
+
+def _steps(strides: Tensor) -> list[Tensor]:
+    """By how much a vertex's key rises to the next one, for each of the lattice's d + 1 directions."""
+    d = len(strides)
+    return [-strides.sum() + ((d + 1) * strides[axis] if axis < d else 0) for axis in range(d + 1)]
+
+
+def _with_gaps(vertices: Tensor, strides: Tensor) -> Tensor:
+    """The sorted keys, with those that at least two of them have for a neighbour: what is blurred into a gap comes out
+    on its other side.
+    """
+    beside = torch.cat([vertices + sign * step for step in _steps(strides) for sign in (1, -1)])
+    candidates, counts = torch.unique_consecutive(_sorted(beside), return_counts=True)
+    joined: Tensor = torch.unique_consecutive(_sorted(torch.cat([vertices, candidates[counts > 1]])))
+    return joined
+
+
+def _sorted(keys: Tensor) -> Tensor:
+    """The keys in order. On a CPU numpy sorts integers seven times faster than torch."""
+    return torch.from_numpy(np.sort(keys.numpy())) if keys.device.type == "cpu" else keys.sort().values
+
+
+def _neighbours(vertices: Tensor, strides: Tensor) -> list[Tensor]:
+    """For each direction, (M + 1, 3) int32: the vertex before, the vertex itself, the one behind; M where there is
+    none.
+    """
+    num = len(vertices)
+    own = torch.arange(num + 1, device=vertices.device, dtype=torch.int32)
+    tables = []
+    for step in _steps(strides):
+        wanted = vertices + step
+        found = torch.searchsorted(vertices, wanted, out_int32=True)
+        exists = vertices[found.clamp_max(num - 1)] == wanted
+        behind, before = torch.full_like(own, num), torch.full_like(own, num)
+        behind[:num] = torch.where(exists, found, num)
+        before[found[exists]] = own[:num][exists]
+        tables.append(torch.stack([before, own, behind], dim=1))
+    return tables

@@ -1,0 +1,211 @@
+"""Image-level labels: which classes an image shows, without where.
+
+They come from a text list, a JSON list, or, for experiments, from the masks of the training split.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, DomainStreams, open_streams
+from multidomain_cct.data.batches.views import decode
+from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.errors import UserError
+from multidomain_cct.files.strict_yaml import did_you_mean
+
+FROM_MASKS = "masks"
+_WORD = re.compile(r'"([^"]*)"|(\S+)')
+
+
+@dataclass(frozen=True)
+class TaggedImages:
+    """The images of a domain whose classes are known."""
+
+    domain: Domain
+    sources: tuple[Shards, ...]
+    """The training split, then the further unlabelled splits."""
+    samples: Mapping[str, tuple[int, int]]
+    """(source, sample number) of every image with known classes, by key."""
+    classes: Mapping[str, frozenset[int]]
+    """Train ids of the classes that the image shows, by key; the background is not among them."""
+    listed: tuple[str, ...]
+    """Keys of the images that have image-level labels of their own, in the order of the shards. The others are in the
+    labelled budget: masks tell theirs.
+    """
+
+    def shares(self) -> np.ndarray:
+        """(K,) share of the images, 0 to 1, that show each of the classified classes."""
+        shown = [[train_id in classes for train_id in classified(self.domain)] for classes in self.classes.values()]
+        share: np.ndarray = np.mean(shown, axis=0)
+        return share
+
+    def streams(self, data: DataSettings, choice: DomainSettings, batch: int) -> DomainStreams:
+        """All these images as a stream without labels, for the loader: `batch` of them a step."""
+        crop = choice.crop or data.crop
+        return DomainStreams(
+            domain=self.domain,
+            sources=self.sources,
+            labelled=(),
+            unlabelled=tuple(self.samples.values()),
+            weak_source=None,
+            labelled_batch=batch,
+            unlabelled_batch=batch,
+            crop=(crop[0], crop[1]),
+        )
+
+
+def background_class(domain: Domain) -> int | None:
+    """The train id of the background: the one class that is no `thing`.
+
+    None when there is no such class, or several.
+    """
+    stuff = [train_id for train_id, label in enumerate(domain.classes) if not label.thing]
+    return stuff[0] if len(stuff) == 1 else None
+
+
+def classified(domain: Domain) -> tuple[int, ...]:
+    """The train ids that image-level labels tell apart: all but the background."""
+    background = background_class(domain)
+    return tuple(train_id for train_id in range(domain.num_classes) if train_id != background)
+
+
+def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, least_share: float) -> TaggedImages:
+    """The images with image-level labels, and those of the labelled budget, whose classes are read from their masks.
+
+    A class counts as shown by a mask when it has at least `least_share` of its pixels. Raises UserError, naming file,
+    key and class, for a list that does not fit the domain, and when the list or the shards are missing.
+    """
+    trained = open_streams(domain, choice, data, use_unlabelled=False)
+    train = trained.sources[0]
+    sources = (train, *(Shards.open(Path(data.shards) / domain.name, split) for split in choice.unlabelled_splits))
+    places: dict[str, tuple[int, int]] = {}
+    for source, shards in enumerate(sources):
+        for number, key in enumerate(shards.keys):
+            places.setdefault(key, (source, number))
+    if choice.image_labels == FROM_MASKS:
+        numbers = np.flatnonzero(train.labelled).tolist()
+        if not numbers:
+            raise UserError(
+                f"domains.{domain.name}.image_labels is `masks`, but the split {choice.train_split!r} has none. Name "
+                "a list instead."
+            )
+        shown = classes_of_masks(train, domain, numbers, least_share=least_share)
+    else:
+        path = Path(choice.image_labels)
+        if not path.is_file():
+            raise UserError(
+                f"domains.{domain.name}.image_labels is {choice.image_labels!r}; it is `masks`, or a text or JSON "
+                "file that is there."
+            )
+        shown = read_image_labels(path, domain, places)
+    budget = [number for _, number in trained.labelled if train.keys[number] not in shown]
+    known = shown | classes_of_masks(train, domain, budget, least_share=least_share)
+    background = {background_class(domain)}
+    return TaggedImages(
+        domain=domain,
+        sources=sources,
+        samples={key: place for key, place in places.items() if key in known},
+        classes={key: frozenset(classes - background) for key, classes in known.items()},
+        listed=tuple(key for key in places if key in shown),
+    )
+
+
+def classes_of_masks(
+    shards: Shards, domain: Domain, numbers: Sequence[int], *, least_share: float
+) -> dict[str, frozenset[int]]:
+    """By key, the train ids that have at least `least_share` of the pixels of the mask, of these samples."""
+    shown = {}
+    for number in numbers:
+        record = shards.read(number)
+        _, mask = decode(record, domain)
+        assert mask is not None
+        counts = np.bincount(np.asarray(mask).ravel(), minlength=IGNORE + 1)
+        present = np.flatnonzero(counts[: domain.num_classes] >= max(1.0, least_share * counts.sum()))
+        shown[record.key] = frozenset(present.tolist())
+    return shown
+
+
+def read_image_labels(path: Path, domain: Domain, keys: Collection[str]) -> dict[str, frozenset[int]]:
+    """The train ids of the classes that each listed image shows.
+
+    A text list has one image a line, `key class [class ...]`; what follows a word that begins with # is a comment, and
+    names with spaces stand in double quotes. A JSON list is {key: [class, ...]}. `keys` are those of the images that
+    there are.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(
+            f"{path}: this is not text in UTF-8. Image-level labels are a text list (`key class class`) or JSON "
+            f"({{key: [class]}})."
+        ) from None
+    rows = _json_rows(path, text) if path.suffix.lower() == ".json" else _text_rows(path, text)
+    ids = {label.name: train_id for train_id, label in enumerate(domain.classes)}
+    shown: dict[str, frozenset[int]] = {}
+    for where, key, names in rows:
+        if key in shown:
+            raise UserError(f"{where}: the key {key!r} is listed twice. An image has one line with all its classes.")
+        if key not in keys:
+            raise UserError(
+                f"{where}: the key {key!r} is none of the {len(keys)} images in the training and unlabelled splits of "
+                f"{domain.name}.{did_you_mean(key, keys)}"
+            )
+        if not names:
+            raise UserError(
+                f"{where}: the key {key!r} has no class. Name the classes that the image shows, or leave the image out."
+            )
+        for name in names:
+            if name not in ids:
+                # Without quotes, a name with spaces falls apart.
+                quotes = (
+                    ' Names with spaces stand in double quotes: "a name".' if any(" " in known for known in ids) else ""
+                )
+                raise UserError(
+                    f"{where}: the key {key!r} has the class {name!r}. Known: "
+                    f"{', '.join(ids)}.{quotes}{did_you_mean(name, ids)}"
+                )
+        shown[key] = frozenset(ids[name] for name in names)
+    if not shown:
+        raise UserError(
+            f"{path}: no image is listed. Image-level labels are a text list (`key class class`) or JSON ({{key: "
+            f"[class]}})."
+        )
+    return shown
+
+
+def _text_rows(path: Path, text: str) -> Iterable[tuple[str, str, list[str]]]:
+    for number, line in enumerate(text.splitlines(), start=1):
+        words: list[str] = []
+        for match in _WORD.finditer(line):
+            quoted, plain = match.groups()
+            if plain is not None and plain.startswith("#"):
+                break
+            words.append(plain if quoted is None else quoted)
+        if words:
+            yield f"{path}: line {number}", words[0], words[1:]
+
+
+def _json_rows(path: Path, text: str) -> Iterable[tuple[str, str, list[str]]]:
+    try:
+        # Pairs, for a dictionary would keep the last of two equal keys in silence.
+        pairs = json.loads(text, object_pairs_hook=_Pairs)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: line {error.lineno}: this is not valid JSON ({error.msg}).") from None
+    if not isinstance(pairs, _Pairs):
+        raise UserError(f"{path}: holds {type(pairs).__name__}; image-level labels in JSON are {{key: [class, ...]}}.")
+    for key, names in pairs:
+        if not isinstance(names, list) or isinstance(names, _Pairs) or not all(isinstance(name, str) for name in names):
+            raise UserError(f"{path}: the key {key!r} has {json.dumps(names)[:60]}; it has a list of class names.")
+        yield str(path), key, names
+
+
+class _Pairs(list[tuple[str, Any]]):
+    """A JSON object as it is written."""

@@ -1,0 +1,42 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from multidomain_cct.data.batches.selection import AllBut, Only, Selection
+from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.data.shards.writer import ShardWriter
+
+
+@given(total=st.integers(1, 60), chosen=st.sets(st.integers(0, 59)))
+def test_a_rule_and_its_complement_share_the_samples_out(total: int, chosen: set[int]) -> None:
+    numbers = np.array(sorted(number for number in chosen if number < total), dtype=np.int64)
+    only, rest = Only(0, numbers), AllBut(0, total, numbers)
+    assert [only.at(position) for position in range(len(only))] == numbers.tolist()
+    assert [rest.at(position) for position in range(len(rest))] == [
+        number for number in range(total) if number not in chosen
+    ]
+    ends = np.arange(total + 1)
+    assert (only.up_to(ends) + rest.up_to(ends)).tolist() == ends.tolist()
+
+
+def test_a_thousand_million_samples_but_a_few_take_no_room() -> None:
+    samples = Selection([AllBut(2, 10**9, np.array([0, 5, 10**9 - 1]))])
+    assert len(samples) == 10**9 - 3
+    assert [samples[position] for position in (0, 3, 4, len(samples) - 1)] == [(2, 1), (2, 4), (2, 6), (2, 10**9 - 2)]
+    with pytest.raises(IndexError):
+        samples[len(samples)]
+
+
+def test_the_ends_of_shards_are_counted_in_selected_samples(tmp_path: Path) -> None:
+    with ShardWriter(tmp_path, "train") as writer:
+        for number in range(7):
+            writer.write(f"{number}", image=b"x", mask=None, meta=b"{}")
+            if number in (2, 4):
+                writer.publish()
+    shards = Shards.open(tmp_path, "train")
+    samples = Selection([AllBut(0, 7, np.array([1, 6])), Only(1, np.array([0, 3, 4]))])
+    assert samples.shard_ends([shards, shards]).tolist() == [2, 4, 5, 6, 8, 8]
+    assert list(samples) == [(0, 0), (0, 2), (0, 3), (0, 4), (0, 5), (1, 0), (1, 3), (1, 4)]

@@ -1,0 +1,165 @@
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from multidomain_cct.data.shards.index import index_path
+from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.evaluation.inference import InferenceSettings
+from multidomain_cct.evaluation.scoring import arithmetic_and_harmonic, class_iou, confusion_of, mean_iou, score
+from multidomain_cct.training.checkpoints.checkpoint import load_run
+
+TinyShards = Callable[..., Path]
+
+
+def counted(truth: np.ndarray, prediction: np.ndarray, num_classes: int) -> np.ndarray:
+    """The confusion matrix of one image, by its definition."""
+    valid = truth != 255
+    reference = np.zeros((num_classes, num_classes), dtype=np.int64)
+    np.add.at(reference, (truth[valid], prediction[valid]), 1)
+    return reference
+
+
+@given(
+    seed=st.integers(0, 1000),
+    num_classes=st.sampled_from([1, 2, 5, 19, 127, 128, 255]),
+    kind=st.sampled_from([np.int64, np.uint8]),
+)
+def test_confusion_counts_every_labelled_pixel_by_truth_and_prediction(seed: int, num_classes: int, kind: type) -> None:
+    rng = np.random.default_rng(seed)
+    truth = rng.choice([*range(num_classes), 255, 255], (3, 7, 9)).astype(np.uint8)
+    prediction = rng.integers(0, num_classes, (3, 7, 9)).astype(kind)
+    found = confusion_of(torch.from_numpy(truth), torch.from_numpy(prediction), num_classes)
+    assert found.dtype == torch.int64
+    assert np.array_equal(
+        found.numpy(), sum(counted(t, p, num_classes) for t, p in zip(truth, prediction, strict=True))
+    )
+
+
+@pytest.mark.parametrize("num_classes", [2, 127, 128, 200])
+def test_ignored_pixels_do_not_count_whatever_they_are_predicted_as(num_classes: int) -> None:
+    truth = torch.tensor([255, 255, 255, num_classes - 1], dtype=torch.uint8)
+    found = confusion_of(truth, torch.tensor([0, num_classes - 1, 255, 1], dtype=torch.uint8), num_classes)
+    assert found.sum() == 1 and found[num_classes - 1, 1] == 1
+
+
+def test_confusion_of_ignored_pixels_alone_is_zero_and_its_arguments_stay() -> None:
+    truth, prediction = torch.full((4, 4), 255, dtype=torch.uint8), torch.ones(4, 4, dtype=torch.int64)
+    assert confusion_of(truth, prediction, 3).equal(torch.zeros(3, 3, dtype=torch.int64))
+    assert (truth == 255).all() and (prediction == 1).all()
+
+
+def test_iou_is_hits_over_union_and_absent_classes_are_left_out() -> None:
+    confusion = np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
+    assert class_iou(confusion) == [6 / 9, 3 / 6, None]
+    assert mean_iou(confusion) == pytest.approx((6 / 9 + 3 / 6) / 2)
+
+
+def test_a_class_that_is_only_predicted_counts_as_zero() -> None:
+    assert class_iou(np.array([[5, 1], [0, 0]])) == [5 / 6, 0.0]
+
+
+def test_both_means_over_domains() -> None:
+    assert arithmetic_and_harmonic([0.2, 0.6]) == (pytest.approx(0.4), pytest.approx(0.3))
+    assert arithmetic_and_harmonic([0.0, 0.6])[1] == 0
+
+
+def test_a_split_is_scored_once_whole_and_at_the_labels_resolution(tiny_run: Path, two_domains: Path) -> None:
+    run = load_run(tiny_run)
+    seen: list[str] = []
+    shards = Shards.open(two_domains / "shapes", "val")
+    result = score(
+        run.model,
+        shards,
+        run.domains["shapes"],
+        "val",
+        run.recipe.evaluation,
+        device=torch.device("cpu"),
+        seen=seen.append,
+    )
+    assert sorted(seen) == sorted(shards.keys) and result.images == 5
+    assert result.sizes == ("96x72",) and result.confusion.sum() == 5 * 94 * 72
+    assert "5 images" in result.protocol and "96x72" in result.protocol and "whole image" in result.protocol
+
+
+def shapes_of(model: torch.nn.Module) -> list[int]:
+    """A list that grows by the number of images each time the encoder is used."""
+    found: list[int] = []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: found.append(len(inputs[0])))  # type: ignore[union-attr, operator]
+    return found
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_equal_size_are_predicted_together(tiny_run: Path, two_domains: Path, workers: int) -> None:
+    run = load_run(tiny_run)
+    shards, sizes, seen = Shards.open(two_domains / "shapes", "val"), shapes_of(run.model), []
+    settings = replace(run.recipe.evaluation, batch=2)
+    results = []
+    for chosen in (run.recipe.evaluation, settings):
+        options = {"device": torch.device("cpu"), "workers": workers, "seen": seen.append}
+        results.append(score(run.model, shards, run.domains["shapes"], "val", chosen, **options))  # type: ignore[arg-type]
+    assert sizes == [1] * 5 + [2, 2, 1] and seen == [*shards.keys, *shards.keys]
+    alone, together = results
+    assert alone.images == together.images == 5
+    # Rounding may turn a pixel whose two best classes are all but equal.
+    assert np.abs(alone.confusion - together.confusion).sum() <= 4 and alone.confusion.sum() == together.confusion.sum()
+
+
+def test_an_image_of_another_size_begins_a_new_batch(tiny_run: Path, tiny_shards: TinyShards, tmp_path: Path) -> None:
+    run = load_run(tiny_run)
+    domain, sizes, expected = run.domains["shapes"], shapes_of(run.model), 0
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for number, size in enumerate([(96, 72), (96, 72), (64, 96), (96, 72)]):
+        folder = tiny_shards(tmp_path / str(number), domain, {f"val{number}": 1}, size=size)
+        (shard,) = folder.glob("*.tar")
+        index_path(shard).rename(index_path(mixed / f"val-{number:05d}.tar"))
+        shard.rename(mixed / f"val-{number:05d}.tar")
+        expected += (size[0] - 2) * size[1]
+    result = score(
+        run.model, Shards.open(mixed, "val"), domain, "val", InferenceSettings(batch=8), device=torch.device("cpu")
+    )
+    assert sizes == [2, 1, 1] and result.images == 4
+    assert result.confusion.sum() == expected and set(result.sizes) == {"96x72", "64x96"}
+
+
+def test_parts_of_a_split_add_up_to_the_whole(tiny_run: Path, two_domains: Path) -> None:
+    run = load_run(tiny_run)
+    shards = Shards.open(two_domains / "shapes", "val")
+    whole = score(run.model, shards, run.domains["shapes"], "val", run.recipe.evaluation, device=torch.device("cpu"))
+    counts: list[torch.Tensor] = []
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        """What a reduction over two processes would do, with the first process's tensors kept for the second."""
+        counts.append(tensor.clone())
+        return tensor if len(counts) <= 2 else tensor + counts[len(counts) - 3]
+
+    with pytest.raises(AssertionError, match="3 of 5 images were scored"):
+        score(
+            run.model,
+            shards,
+            run.domains["shapes"],
+            "val",
+            run.recipe.evaluation,
+            device=torch.device("cpu"),
+            rank=0,
+            world=2,
+            total=add,
+        )
+    both = score(
+        run.model,
+        shards,
+        run.domains["shapes"],
+        "val",
+        run.recipe.evaluation,
+        device=torch.device("cpu"),
+        rank=1,
+        world=2,
+        total=add,
+    )
+    assert np.array_equal(both.confusion, whole.confusion) and both.images == 5
