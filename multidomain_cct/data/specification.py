@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from multidomain_cct.data.domain import IGNORE, LAYOUTS, Domain, LabelClass, Split
-from multidomain_cct.errors import UserError
-from multidomain_cct.files.strict_yaml import did_you_mean, read_yaml
+from multidomain_cct.errors import UserError, did_you_mean
+from multidomain_cct.files.strict_yaml import read_yaml
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +68,3 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}; a mapping of keys to values is expected.")
     return content
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A closing question that names the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f' Did you mean "{near[0]}"?' if near else ""

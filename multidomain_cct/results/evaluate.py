@@ -15,10 +15,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from multidomain_cct.data.shards.reader import Shards
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, did_you_mean
 from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
-from multidomain_cct.files.strict_yaml import did_you_mean
 from multidomain_cct.training.checkpoints.checkpoint import LoadedRun
 
 

@@ -28,10 +28,9 @@ from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.shards.index import index_path, shard_paths
 from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.data.specification import find_domain
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, did_you_mean
 from multidomain_cct.evaluation.scoring import confusion_of, mean_iou
 from multidomain_cct.files.seeds import seed_from
-from multidomain_cct.files.strict_yaml import did_you_mean
 from multidomain_cct.results.pictures import legend, overlay, with_legend
 from multidomain_cct.training.loop import RunFailed
 from multidomain_cct.training.recipe import Recipe

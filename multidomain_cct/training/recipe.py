@@ -17,9 +17,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from multidomain_cct.data.batches.streams import WEAK_ENDING, DataSettings, DomainSettings
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, did_you_mean
 from multidomain_cct.evaluation.inference import InferenceSettings
-from multidomain_cct.files.strict_yaml import StrictLoader, did_you_mean, read_yaml
+from multidomain_cct.files.strict_yaml import StrictLoader, read_yaml
 from multidomain_cct.methods.mean_teacher import MeanTeacherSettings
 from multidomain_cct.methods.unimatch import UniMatchSettings
 from multidomain_cct.methods.usss import UsssSettings

@@ -18,8 +18,7 @@ from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, D
 from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.shards.reader import Shards
-from multidomain_cct.errors import UserError
-from multidomain_cct.files.strict_yaml import did_you_mean
+from multidomain_cct.errors import UserError, did_you_mean
 
 FROM_MASKS = "masks"
 _WORD = re.compile(r'"([^"]*)"|(\S+)')

@@ -27,8 +27,7 @@ from multidomain_cct.data.packing.raw_files import (
     unique_names,
     unlabelled_samples,
 )
-from multidomain_cct.errors import UserError
-from multidomain_cct.files.strict_yaml import did_you_mean
+from multidomain_cct.errors import UserError, did_you_mean
 
 
 def raw_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:

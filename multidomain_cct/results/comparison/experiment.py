@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from multidomain_cct.errors import UserError
-from multidomain_cct.files.strict_yaml import did_you_mean, read_yaml
+from multidomain_cct.errors import UserError, did_you_mean
+from multidomain_cct.files.strict_yaml import read_yaml
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe
 from multidomain_cct.training.runlog import read_metrics
