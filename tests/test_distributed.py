@@ -26,7 +26,7 @@ SCRIPT = """
 import hashlib, json, sys
 from pathlib import Path
 from accelerate import Accelerator, PartialState
-from multidomain_cct.data import loader
+from multidomain_cct.data.batches import loader
 from multidomain_cct.training import loop, run
 from multidomain_cct.training.recipe import read_recipe
 
