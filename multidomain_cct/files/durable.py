@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def make_folder(folder: Path) -> None:
@@ -30,6 +30,10 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file and put its contents on the disk. Raises OSError when the disk does not take it."""
+    # Here, so that packing and indexing start without torch.
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
     try:
         save_file(tensors, path)
     except SafetensorError as error:
@@ -43,12 +47,26 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     sync(path)
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder: the file written there takes the place of `path`, durably, when the block
+    ends, and is removed when it raises. A crash leaves the old file or the new one.
+    """
+    # Part of the name only: file systems limit a name to 255 bytes.
+    temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file as a whole: a crash leaves the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    write_text(temporary, text)
-    os.replace(temporary, path)
-    sync(path.parent)
+    """Replace a file as a whole, in UTF-8. A lone surrogate, as in a file name that is not UTF-8, becomes an escape."""
+    with replacing(path) as temporary, _naming(temporary):
+        temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def sync(path: Path) -> None:

@@ -18,6 +18,7 @@ from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.images import load_image
 from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.files.durable import replacing
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.results.evaluate import require_head
 from multidomain_cct.results.pictures import colored, indexed, legend, overlay, with_legend
@@ -161,11 +162,6 @@ def _place(path: Path) -> Path:
 
 
 def _write_png(picture: Image.Image, path: Path) -> None:
-    """The file appears whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{os.getpid()}.tmp"
-    try:
+    with replacing(path) as temporary:
         picture.save(temporary, "PNG")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import read_domain
 from multidomain_cct.errors import UserError
+from multidomain_cct.files.durable import replace_text
 from multidomain_cct.files.printable import printable
 from multidomain_cct.results.pictures import error_map, indexed
 from multidomain_cct.results.predict import predicted_ids
@@ -127,10 +127,7 @@ def write_report(
         runs=facts, sections=sections, means=means, speeds=[_speed(run) for run in facts]
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.tmp")
-    # A lone surrogate, as in a file name that is not UTF-8, has no bytes of its own.
-    temporary.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, out)
+    replace_text(out, page)
     return out
 
 

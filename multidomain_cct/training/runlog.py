@@ -24,6 +24,7 @@ from rich.table import Column
 
 from multidomain_cct import __version__
 from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.files.durable import replace_text
 from multidomain_cct.files.printable import printable
 
 
@@ -51,9 +52,7 @@ class RunLog:
         kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.is_file() else []
         if not scored:
             kept = [line for line in kept if line["step"] < first_step or "val/mean_miou" not in line]
-        temporary = path.with_name(".metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         if self.console.is_terminal:
             # On a narrow terminal the losses, at the end, are what is cut.

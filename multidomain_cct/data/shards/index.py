@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
 from multidomain_cct.errors import UserError
+from multidomain_cct.files.durable import replacing
 
 INDEX_SCHEMA = "multidomain_cct.index.2"
 IMAGE, MASK, META = 0, 1, 2
@@ -113,10 +113,9 @@ def save_table(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any])
     The file appears whole or not at all.
     """
     facts = facts | {"checksum": _checksum(arrays, facts)}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    # One entry: safetensors writes several in an order that changes from run to run.
-    temporary.write_bytes(save(arrays, metadata={"index": json.dumps(facts, sort_keys=True)}))
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        # One entry: safetensors writes several in an order that changes from run to run.
+        temporary.write_bytes(save(arrays, metadata={"index": json.dumps(facts, sort_keys=True)}))
 
 
 def load_table(

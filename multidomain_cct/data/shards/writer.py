@@ -6,8 +6,8 @@ unlabelled), `<key>.json` its origin.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,6 +16,7 @@ import webdataset
 
 from multidomain_cct.data.shards.index import index_path
 from multidomain_cct.data.shards.scan import scan_shard
+from multidomain_cct.files.durable import replacing
 
 MAX_SHARD_BYTES = 512 * 1024 * 1024
 
@@ -41,9 +42,12 @@ class ShardWriter:
         self.number = first_shard
         self.finished: list[Path] = []
         self._bytes = 0
+        self._shard = ExitStack()
         self._file: Any = None
         self._tar: Any = None
         folder.mkdir(parents=True, exist_ok=True)
+        for left_by_a_crash in folder.glob(f".{split}-*.tmp"):
+            left_by_a_crash.unlink()
 
     def is_full(self, more: int) -> bool:
         """Whether a sample of `more` bytes belongs into the next shard."""
@@ -51,8 +55,9 @@ class ShardWriter:
 
     def write(self, key: str, *, image: bytes, mask: bytes | None, meta: bytes) -> None:
         if self._tar is None:
-            self._file = self._temporary.open("wb")
-            self._tar = webdataset.TarWriter(self._file, encoder=False, mtime=0)
+            self._temporary = self._shard.enter_context(replacing(self._path))
+            self._file = self._shard.enter_context(self._temporary.open("wb"))
+            self._tar = self._shard.enter_context(webdataset.TarWriter(self._file, encoder=False, mtime=0))
         sample = {"__key__": key, "jpg": image, "json": meta} | ({} if mask is None else {"png": mask})
         self._bytes += self._tar.write(sample)
 
@@ -60,21 +65,15 @@ class ShardWriter:
     def _path(self) -> Path:
         return self.folder / f"{self.split}-{self.number:05d}.tar"
 
-    @property
-    def _temporary(self) -> Path:
-        return self._path.with_name(f".{self._path.name}.tmp")
-
     def publish(self) -> None:
         """Finish the shard in hand and put it, with its index, in place."""
-        self._tar.close()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        # The index is in place before the shard: whoever sees the shard can read it.
-        scan_shard(self._temporary, notes=self.note()).save(index_path(self._path))
-        os.replace(self._temporary, self._path)
+        with self._shard.pop_all():
+            self._tar.close()
+            self._file.close()
+            # The index is in place before the shard: whoever sees the shard can read it.
+            scan_shard(self._temporary, notes=self.note()).save(index_path(self._path))
         self.finished.append(self._path)
-        self.number, self._bytes, self._tar, self._file = self.number + 1, 0, None, None
+        self.number, self._bytes, self._tar = self.number + 1, 0, None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -82,11 +81,6 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._tar is None:
-            return
-        if kind is None:
+        if self._tar is not None and kind is None:
             self.publish()
-        else:
-            self._tar.close()
-            self._file.close()
-            self._temporary.unlink(missing_ok=True)
+        self._shard.__exit__(kind, error, trace)

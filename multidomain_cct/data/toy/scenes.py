@@ -7,9 +7,7 @@ and place do. A few labelled images leave much to learn, many suffice.
 
 from __future__ import annotations
 
-import io
 import math
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from PIL import Image
 
 from multidomain_cct.data.toy.painter import Scene, Span
 from multidomain_cct.errors import UserError
+from multidomain_cct.files.durable import replacing
 
 SPLITS = {"train": 240, "val": 60}
 """Images of each split; every one has a mask."""
@@ -106,11 +105,8 @@ def render_toy(name: str, folder: Path) -> None:
 
 
 def _save(picture: Image.Image, path: Path, **options: Any) -> None:
-    encoded = io.BytesIO()
-    picture.save(encoded, **options)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(encoded.getvalue())
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        picture.save(temporary, **options)
 
 
 _Thing = tuple[float, float, Callable[[Scene, float, float], None]]

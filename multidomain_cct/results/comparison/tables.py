@@ -5,13 +5,13 @@ gap to the ceiling.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from multidomain_cct.files.durable import replace_text
 from multidomain_cct.results.comparison.experiment import MEAN, Experiment, Run, RunScores
 
 
@@ -135,7 +135,7 @@ class Comparison:
 def write_comparison(comparison: Comparison, out: Path, *, command: str, date: str) -> None:
     """Write the tables to `out` and every run's numbers beside it, as JSON. Each file is replaced as a whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    _replace(out, _markdown(comparison, command, date))
+    replace_text(out, _markdown(comparison, command, date))
     content = {
         "title": comparison.experiment.title,
         "command": command,
@@ -147,7 +147,7 @@ def write_comparison(comparison: Comparison, out: Path, *, command: str, date: s
         "missing": comparison.missing(),
         "failed": dict(comparison.failures),
     }
-    _replace(out.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    replace_text(out.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def _row_numbers(comparison: Comparison, row: str) -> dict[str, Any]:
@@ -205,9 +205,3 @@ def _spread(values: Sequence[float | None]) -> Spread | None:
 
 def _percents(shares: Sequence[float | None]) -> list[str]:
     return ["n/a" if share is None else f"{100 * share:.0f}" for share in shares]
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

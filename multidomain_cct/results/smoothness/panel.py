@@ -6,7 +6,6 @@ Lengths are inches until the figure is drawn.
 from __future__ import annotations
 
 import io
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE
+from multidomain_cct.files.durable import replacing
 from multidomain_cct.files.printable import printable
 from multidomain_cct.results.pictures import colored
 from multidomain_cct.results.smoothness.diagnosis import Diagnosis, Example
@@ -35,7 +35,7 @@ _KEY_LENGTH = 30
 
 
 def write_panel(diagnosis: Diagnosis, examples: Sequence[Example], path: Path) -> None:
-    """Write the PNG; the file appears whole or not at all."""
+    """Write the PNG; it appears whole or not at all."""
     figure = draw_panel(diagnosis, examples)
     content = io.BytesIO()
     with warnings.catch_warnings():
@@ -43,12 +43,8 @@ def write_panel(diagnosis: Diagnosis, examples: Sequence[Example], path: Path) -
         warnings.filterwarnings("ignore", message="Glyph .* missing")
         FigureCanvasAgg(figure).print_png(content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(content.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def draw_panel(diagnosis: Diagnosis, examples: Sequence[Example]) -> Figure:
