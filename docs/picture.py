@@ -13,9 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.shards.reader import Shards
-from multidomain_cct.results.pictures import colored, overlay
-from multidomain_cct.results.predict import predicted_ids
-from multidomain_cct.training.checkpoints.checkpoint import load_run
+from multidomain_cct.results.pictures import colored
+from multidomain_cct.results.trained_run import TrainedRun
 
 RUNS = ("runs/demo_supervised", "runs/demo")
 TITLES = ("image", "12 labels", "12 labels + unlabelled images (CCT)", "truth")
@@ -25,7 +24,7 @@ SCALE, GAP, HEADING = 2, 6, 26
 
 
 def main() -> None:
-    runs = [load_run(Path(run)) for run in RUNS]
+    runs = [TrainedRun.load(Path(run), device=torch.device("cpu")) for run in RUNS]
     rows = []
     for name, numbers in ROWS.items():
         domain = runs[0].domains[name]
@@ -33,12 +32,8 @@ def main() -> None:
         for number in numbers:
             image, mask = decode(shards.read(number), domain)
             assert mask is not None
-            answers = [
-                predicted_ids(run.model, image, name, run.recipe.evaluation, torch.device("cpu")) for run in runs
-            ]
-            rows.append(
-                [image, *(overlay(image, ids, domain, 0.75) for ids in answers), colored(np.asarray(mask), domain)]
-            )
+            answers = [run.predict(image, name).overlay(0.75) for run in runs]
+            rows.append([image, *answers, colored(np.asarray(mask), domain)])
     width, height = rows[0][0].width * SCALE, rows[0][0].height * SCALE
     sheet = Image.new("RGB", (len(TITLES) * (width + GAP) - GAP, HEADING + len(rows) * (height + GAP) - GAP), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)

@@ -24,11 +24,11 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.results.evaluate import evaluate, override, print_scores, scores_as_json, write_scores
-    from multidomain_cct.training.checkpoints.checkpoint import load_run
+    from multidomain_cct.results.evaluate import evaluate, print_scores, scores_as_json, write_scores
+    from multidomain_cct.results.trained_run import TrainedRun
 
-    trained = load_run(options.folder, options.checkpoint)
-    settings = override(trained.recipe.evaluation, window=options.window, scales=options.scales, flip=options.flip)
+    trained = TrainedRun.load(options.folder, options.checkpoint)
+    settings = trained.settings(window=options.window, scales=options.scales, flip=options.flip)
     scores = evaluate(trained, options.domain, options.split, settings, shards=options.shards)
     written = write_scores(trained, scores)
     if options.json:

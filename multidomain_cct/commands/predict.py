@@ -18,19 +18,13 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
-    from multidomain_cct.results.evaluate import override
     from multidomain_cct.results.predict import predict
-    from multidomain_cct.training.checkpoints.checkpoint import load_run
+    from multidomain_cct.results.trained_run import TrainedRun
 
-    trained = load_run(options.folder, options.checkpoint)
-    settings = override(trained.recipe.evaluation, window=options.window, scales=options.scales, flip=options.flip)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    trained = TrainedRun.load(options.folder, options.checkpoint)
+    settings = trained.settings(window=options.window, scales=options.scales, flip=options.flip)
     with progress_bar("predict") as progress:
-        summary = predict(
-            trained, options.domain, options.images, options.out, settings, device=device, progress=progress
-        )
+        summary = predict(trained, options.domain, options.images, options.out, settings, progress=progress)
     for line in summary.unreadable:
         complain(f"skipped {line}")
     unreadable = f", {len(summary.unreadable)} skipped" if summary.unreadable else ""

@@ -125,12 +125,10 @@ def _require_sensible(options: argparse.Namespace) -> None:
 def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
     """What is diagnosed, the domain, and the folder of shards."""
     import timm
-    import torch
 
     from multidomain_cct.results.smoothness.diagnosis import published_encoder, trained_encoder
-    from multidomain_cct.training.checkpoints.checkpoint import load_run
+    from multidomain_cct.results.trained_run import TrainedRun, available_device
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named, folder = options.encoder, Path(options.encoder)
     if (folder / "recipe.yaml").is_file():
         if options.weights is not None:
@@ -138,8 +136,8 @@ def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
                 f"--weights is {options.weights}, but {named} is a run and has its own. Leave it out, or name an "
                 "encoder."
             )
-        trained = load_run(folder, options.checkpoint or "last")
-        subject = trained_encoder(trained, options.domain, device)
+        trained = TrainedRun.load(folder, options.checkpoint or "last")
+        subject = trained_encoder(trained, options.domain)
         return subject, trained.domains[options.domain], options.shards or Path(trained.recipe.data.shards)
     if not timm.is_model(named):
         near = ", ".join(difflib.get_close_matches(named, timm.list_models(), n=3, cutoff=0.5)) or "none"
@@ -152,4 +150,8 @@ def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
             "name a run."
         )
     domain = find_domain(options.domain, domain_folders(options.domains))
-    return published_encoder(named, options.weights or "timm", device), domain, options.shards or Path(SHARDS)
+    return (
+        published_encoder(named, options.weights or "timm", available_device()),
+        domain,
+        options.shards or Path(SHARDS),
+    )

@@ -5,40 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from multidomain_cct.data.shards.reader import Shards
-from multidomain_cct.errors import UserError, did_you_mean
+from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
-from multidomain_cct.training.checkpoints.checkpoint import LoadedRun
-
-
-def require_head(run: LoadedRun, domain: str) -> str:
-    """The domain's name. Raises UserError when the run has no head for it."""
-    if domain not in run.domains:
-        raise UserError(
-            f'{run.folder} has no head for the domain "{domain}". It has: '
-            f"{', '.join(run.domains)}.{did_you_mean(domain, run.domains)}"
-        )
-    return domain
+from multidomain_cct.results.trained_run import TrainedRun
 
 
 def evaluate(
-    run: LoadedRun,
+    run: TrainedRun,
     names: Sequence[str],
     split: str | None,
     settings: InferenceSettings | None = None,
     *,
     shards: Path | None = None,
-    device: torch.device | None = None,
     workers: int = 1,
     seen: Callable[[str], None] = lambda key: None,
 ) -> list[Score]:
@@ -48,9 +35,8 @@ def evaluate(
     replaces the recipe's folder of shards. `seen` is told each key. Raises UserError for a domain without a head and
     for a split without shards.
     """
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     root = shards or Path(run.recipe.data.shards)
-    splits = {name: split or run.recipe.domains[require_head(run, name)].val_split for name in names or run.domains}
+    splits = {name: split or run.recipe.domains[run.require_head(name)].val_split for name in names or run.domains}
     if not names:
         splits = {name: chosen for name, chosen in splits.items() if chosen}
     if not splits or not all(splits.values()):
@@ -60,23 +46,23 @@ def evaluate(
             "split with --split."
         )
     opened = {name: Shards.open(root / name, chosen) for name, chosen in splits.items()}
-    model, settings = run.model.to(device), settings or run.recipe.evaluation
+    settings = settings or run.recipe.evaluation
     return [
-        score(model, opened[name], run.domains[name], splits[name], settings, device=device, workers=workers, seen=seen)
+        score(
+            run.model,
+            opened[name],
+            run.domains[name],
+            splits[name],
+            settings,
+            device=run.device,
+            workers=workers,
+            seen=seen,
+        )
         for name in splits
     ]
 
 
-def override(
-    settings: InferenceSettings, *, window: list[int] | None, scales: list[float] | None, flip: bool
-) -> InferenceSettings:
-    """The recipe's way of predicting with what the command line asks for."""
-    return replace(
-        settings, window=window or settings.window, scales=scales or settings.scales, flip=flip or settings.flip
-    )
-
-
-def print_scores(console: Console, run: LoadedRun, scores: Sequence[Score]) -> None:
+def print_scores(console: Console, run: TrainedRun, scores: Sequence[Score]) -> None:
     """A table per domain: IoU per class, mIoU, pixel accuracy, and how the numbers were made."""
     for result in scores:
         table = Table(
@@ -103,7 +89,7 @@ def print_scores(console: Console, run: LoadedRun, scores: Sequence[Score]) -> N
         )
 
 
-def scores_as_json(run: LoadedRun, scores: Sequence[Score]) -> dict[str, Any]:
+def scores_as_json(run: TrainedRun, scores: Sequence[Score]) -> dict[str, Any]:
     """The same as plain values."""
     arithmetic, harmonic = arithmetic_and_harmonic([result.miou for result in scores])
     domains = {result.domain.name: result.as_json() for result in scores}
@@ -117,7 +103,7 @@ def scores_as_json(run: LoadedRun, scores: Sequence[Score]) -> dict[str, Any]:
     }
 
 
-def write_scores(run: LoadedRun, scores: Sequence[Score]) -> Path:
+def write_scores(run: TrainedRun, scores: Sequence[Score]) -> Path:
     """Keep the scores in the run's folder and return the file; other splits, checkpoints, domains or settings have
     files of their own.
     """

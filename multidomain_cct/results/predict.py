@@ -10,25 +10,18 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 
-from multidomain_cct.data.batches.views import image_tensor
-from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.images import load_image
 from multidomain_cct.errors import UserError
-from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.files.durable import replacing
-from multidomain_cct.model.network import Segmenter
-from multidomain_cct.results.evaluate import require_head
-from multidomain_cct.results.pictures import colored, indexed, legend, overlay, with_legend
-from multidomain_cct.training.checkpoints.checkpoint import LoadedRun
+from multidomain_cct.results.pictures import indexed, legend, with_legend
+from multidomain_cct.results.trained_run import Prediction, TrainedRun
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """What counts as an image in a folder; a file that is named itself may have any ending."""
 KINDS = ("index", "color", "overlay")
 """Folders of an output folder."""
-OPACITY = 0.55
 
 
 @dataclass
@@ -41,13 +34,12 @@ class PredictSummary:
 
 
 def predict(
-    run: LoadedRun,
+    run: TrainedRun,
     domain: str,
     sources: Sequence[Path],
     out: Path,
-    settings: InferenceSettings,
+    settings: InferenceSettings | None = None,
     *,
-    device: torch.device,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> PredictSummary:
     """Predict the classes of `domain` for images and folders of images.
@@ -59,45 +51,35 @@ def predict(
     Raises UserError, before anything is written, for a domain without a head, a source without images, names that meet
     nevertheless, and an output in place of an input.
     """
-    classes = run.domains[require_head(run, domain)]
+    classes = run.domains[run.require_head(domain)]
     images = _output_names(sources, out)
     _require_safe_outputs(images, out)
     for kind in KINDS:
         (out / kind).mkdir(parents=True, exist_ok=True)
-    model = run.model.to(device).eval()
     summary = PredictSummary()
     pairs = list(images.items())
     for name, path in pairs if progress is None else progress(pairs, len(pairs)):
         try:
-            image = load_image(path, str(path))
+            prediction = run.predict(path, domain, settings=settings)
         except UserError as error:
             summary.unreadable.append(str(error))
             continue
-        ids = predicted_ids(model, image, domain, settings, device)
+        ids = prediction.ids
         for kind, picture in zip(
-            KINDS, (indexed(ids, classes), colored(ids, classes), _labelled_overlay(image, ids, classes)), strict=True
+            KINDS, (indexed(ids, classes), prediction.colored(), _with_key(prediction)), strict=True
         ):
             _write_png(picture, out / kind / name)
         summary.written += 1
     return summary
 
 
-@torch.inference_mode()
-def predicted_ids(
-    model: Segmenter, image: Image.Image, domain: str, settings: InferenceSettings, device: torch.device
-) -> np.ndarray:
-    """(H, W) uint8 train ids of an RGB image, at its size."""
-    probabilities = predict_probabilities(
-        model, image_tensor(image).to(device), domain, (image.height, image.width), settings
-    )
-    ids: np.ndarray = probabilities.argmax(dim=0).to(torch.uint8).cpu().numpy()
-    return ids
-
-
-def _labelled_overlay(image: Image.Image, ids: np.ndarray, domain: Domain) -> Image.Image:
+def _with_key(prediction: Prediction) -> Image.Image:
+    """The overlay above a legend of the classes that it shows."""
+    image = prediction.image
     text_size = min(40, max(12, min(image.size) // 24))
-    key = legend(domain, np.unique(ids).tolist(), width=image.width, text_size=text_size)
-    return with_legend(overlay(image, ids, domain, OPACITY), key)
+    present = np.unique(prediction.ids).tolist()
+    key = legend(prediction.label_space, present, width=image.width, text_size=text_size)
+    return with_legend(prediction.overlay(), key)
 
 
 def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:

@@ -30,8 +30,7 @@ from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import replace_text
 from multidomain_cct.files.printable import printable
 from multidomain_cct.results.pictures import error_map, indexed
-from multidomain_cct.results.predict import predicted_ids
-from multidomain_cct.training.checkpoints.checkpoint import load_run
+from multidomain_cct.results.trained_run import TrainedRun
 from multidomain_cct.training.recipe import Recipe, read_recipe
 from multidomain_cct.training.runlog import read_metrics
 
@@ -328,18 +327,17 @@ def _panels(
     for run in facts:
         wanted = [name for name in panels if name in run.domains]
         try:
-            loaded = load_run(run.folder)
+            loaded = TrainedRun.load(run.folder, device=device)
         except (UserError, FileNotFoundError) as error:
             for name in wanted:
                 remarks[name].append(f"No predictions of {run.label}: {error}")
             continue
-        model = loaded.model.to(device)
         for name in wanted:
             if run.domains[name].class_fingerprint != specs[name].class_fingerprint:
                 remarks[name].append(f"No predictions of {run.label}: its {name} has other classes.")
                 continue
             for panel in panels[name]:
-                ids = predicted_ids(model, panel.image, name, run.recipe.evaluation, device)
+                ids = loaded.predict(panel.image, name).ids
                 panel.pictures.extend(_answer(run, panel, ids, specs[name]))
     return panels, remarks
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -87,6 +87,8 @@ class DomainRecipe(DomainSettings):
 class Recipe:
     """A run, complete."""
 
+    file: ClassVar[Path | None] = None
+    """The file that it was read from, no setting: domains are also looked for beside it. `replace` forgets it."""
     name: str = ""
     """Name of the run's folder; left out: the recipe's file name."""
     runs: str = "runs"
@@ -242,7 +244,9 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         _set(plain, key.split("."), value, override)
         sources += f" {override}"
     recipe = recipe_from(plain, sources)
-    return recipe if recipe.name else replace(recipe, name=path.stem)
+    recipe = recipe if recipe.name else replace(recipe, name=path.stem)
+    object.__setattr__(recipe, "file", path)
+    return recipe
 
 
 def recipe_from(plain: dict[str, Any], where: str) -> Recipe:

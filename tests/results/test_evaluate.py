@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from multidomain_cct.errors import UserError
-from multidomain_cct.results.evaluate import evaluate, override, scores_as_json
-from multidomain_cct.training.checkpoints.checkpoint import load_run
+from multidomain_cct.results.evaluate import evaluate, scores_as_json
+from multidomain_cct.results.trained_run import TrainedRun
 from multidomain_cct.training.runlog import read_metrics
 
 
 def test_the_command_finds_the_scores_that_training_logged(tiny_run: Path) -> None:
-    run = load_run(tiny_run)
+    run = TrainedRun.load(tiny_run)
     logged = [line for line in read_metrics(tiny_run / "metrics.jsonl") if "val/mean_miou" in line][-1]
     answer = scores_as_json(run, evaluate(run, [], None))
     assert answer["mean_miou"] == logged["val/mean_miou"] and answer["step"] == logged["step"]
@@ -22,15 +22,15 @@ def test_the_command_finds_the_scores_that_training_logged(tiny_run: Path) -> No
 
 
 def test_any_labelled_split_and_one_domain_can_be_scored(tiny_run: Path) -> None:
-    (result,) = evaluate(load_run(tiny_run), ["shapes"], "train")
+    (result,) = evaluate(TrainedRun.load(tiny_run), ["shapes"], "train")
     assert (result.domain.name, result.split, result.images) == ("shapes", "train", 6)
 
 
 def test_what_the_command_line_asks_for_replaces_the_recipe(tiny_run: Path) -> None:
-    settings = load_run(tiny_run).recipe.evaluation
-    assert override(settings, window=None, scales=None, flip=False) == settings
-    assert override(settings, window=[64, 64], scales=[0.5, 1.0], flip=True) == replace(
-        settings, window=[64, 64], scales=[0.5, 1.0], flip=True
+    run = TrainedRun.load(tiny_run)
+    assert run.settings() == run.recipe.evaluation
+    assert run.settings(window=[64, 64], scales=[0.5, 1.0], flip=True) == replace(
+        run.recipe.evaluation, window=[64, 64], scales=[0.5, 1.0], flip=True
     )
 
 
@@ -38,7 +38,7 @@ def test_a_domain_without_val_split_is_left_out_or_asked_for(
     tiny_training: Callable[..., Path], tmp_path: Path
 ) -> None:
     domains = {"fields": {"labelled": "2"}, "shapes": {"labelled": "2", "val_split": ""}}
-    run = load_run(tiny_training(tmp_path, "half", domains=domains))
+    run = TrainedRun.load(tiny_training(tmp_path, "half", domains=domains))
     assert [result.domain.name for result in evaluate(run, [], None)] == ["fields"]
     with pytest.raises(UserError, match="gives shapes no val_split.*--split"):
         evaluate(run, ["shapes"], None)
@@ -46,7 +46,7 @@ def test_a_domain_without_val_split_is_left_out_or_asked_for(
 
 
 def test_shards_may_have_moved(tiny_run: Path, tmp_path: Path) -> None:
-    run = load_run(tiny_run)
+    run = TrainedRun.load(tiny_run)
     moved = shutil.copytree(run.recipe.data.shards, tmp_path / "moved")
     gone = replace(run, recipe=replace(run.recipe, data=replace(run.recipe.data, shards=str(tmp_path / "gone"))))
     with pytest.raises(UserError, match="has no val shards"):

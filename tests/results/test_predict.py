@@ -15,14 +15,14 @@ from multidomain_cct.data.batches.views import image_tensor
 from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
 from multidomain_cct.results.predict import PredictSummary, predict
-from multidomain_cct.training.checkpoints.checkpoint import LoadedRun, load_run
+from multidomain_cct.results.trained_run import TrainedRun
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def run(tiny_run: Path) -> LoadedRun:
-    return load_run(tiny_run)
+def run(tiny_run: Path) -> TrainedRun:
+    return TrainedRun.load(tiny_run, device=CPU)
 
 
 def draw(path: Path, size: tuple[int, int] = (50, 30), **options: Any) -> Path:
@@ -32,15 +32,15 @@ def draw(path: Path, size: tuple[int, int] = (50, 30), **options: Any) -> Path:
     return path
 
 
-def segment(run: LoadedRun, sources: list[Path], out: Path, domain: str = "fields") -> PredictSummary:
-    return predict(run, domain, sources, out, InferenceSettings(), device=CPU)
+def segment(run: TrainedRun, sources: list[Path], out: Path, domain: str = "fields") -> PredictSummary:
+    return predict(run, domain, sources, out, InferenceSettings())
 
 
 def files_below(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_folder_is_mirrored_into_index_color_and_overlay(run: LoadedRun, tmp_path: Path) -> None:
+def test_a_folder_is_mirrored_into_index_color_and_overlay(run: TrainedRun, tmp_path: Path) -> None:
     for name in ("a.jpg", "deep/er/b.PNG", "c.JPEG", "d.bmp", "e.tif", "f.tiff", "g.webp"):
         draw(tmp_path / "in" / name)
     summary = segment(run, [tmp_path / "in"], tmp_path / "out")
@@ -51,7 +51,7 @@ def test_a_folder_is_mirrored_into_index_color_and_overlay(run: LoadedRun, tmp_p
     assert summary == PredictSummary(written=7)
 
 
-def test_indices_are_the_train_ids_of_the_most_probable_classes(run: LoadedRun, tmp_path: Path) -> None:
+def test_indices_are_the_train_ids_of_the_most_probable_classes(run: TrainedRun, tmp_path: Path) -> None:
     path = draw(tmp_path / "a.png", size=(61, 43))
     segment(run, [path], tmp_path / "out")
     with Image.open(path) as image, torch.inference_mode():
@@ -66,13 +66,13 @@ def test_indices_are_the_train_ids_of_the_most_probable_classes(run: LoadedRun, 
         assert np.array_equal(np.asarray(color), run.domains["fields"].palette[expected])
 
 
-def test_an_overlay_shows_the_image_at_its_size_above_a_legend(run: LoadedRun, tmp_path: Path) -> None:
+def test_an_overlay_shows_the_image_at_its_size_above_a_legend(run: TrainedRun, tmp_path: Path) -> None:
     segment(run, [draw(tmp_path / "a.png", size=(400, 300))], tmp_path / "out")
     with Image.open(tmp_path / "out/overlay/a.png") as overlay:
         assert overlay.width == 400 and 310 < overlay.height < 400
 
 
-def test_an_image_that_lies_on_its_side_is_turned_upright(run: LoadedRun, tmp_path: Path) -> None:
+def test_an_image_that_lies_on_its_side_is_turned_upright(run: TrainedRun, tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     segment(run, [draw(tmp_path / "a.jpg", size=(50, 30), exif=exif)], tmp_path / "out")
@@ -81,13 +81,13 @@ def test_an_image_that_lies_on_its_side_is_turned_upright(run: LoadedRun, tmp_pa
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 200)])
-def test_any_size_is_predicted(run: LoadedRun, tmp_path: Path, size: tuple[int, int]) -> None:
+def test_any_size_is_predicted(run: TrainedRun, tmp_path: Path, size: tuple[int, int]) -> None:
     segment(run, [draw(tmp_path / "a.png", size=size)], tmp_path / "out")
     with Image.open(tmp_path / "out/index/a.png") as index:
         assert index.size == size
 
 
-def test_unreadable_images_are_skipped_and_named(run: LoadedRun, tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_and_named(run: TrainedRun, tmp_path: Path) -> None:
     draw(tmp_path / "in/good.png")
     (tmp_path / "in/text.jpg").write_text("not an image")
     whole = draw(tmp_path / "in/cut.png", size=(200, 200)).read_bytes()
@@ -102,35 +102,35 @@ def test_unreadable_images_are_skipped_and_named(run: LoadedRun, tmp_path: Path)
     assert files_below(tmp_path / "out") == {"index/good.png", "color/good.png", "overlay/good.png"}
 
 
-def test_images_that_differ_in_their_ending_only_keep_it(run: LoadedRun, tmp_path: Path) -> None:
+def test_images_that_differ_in_their_ending_only_keep_it(run: TrainedRun, tmp_path: Path) -> None:
     for name in ("b.jpg", "b.png", "c.png"):
         draw(tmp_path / "in" / name)
     segment(run, [tmp_path / "in"], tmp_path / "out")
     assert files_below(tmp_path / "out/index") == {"b.jpg.png", "b.png.png", "c.png"}
 
 
-def test_images_of_one_name_from_two_folders_are_refused(run: LoadedRun, tmp_path: Path) -> None:
+def test_images_of_one_name_from_two_folders_are_refused(run: TrainedRun, tmp_path: Path) -> None:
     draw(tmp_path / "one/b.jpg"), draw(tmp_path / "two/b.jpg")
     with pytest.raises(UserError, match=r"one/b\.jpg and .*two/b\.jpg would both be written as b\.jpg\.png.*--out"):
         segment(run, [tmp_path / "one", tmp_path / "two"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_image_that_is_named_twice_is_predicted_once(run: LoadedRun, tmp_path: Path) -> None:
+def test_an_image_that_is_named_twice_is_predicted_once(run: TrainedRun, tmp_path: Path) -> None:
     draw(tmp_path / "in/deep/b.jpg")
     summary = segment(run, [tmp_path / "in", tmp_path / "in/deep/b.jpg", tmp_path / "in/deep"], tmp_path / "out")
     assert summary.written == 1
     assert files_below(tmp_path / "out/index") == {"deep/b.png"}
 
 
-def test_hidden_files_and_other_files_are_left_out(run: LoadedRun, tmp_path: Path) -> None:
+def test_hidden_files_and_other_files_are_left_out(run: TrainedRun, tmp_path: Path) -> None:
     for name in ("a.jpg", ".hidden.jpg", ".cache/b.jpg"):
         draw(tmp_path / "in" / name)
     (tmp_path / "in/notes.txt").write_text("notes")
     assert segment(run, [tmp_path / "in"], tmp_path / "out") == PredictSummary(written=1)
 
 
-def test_predicting_into_the_source_folder_again_gives_the_same_files(run: LoadedRun, tmp_path: Path) -> None:
+def test_predicting_into_the_source_folder_again_gives_the_same_files(run: TrainedRun, tmp_path: Path) -> None:
     image = draw(tmp_path / "a.jpg").read_bytes()
     segment(run, [tmp_path], tmp_path)
     first = files_below(tmp_path)
@@ -140,7 +140,7 @@ def test_predicting_into_the_source_folder_again_gives_the_same_files(run: Loade
 
 
 @pytest.mark.parametrize("link", [False, True])
-def test_an_input_is_never_written_over(run: LoadedRun, tmp_path: Path, link: bool) -> None:
+def test_an_input_is_never_written_over(run: TrainedRun, tmp_path: Path, link: bool) -> None:
     image = draw(tmp_path / "color/a.png")
     content, source = image.read_bytes(), image
     if link:
@@ -151,7 +151,7 @@ def test_an_input_is_never_written_over(run: LoadedRun, tmp_path: Path, link: bo
     assert image.read_bytes() == content and not (tmp_path / "index").exists()
 
 
-def test_a_link_out_of_the_output_folder_is_replaced_not_followed(run: LoadedRun, tmp_path: Path) -> None:
+def test_a_link_out_of_the_output_folder_is_replaced_not_followed(run: TrainedRun, tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("precious")
     (tmp_path / "out/index").mkdir(parents=True)
     (tmp_path / "out/index/a.png").symlink_to(tmp_path / "precious.txt")
@@ -162,7 +162,7 @@ def test_a_link_out_of_the_output_folder_is_replaced_not_followed(run: LoadedRun
 
 @pytest.mark.parametrize("source", ["../in/a.jpg", "../in/../in", "."])
 def test_nothing_is_written_outside_the_output_folder(
-    run: LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+    run: TrainedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     draw(tmp_path / "in/a.jpg"), draw(tmp_path / "here/a.jpg")
     monkeypatch.chdir(tmp_path / "here")
@@ -174,7 +174,7 @@ def test_nothing_is_written_outside_the_output_folder(
     }
 
 
-def test_a_domain_without_a_head_is_refused_with_those_there_are(run: LoadedRun, tmp_path: Path) -> None:
+def test_a_domain_without_a_head_is_refused_with_those_there_are(run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r'no head for the domain "feilds"\. It has: fields, shapes\. Did you mean "fields"\?'
     ):
@@ -182,26 +182,26 @@ def test_a_domain_without_a_head_is_refused_with_those_there_are(run: LoadedRun,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_source_that_does_not_exist_is_refused_before_anything_is_written(run: LoadedRun, tmp_path: Path) -> None:
+def test_a_source_that_does_not_exist_is_refused_before_anything_is_written(run: TrainedRun, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"gone: there is no such image or folder"):
         segment(run, [draw(tmp_path / "a.jpg"), tmp_path / "gone"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_without_images_is_refused(run: LoadedRun, tmp_path: Path) -> None:
+def test_a_folder_without_images_is_refused(run: TrainedRun, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty holds no images\. Images end in \.jpg"):
         segment(run, [tmp_path / "empty"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_that_is_a_file_is_refused(run: LoadedRun, tmp_path: Path) -> None:
+def test_an_output_folder_that_is_a_file_is_refused(run: TrainedRun, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("a file")
     with pytest.raises(UserError, match=r"out is a file; --out names a folder"):
         segment(run, [draw(tmp_path / "a.jpg")], tmp_path / "out")
 
 
-def test_progress_wraps_the_images_with_their_number(run: LoadedRun, tmp_path: Path) -> None:
+def test_progress_wraps_the_images_with_their_number(run: TrainedRun, tmp_path: Path) -> None:
     draw(tmp_path / "in/a.jpg"), draw(tmp_path / "in/b.jpg")
     seen = []
 
@@ -210,5 +210,5 @@ def test_progress_wraps_the_images_with_their_number(run: LoadedRun, tmp_path: P
             yield item
             seen.append(total)
 
-    predict(run, "fields", [tmp_path / "in"], tmp_path / "out", InferenceSettings(), device=CPU, progress=progress)
+    predict(run, "fields", [tmp_path / "in"], tmp_path / "out", progress=progress)
     assert seen == [2, 2]

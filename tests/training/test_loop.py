@@ -20,6 +20,7 @@ from multidomain_cct.data.specification import read_domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.results.evaluate import evaluate
+from multidomain_cct.results.trained_run import TrainedRun
 from multidomain_cct.training.assembly import build_model
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints, load_run, read_state
 from multidomain_cct.training.loop import RunFailed, train
@@ -471,7 +472,7 @@ def test_mistakes_are_found_before_anything_is_written(
 
 def test_a_run_is_loaded_from_its_folder_alone(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
     folder = start(tiny_recipe(), two_domains).rename(tmp_path / "elsewhere")
-    run = load_run(folder)
+    run = TrainedRun.load(folder)
     assert run.recipe == tiny_recipe()
     assert run.model.heads.keys() == {"fields", "shapes"} and not run.model.training
 

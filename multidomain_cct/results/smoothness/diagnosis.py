@@ -25,7 +25,6 @@ from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.errors import UserError
 from multidomain_cct.model.encoder import Stages, encoder_stages, model_stages
-from multidomain_cct.results.evaluate import require_head
 from multidomain_cct.results.smoothness.variation import (
     Tally,
     area_under_curve,
@@ -33,7 +32,7 @@ from multidomain_cct.results.smoothness.variation import (
     image_patches,
     local_variation,
 )
-from multidomain_cct.training.checkpoints.checkpoint import LoadedRun
+from multidomain_cct.results.trained_run import TrainedRun
 
 BORDERS = ("labels", "prediction")
 OUTPUT = "output"
@@ -73,13 +72,13 @@ def published_encoder(name: str, weights: str, device: torch.device) -> Subject:
     return Subject(f"{name}, weights {weights}", _stages(levels), levels, device=device)
 
 
-def trained_encoder(run: LoadedRun, domain: str, device: torch.device) -> Subject:
+def trained_encoder(run: TrainedRun, domain: str) -> Subject:
     """A run's trunk, stage by stage, then the output of its context module.
 
     Raises UserError when the run has no head for the domain.
     """
-    require_head(run, domain)
-    model = run.model.to(device).eval()
+    model, device = run.model, run.device
+    run.require_head(domain)
     encoder = model.encoder
     levels = encoder_stages(encoder, run.recipe.encoder, domain=domain, domains=run.domains).to(device)
 

@@ -44,7 +44,7 @@ from multidomain_cct.results.smoothness.variation import (
     image_patches,
     local_variation,
 )
-from multidomain_cct.training.checkpoints.checkpoint import load_run
+from multidomain_cct.results.trained_run import TrainedRun
 
 AROUND = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1) if (down, right) != (0, 0)]
 
@@ -227,8 +227,8 @@ def test_every_block_of_a_plain_vit_is_a_stage() -> None:
 
 
 def test_a_run_ends_with_the_output_of_its_context_module(tiny_run: Path) -> None:
-    run = load_run(tiny_run)
-    subject = trained_encoder(run, "fields", torch.device("cpu"))
+    run = TrainedRun.load(tiny_run, device=torch.device("cpu"))
+    subject = trained_encoder(run, "fields")
     image = torch.randint(0, 256, (1, 3, 64, 96), dtype=torch.uint8)
     with torch.inference_mode():
         features = subject.features(image)

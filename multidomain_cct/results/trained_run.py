@@ -1,0 +1,184 @@
+"""A trained run: images in, class ids out. What the Python interface, `predict`, `evaluate` and `report` share.
+
+Shapes: C classes of the domain, H W size of the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from multidomain_cct.data.batches.views import image_tensor
+from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.images import decoded, load_image
+from multidomain_cct.errors import UserError, did_you_mean
+from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.results.pictures import colored, overlay
+from multidomain_cct.training.checkpoints.checkpoint import LoadedRun, load_run
+
+ImageInput = str | PathLike[str] | Image.Image | np.ndarray | Tensor
+"""A path, a PIL image, an (H, W, 3) uint8 array or a (3, H, W) uint8 tensor."""
+
+
+def available_device() -> torch.device:
+    """The GPU when there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a run sees in one image."""
+
+    ids: np.ndarray = field(repr=False)
+    """(H, W) uint8 train ids, positions in `classes`, at the image's own size."""
+    probabilities: np.ndarray | None = field(repr=False)
+    """(C, H, W) float32 class probabilities, 0 to 1, when they were asked for."""
+    image: Image.Image = field(repr=False)
+    """The image itself, RGB, turned upright as its EXIF tag asks."""
+    label_space: Domain = field(repr=False)
+
+    @property
+    def domain(self) -> str:
+        return self.label_space.name
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names by train id."""
+        return tuple(label.name for label in self.label_space.classes)
+
+    def colored(self) -> Image.Image:
+        """The ids in the classes' colours."""
+        return colored(self.ids, self.label_space)
+
+    def overlay(self, opacity: float = 0.55) -> Image.Image:
+        """The image with the classes' colours laid over it; opacity is 0 to 1."""
+        return overlay(self.image, self.ids, self.label_space, opacity)
+
+
+@dataclass(frozen=True)
+class TrainedRun(LoadedRun):
+    """A run with its weights, ready to predict and to be scored."""
+
+    device: torch.device
+
+    @classmethod
+    def load(cls, folder: Path, checkpoint: str = "last", device: torch.device | None = None) -> TrainedRun:
+        """The run in a folder, with the checkpoint `last`, `best` or a folder, on the GPU when there is one.
+
+        Raises UserError when the folder is not a run or its checkpoint is absent or damaged.
+        """
+        loaded, device = load_run(folder, checkpoint), device or available_device()
+        loaded.model.to(device)
+        return cls(**vars(loaded), device=device)
+
+    def require_head(self, domain: str) -> str:
+        """The domain's name. Raises UserError, which lists the run's domains, when none is called that."""
+        if domain not in self.domains:
+            raise UserError(
+                f'{self.folder} has no head for the domain "{domain}". It has: '
+                f"{', '.join(self.domains)}.{did_you_mean(domain, self.domains)}"
+            )
+        return domain
+
+    def settings(
+        self, *, window: Sequence[int] | None = None, scales: Sequence[float] | None = None, flip: bool = False
+    ) -> InferenceSettings:
+        """The recipe's way to predict, with these in place of its own."""
+        recipe = self.recipe.evaluation
+        return replace(
+            recipe,
+            window=recipe.window if window is None else list(window),
+            scales=recipe.scales if scales is None else list(scales),
+            flip=flip or recipe.flip,
+        )
+
+    # A path is a sequence of paths to the type checker, and the first signature is the one that it takes.
+    @overload
+    def predict(  # type: ignore[overload-overlap]
+        self,
+        image: ImageInput,
+        domain: str | None = None,
+        *,
+        probabilities: bool = False,
+        settings: InferenceSettings | None = None,
+    ) -> Prediction: ...
+
+    @overload
+    def predict(
+        self,
+        image: Sequence[ImageInput],
+        domain: str | None = None,
+        *,
+        probabilities: bool = False,
+        settings: InferenceSettings | None = None,
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self,
+        image: ImageInput | Sequence[ImageInput],
+        domain: str | None = None,
+        *,
+        probabilities: bool = False,
+        settings: InferenceSettings | None = None,
+    ) -> Prediction | list[Prediction]:
+        """The classes of `domain` in an image, or in each of a list of images.
+
+        A run of one domain needs no `domain`. `settings` None predicts as in training. Raises UserError for a domain
+        that the run does not have, for an array or tensor of another type or shape, and for a file that is not an
+        image.
+        """
+        name = self._domain(domain)
+        if isinstance(image, (list, tuple)):
+            return [self._predict(each, name, probabilities, settings) for each in image]
+        return self._predict(image, name, probabilities, settings)  # type: ignore[arg-type]
+
+    def _domain(self, domain: str | None) -> Domain:
+        if domain is None and len(self.domains) > 1:
+            raise UserError(f"{self.folder} has {len(self.domains)} domains; name one: {', '.join(self.domains)}.")
+        return self.domains[self.require_head(next(iter(self.domains)) if domain is None else domain)]
+
+    @torch.inference_mode()
+    def _predict(
+        self, image: ImageInput, domain: Domain, probabilities: bool, settings: InferenceSettings | None
+    ) -> Prediction:
+        picture = as_rgb(image)
+        scores = predict_probabilities(
+            self.model,
+            image_tensor(picture).to(self.device),
+            domain.name,
+            (picture.height, picture.width),
+            settings or self.recipe.evaluation,
+        )
+        return Prediction(
+            ids=scores.argmax(dim=0).to(torch.uint8).cpu().numpy(),
+            probabilities=scores.cpu().numpy() if probabilities else None,
+            image=picture,
+            label_space=domain,
+        )
+
+
+def as_rgb(image: ImageInput) -> Image.Image:
+    """The image as 8-bit RGB, turned upright. Raises UserError for what is not an image, or is one of another type."""
+    if isinstance(image, (str, PathLike)):
+        return load_image(Path(image), str(image))
+    if isinstance(image, Image.Image):
+        # A copy: turning it upright would change the caller's.
+        return decoded(image.copy(), "the image")
+    pixels = image
+    if isinstance(pixels, Tensor) and pixels.ndim == 3 and pixels.shape[0] == 3:
+        pixels = pixels.permute(1, 2, 0).cpu().numpy()
+    if isinstance(pixels, np.ndarray) and pixels.dtype == np.uint8 and pixels.shape[2:] == (3,) and pixels.size:
+        return Image.fromarray(np.ascontiguousarray(pixels))
+    shown = f"{tuple(image.shape)} {image.dtype}" if isinstance(image, (np.ndarray, Tensor)) else ""
+    raise UserError(
+        f"the image is a {type(image).__name__} {shown}".rstrip() + "; allowed are a path, a PIL image, an (H, W, 3) "
+        "uint8 array, a (3, H, W) uint8 tensor, and a list of these."
+    )
