@@ -133,7 +133,7 @@ class _GradientsOnly(torch.autograd.Function):
         total: list[Tensor] = []
         for number, factor in enumerate((factors / ctx.num_decoders).unbind()):
             scaled = torch._foreach_mul(saved[number * share : (number + 1) * share], factor)
-            total = torch._foreach_add(total, scaled) if total else scaled
+            total = list(torch._foreach_add(total, scaled) if total else scaled)
         return (None, total[0].to(ctx.dtype, memory_format=ctx.format), *total[1:])
 
 

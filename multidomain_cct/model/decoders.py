@@ -222,7 +222,7 @@ class PixelShuffleDecoder(Decoder):
                 wanted = slice(2 * (grid.row // reach % 2) + grid.column // reach % 2, None, 4)
                 weight, bias = weight[:, wanted], bias[:, wanted]
             maps = _at_each_position(weight, maps.relu_() if number else maps, bias).view(*coarse.shape[:3], -1)
-        return maps.unflatten(3, (-1, positions))
+        return maps.view(*coarse.shape[:3], -1, positions)
 
     def needed(self, coarse: Tensor, piece: slice) -> Tensor:
         return coarse.flatten(3)[..., piece]

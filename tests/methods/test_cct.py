@@ -1,5 +1,5 @@
-"""CCT adds a consistency term, and one for pseudo-labels, to the supervised one, and each part of the network learns
-from the terms that are its own.
+"""CCT adds a consistency loss, and one on pseudo-labels, to the supervised one; each part of the network learns from
+its own losses.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.cct import CCT
-from multidomain_cct.model.consistency import AuxiliaryDecoder
+from multidomain_cct.model.auxiliary import AuxiliaryDecoder
+from multidomain_cct.model.decoders import DecoderGroup
 from multidomain_cct.model.encoder import EncoderSettings
-from multidomain_cct.model.guides import Guide, objects_of
 from multidomain_cct.model.losses import ConsistencySettings
 from multidomain_cct.model.network import Task
+from multidomain_cct.model.object_masks import ObjectMasks, objects_of
 from multidomain_cct.model.perturbations import (
     AdversarialNoise,
     ContextMask,
@@ -80,14 +81,14 @@ def test_the_terms_are_named_by_domain_and_are_scalars() -> None:
     assert all(loss.shape == () and loss.isfinite() and loss > 0 for loss in losses.values())
 
 
-def guide_of(target: Tensor, own: Batch, task: Task) -> Guide:
-    return Guide(objects_of(target[:, :, 4::8, 4::8], own.valid, task.things, 8))
+def objects_in(target: Tensor, own: Batch, task: Task) -> ObjectMasks:
+    return ObjectMasks(objects_of(target[:, :, 4::8, 4::8], own.valid, task.things, 8))
 
 
-def prediction(auxiliary: nn.Module, z: Tensor, guide: Guide) -> Tensor:
+def prediction(auxiliary: nn.Module, z: Tensor, objects: ObjectMasks) -> Tensor:
     """(U, C, H, W) logits of perturbed features."""
     assert isinstance(auxiliary, AuxiliaryDecoder)
-    logits: Tensor = auxiliary.decoder(auxiliary.perturbation(z, guide, auxiliary.decoder).of(z))
+    logits: Tensor = auxiliary.decoder(auxiliary.perturbation(z, objects, DecoderGroup.of([auxiliary.decoder]))[0])
     return logits
 
 
@@ -104,10 +105,10 @@ def test_the_terms_are_those_of_the_papers_equations_with_their_weights() -> Non
         torch.testing.assert_close(found[f"{name}/supervised"], settings.weight * supervised)
         z = model.encoder(own.unlabelled, [(name, len(own.unlabelled))]).detach()
         target = head.main(z).softmax(dim=1)  # type: ignore[union-attr, operator]
-        guide = guide_of(target, own, settings)
+        objects = objects_in(target, own, settings)
         distances = []
         for auxiliary in head.auxiliaries:  # type: ignore[union-attr]
-            squares = (prediction(auxiliary, z, guide).softmax(dim=1) - target).square().sum(dim=1) * own.valid
+            squares = (prediction(auxiliary, z, objects).softmax(dim=1) - target).square().sum(dim=1) * own.valid
             distances.append((squares.sum(dim=(1, 2)) / own.valid.sum(dim=(1, 2))).mean())
         expected = settings.weight * settings.consistency.weight * 0.25 * torch.stack(distances).mean()
         torch.testing.assert_close(
@@ -128,7 +129,7 @@ def predicted(model: CCT, own: Batch, name: str) -> tuple[Tensor, Tensor]:
     return z, model.head(name).main(z).softmax(dim=1).detach()
 
 
-def test_pixels_of_which_the_main_decoder_is_not_confident_do_not_count() -> None:
+def test_pixels_that_the_main_decoder_predicts_without_confidence_do_not_count() -> None:
     own = batch(4)
     plain = network(FROZEN, street=replace(STREET, perturbations=(ObjectMask(),))).double()
     z, target = predicted(plain, own, "street")
@@ -140,7 +141,7 @@ def test_pixels_of_which_the_main_decoder_is_not_confident_do_not_count() -> Non
         ),
     ).double()
     found = seeded_forward(model, {"street": own})["street/consistency"]
-    logits = prediction(model.head("street").auxiliaries[0], z, guide_of(target, own, STREET))
+    logits = prediction(model.head("street").auxiliaries[0], z, objects_in(target, own, STREET))
     counted = own.valid & (target.amax(dim=1) >= threshold)
     squares = (logits.softmax(dim=1) - target).square().sum(dim=1).where(counted, 0)
     torch.testing.assert_close(
@@ -171,7 +172,7 @@ def test_the_distance_is_the_one_that_was_chosen(distance: str) -> None:
     )
     model = network(FROZEN, street=task).double()
     z, p = predicted(model, own, "street")
-    logits = prediction(model.head("street").auxiliaries[0], z, guide_of(p, own, STREET))
+    logits = prediction(model.head("street").auxiliaries[0], z, objects_in(p, own, STREET))
     q = logits.softmax(dim=1).detach()
     mixture = (p + q) / 2
     pixels = {
@@ -202,8 +203,8 @@ def test_pseudo_labels_give_a_term_of_their_own_under_the_same_ramp() -> None:
     losses = seeded_forward(model, {"street": own}, progress=0.1)
     assert list(losses) == ["street/supervised", "street/consistency", "street/weak"]
     z, target = predicted(model, own, "street")
-    guide = guide_of(target, own, STREET)
-    predictions = [prediction(auxiliary, z, guide) for auxiliary in model.head("street").auxiliaries]
+    objects = objects_in(target, own, STREET)
+    predictions = [prediction(auxiliary, z, objects) for auxiliary in model.head("street").auxiliaries]
     entropies = [F.cross_entropy(logits, labels.long(), ignore_index=255, reduction="none") for logits in predictions]
     means = [(pixels.sum(dim=(1, 2)) / (labels != 255).sum(dim=(1, 2))).mean() for pixels in entropies]
     expected = 0.5 * 0.4 * 0.25 * torch.stack(means).mean()
@@ -211,7 +212,7 @@ def test_pseudo_labels_give_a_term_of_their_own_under_the_same_ramp() -> None:
     assert learns(model, losses["street/weak"]) == {"encoder", "heads.street.auxiliaries"}
 
 
-def test_images_of_which_the_context_mask_leaves_nothing_count_as_0_in_both_terms() -> None:
+def test_images_that_the_context_mask_erases_contribute_0_to_both_losses() -> None:
     own = replace(batch(4), pseudo_labels=torch.ones(2, 32, 32, dtype=torch.uint8))
     model = network(FROZEN, street=replace(STREET, things=(False,) * 4, perturbations=(ContextMask(),)))
     losses = seeded_forward(model, {"street": own})

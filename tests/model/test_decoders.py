@@ -1,14 +1,23 @@
-"""Decoders bring features to the image's resolution and start without artefacts."""
+"""Decoders bring features to the image's resolution, alone and in groups, and start without artefacts."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
-from multidomain_cct.model import upsampling
-from multidomain_cct.model.decoders import Decoder, Grid, PixelShuffleDecoder, build_decoder, icnr_
+from multidomain_cct.errors import UserError
+from multidomain_cct.model import decoders
+from multidomain_cct.model.decoders import (
+    ALL_PIXELS,
+    Decoder,
+    DecoderGroup,
+    Grid,
+    PixelShuffleDecoder,
+    build_decoder,
+    icnr_,
+)
 
 
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
@@ -23,15 +32,13 @@ def test_bilinear_undoes_any_stride() -> None:
 
 
 def test_a_stride_that_is_no_power_of_two_is_refused_with_the_remedy() -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError, match=r"stride.* 14\b.*[Uu]se decoder=bilinear"):
         build_decoder("pixelshuffle", 12, 5, stride=14)
-    assert "the encoder's stride is 14, not a power of two. Use decoder=bilinear." in str(caught.value)
 
 
 def test_an_unknown_decoder_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(UserError, match="decoder is 'unet'.*pixelshuffle, bilinear"):
         build_decoder("unet", 12, 5, stride=8)
-    assert str(caught.value) == "decoder is 'unet'; it is one of pixelshuffle, bilinear."
 
 
 def test_icnr_fills_groups_of_four_equal_rows() -> None:
@@ -83,25 +90,40 @@ def test_bilinear_passes_constants_and_interpolates_between_positions() -> None:
     with torch.no_grad():
         ends = decoder.classify(torch.tensor([1.0, 2.0]).expand(1, 3, 1, 2))[..., 0, :]  # (1, C, 2)
         row = decoder(torch.tensor([1.0, 2.0]).expand(1, 3, 1, 2))[0, :, 0]  # (C, 8)
-    # Pixel centres of a stride of 4: two pixels beyond each position's centre, four equal steps of a quarter between them.
+    # With a stride of 4, two pixels lie beyond each position's centre, and four equal steps between two centres.
     weights = torch.tensor([0, 0, 0.125, 0.375, 0.625, 0.875, 1, 1])
     torch.testing.assert_close(row, ends[0, :, :1] + (ends[0, :, 1:] - ends[0, :, :1]) * weights)
 
 
-# Pixels in the decoder's own order
+# Pixels in the decoder's order
+
+KINDS = [("pixelshuffle", 1), ("pixelshuffle", 2), ("pixelshuffle", 8), ("bilinear", 6)]
+GRIDS = [Grid(2, 0, 1), Grid(2, 1, 0), Grid(4, 3, 2), Grid(8, 5, 6)]
+
+
+def trained_looking(kind: str, stride: int) -> Decoder:
+    """A decoder whose sub-pixels differ."""
+    decoder = build_decoder(kind, 16, 3, stride)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.normal_()
+    return decoder
+
+
+def trained_group(kind: str, stride: int, size: int = 3, grid: Grid = ALL_PIXELS) -> tuple[DecoderGroup, list[Decoder]]:
+    torch.manual_seed(3)
+    members = [trained_looking(kind, stride).double() for _ in range(size)]
+    return DecoderGroup.of(members, grid), members
+
+
+def random_features(*shape: int) -> Tensor:
+    return torch.rand(*shape, 16, 3, 5, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize(("kind", "stride"), [("pixelshuffle", 1), ("pixelshuffle", 2), ("pixelshuffle", 8), ("bilinear", 6)])
-def test_pixels_are_those_of_the_picture_in_the_decoders_order(kind: str, stride: int, memory_format: torch.memory_format) -> None:
-    decoder, features = trained_looking(kind, stride), torch.rand(2, 16, 3, 5).to(memory_format=memory_format)
-    picture = decoder(features)
-    assert picture.unique().numel() > picture.numel() // 2  # a wrong order would show
-    torch.testing.assert_close(decoder.pixels(features), decoder.in_order(picture))
-
-
-def test_a_pixelshuffle_decoder_is_its_convolutions_and_shuffles() -> None:
-    decoder, features = trained_looking("pixelshuffle", 8), torch.rand(2, 16, 3, 5)
+def test_a_pixelshuffle_decoder_is_its_convolutions_and_shuffles(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(3)
+    decoder, features = trained_looking("pixelshuffle", 8), torch.rand(2, 16, 3, 5).to(memory_format=memory_format)
     assert isinstance(decoder, PixelShuffleDecoder)
     expected = decoder.classify(features)
     for number, doubling in enumerate(decoder.doublings):
@@ -109,70 +131,82 @@ def test_a_pixelshuffle_decoder_is_its_convolutions_and_shuffles() -> None:
     torch.testing.assert_close(decoder(features), expected)
 
 
-@pytest.mark.parametrize("grid", [Grid(2, 0, 1), Grid(2, 1, 0), Grid(4, 3, 2), Grid(8, 5, 6)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_bilinear_decoder_is_its_convolution_and_torchs_interpolation(memory_format: torch.memory_format) -> None:
+    torch.manual_seed(3)
+    decoder, features = trained_looking("bilinear", 6), torch.rand(2, 16, 3, 5).to(memory_format=memory_format)
+    expected = F.interpolate(decoder.classify(features), scale_factor=6, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(decoder(features), expected)
+
+
+@pytest.mark.parametrize(("kind", "stride"), KINDS)
+def test_a_group_gives_each_decoders_logits_for_features_of_its_own_or_shared_ones(kind: str, stride: int) -> None:
+    group, members = trained_group(kind, stride)
+    for features in (random_features(3, 2), random_features(1, 2)):
+        logits = group.logits(group.coarse(features))
+        assert logits.numel() == 3 * 2 * group.num_classes * group.num_pixels((3, 5))
+        for number, (member, each) in enumerate(zip(members, features.expand(3, -1, -1, -1, -1), strict=True)):
+            picture = member(each)
+            assert picture.unique().numel() > picture.numel() // 3  # a wrong order would show
+            torch.testing.assert_close(logits[number], member.pixels(picture), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(member.picture(logits[number], (3, 5)), picture, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("kind", "stride"), KINDS)
+def test_autograd_follows_a_group_back_to_its_decoders(kind: str, stride: int) -> None:
+    group, members = trained_group(kind, stride)
+    features = random_features(3, 2).requires_grad_()
+    inputs = [features, *(parameter for member in members for parameter in member.parameters())]
+    together = group.logits(group.coarse(features))
+    alone = torch.stack([member.pixels(member(each)) for member, each in zip(members, features, strict=True)])
+    direction = torch.randn_like(together)
+    both = [torch.autograd.grad(logits, inputs, direction, allow_unused=True) for logits in (together, alone)]
+    torch.testing.assert_close(both[0], both[1], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
-def test_a_grid_leaves_every_so_manyth_pixel_of_every_so_manyth_row(kind: str, grid: Grid) -> None:
-    decoder, features = trained_looking(kind, 8), torch.rand(2, 16, 3, 5)
-    picture = decoder(features)
-    found = decoder.pixels(features, grid)
-    assert found.shape == (2, 3, 24 * 40 // grid.step**2)
-    torch.testing.assert_close(found, decoder.in_order(picture, grid))
+def test_a_grid_keeps_every_step_th_pixel_and_row(kind: str, grid: Grid) -> None:
+    group, (decoder,) = trained_group(kind, 8, 1, grid)
+    features = random_features(1, 2)
+    picture, logits = decoder(features[0]), group.logits(group.coarse(features))[0]
+    assert logits.flatten(2).shape == (2, 3, 24 * 40 // grid.step**2)
+    torch.testing.assert_close(logits, decoder.pixels(picture, grid), rtol=1e-12, atol=1e-12)
     kept = picture[:, :, grid.row :: grid.step, grid.column :: grid.step]
-    torch.testing.assert_close(found.sort(dim=2).values, kept.flatten(2).sort(dim=2).values)
+    torch.testing.assert_close(logits.flatten(2).sort(dim=2).values, kept.flatten(2).sort(dim=2).values)
 
 
-@pytest.mark.parametrize("most", [1, 100, 10**6])
-@pytest.mark.parametrize("grid", [Grid(), Grid(2, 0, 1), Grid(8, 5, 6)])
-@pytest.mark.parametrize(("kind", "stride"), [("pixelshuffle", 1), ("pixelshuffle", 8), ("bilinear", 8)])
-def test_the_upsampling_gives_the_pixels_and_takes_their_gradients_piece_by_piece(
-    kind: str, stride: int, grid: Grid, most: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("budget", [1, 100, 2000, 10**6])
+@pytest.mark.parametrize("grid", [ALL_PIXELS, Grid(2, 0, 1), Grid(8, 5, 6)])
+@pytest.mark.parametrize(("kind", "stride"), [("pixelshuffle", 8), ("bilinear", 8)])
+def test_the_pieces_are_all_pixels_and_keep_to_the_budget(
+    kind: str, stride: int, grid: Grid, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(upsampling, "LOGITS_OF_A_THREAD", most)
-    grid = grid if stride > 1 else Grid()
-    decoder = trained_looking(kind, stride).double()
-    features = torch.rand(2, 16, 3, 5, dtype=torch.float64)
-    classify, *weights = (weight[0].detach() for weight in decoder.joined([decoder]))
-    coarse = torch.einsum("cd,bdhw->bchw", classify, features).requires_grad_()
-    leaves = [coarse, *(weight.requires_grad_() for weight in weights)]
-    pixels = decoder.upsampling(coarse.clone(), weights, grid).logits(slice(None))
-    torch.testing.assert_close(pixels, decoder.pixels(features, grid), rtol=1e-12, atol=1e-12)
-    factors = torch.randn_like(pixels)
-    with torch.no_grad():
-        by_hand = decoder.upsampling(coarse.clone(), weights, grid)
-        pieces, total = by_hand.pieces(), by_hand.no_gradients()
-        for piece in pieces:
-            logits = by_hand.logits(piece)
-            assert len(pieces) == 1 or logits.numel() <= max(most * torch.get_num_threads(), by_hand.values)
-            torch.testing.assert_close(logits, by_hand.cut(pixels, piece), rtol=1e-12, atol=1e-12)
-            by_hand.add_gradients(piece, by_hand.cut(factors, piece), total)
-        assert sum(by_hand.cut(pixels, piece).numel() for piece in pieces) == pixels.numel()
-        of_coarse, *found = by_hand.gradients(total)
-    expected = torch.autograd.grad(pixels, leaves, factors, allow_unused=True)
-    # The logits of the three classes: where the upsampling has a further one, it comes of weights that are 0.
-    torch.testing.assert_close(of_coarse.view_as(coarse)[:, :3], expected[0][:, :3], rtol=1e-12, atol=1e-12)
-    assert not classify[3:].any() and of_coarse.isfinite().all()
-    # As parameters: what keeps a channel of ones is none.
-    parameters, gradients = (decoder.separated([classify[None], *(weight[None] for weight in own)]) for own in (weights, found))
-    assert all(torch.equal(own[0], parameter) for own, parameter in zip(parameters, decoder.parameters(), strict=True))
-    _, *of_parameters = torch.autograd.grad(decoder.pixels(features, grid), list(decoder.parameters()), factors)
-    torch.testing.assert_close([gradient[0] for gradient in gradients[1:]], of_parameters, rtol=1e-12, atol=1e-12)
+    monkeypatch.setitem(decoders.LOGITS_AT_ONCE, "cpu", budget)
+    group, members = trained_group(kind, stride, 2, grid)
+    coarse = group.coarse(random_features(2, 3)).detach()
+    logits = group.logits(coarse)
+    # Maps that count in how many pieces a pixel is, and that give each pixel's number.
+    counts, numbers = (
+        torch.zeros(3, *logits.shape[3:]),
+        torch.arange(logits[0, :, 0].numel()).view(3, *logits.shape[3:]),
+    )
+    smallest = 2 * group.num_classes * (1 if kind == "pixelshuffle" else 40 // grid.step)
+    smallest *= (stride // grid.step) ** 2 if kind == "pixelshuffle" else 1
+    for piece in group.pieces(coarse):
+        own = piece.logits(piece.needed(coarse))
+        assert own.numel() <= max(budget, smallest)
+        piece.of(counts).add_(1)
+        expected = logits.movedim(2, 0).flatten(2)[:, :, piece.of(numbers).flatten()]
+        torch.testing.assert_close(own.movedim(2, 0).flatten(2), expected, rtol=1e-12, atol=1e-12)
+    assert (counts == 1).all()
 
 
 @pytest.mark.parametrize("kind", ["pixelshuffle", "bilinear"])
 def test_maps_of_any_type_and_leading_dimensions_are_ordered_alike(kind: str) -> None:
     decoder = build_decoder(kind, 16, 3, 4)
     ids = torch.arange(2 * 8 * 12).view(2, 8, 12)
-    order = decoder.in_order(ids)
-    assert order.shape == (2, 96) and [part.unique().numel() for part in order] == [96, 96]
-    assert torch.equal(decoder.in_order(ids < 20), order < 20)
-    assert torch.equal(decoder.in_order(ids[:, None].expand(2, 3, 8, 12)), order[:, None].expand(2, 3, 96))
-
-
-def trained_looking(kind: str, stride: int) -> Decoder:
-    """A decoder whose sub-pixels differ."""
-    torch.manual_seed(3)
-    decoder = build_decoder(kind, 16, 3, stride)
-    with torch.no_grad():
-        for parameter in decoder.parameters():
-            parameter.normal_()
-    return decoder
+    order = decoder.pixels(ids)
+    assert [image.unique().numel() for image in order] == [96, 96]
+    assert torch.equal(decoder.pixels(ids < 20), order < 20)
+    assert torch.equal(decoder.pixels(ids[:, None].expand(2, 3, 8, 12)), order[:, None].expand(2, 3, -1, -1))

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from multidomain_cct.model.consistency import AuxiliaryDecoder, auxiliary_losses
-from multidomain_cct.model.decoders import Decoder, build_decoder
-from multidomain_cct.model.guides import Guide
-from multidomain_cct.model.losses import SquaredDistance
+from multidomain_cct.errors import UserError
+from multidomain_cct.model.auxiliary import AuxiliaryDecoder, auxiliary_losses
+from multidomain_cct.model.decoders import Decoder, DecoderGroup, build_decoder
+from multidomain_cct.model.distances import squared_distance
+from multidomain_cct.model.losses import PixelLoss
+from multidomain_cct.model.object_masks import ObjectMasks
 from multidomain_cct.model.perturbations import (
     AdversarialNoise,
     ContextMask,
@@ -28,7 +30,14 @@ from multidomain_cct.model.perturbations import (
     Perturbations,
 )
 
-RANDOM: list[Perturbation] = [FeatureNoise(), FeatureDrop(), FeatureDrop(mode="quantile"), Dropout(), GuidedCutout(min_area=1), AdversarialNoise()]
+RANDOM: list[Perturbation] = [
+    FeatureNoise(),
+    FeatureDrop(),
+    FeatureDrop(mode="quantile"),
+    Dropout(),
+    GuidedCutout(min_area=1),
+    AdversarialNoise(),
+]
 KINDS: list[Perturbation] = [*RANDOM, ObjectMask(), ContextMask(), AdversarialNoise(eps=2.0)]
 FACTORS = [kind for kind in KINDS if not isinstance(kind, AdversarialNoise)]
 """Those that multiply the features."""
@@ -46,24 +55,32 @@ def peaked_features(images: int) -> Tensor:
     return spot.expand(images, 4, 16, 16).clone()
 
 
-def block_guide(features: Tensor) -> Guide:
+def one_block(features: Tensor) -> ObjectMasks:
     """In every image an object in the left two thirds of the upper half."""
-    objects = torch.zeros(len(features), 1, *features.shape[2:], dtype=torch.bool)
-    objects[..., : features.shape[2] // 2 + 1, : features.shape[3] * 2 // 3] = True
-    return Guide(objects)
+    masks = torch.zeros(len(features), 1, *features.shape[2:], dtype=torch.bool)
+    masks[..., : features.shape[2] // 2 + 1, : features.shape[3] * 2 // 3] = True
+    return ObjectMasks(masks)
 
 
-def linear_decoder(features: Tensor, classes: int = 4) -> Decoder:
-    """Of the precision that features of these would meet in training."""
-    torch.manual_seed(11)
-    return build_decoder("bilinear", features.shape[1], classes, 1).to(torch.promote_types(features.dtype, torch.float32))
-
-
-def seeded(kind: Perturbation, features: Tensor, seed: int = 0, *, guide: Guide | None = None, decoder: Decoder | None = None) -> Tensor:
-    """The features as the perturbation changes them."""
-    guide, decoder = guide or block_guide(features), decoder or linear_decoder(features)
+def linear_decoder(features: Tensor, classes: int = 4, seed: int = 11) -> Decoder:
+    """In the precision that it would have in training beside such features."""
     torch.manual_seed(seed)
-    return kind(features, guide, decoder).of(features)
+    dtype = torch.promote_types(features.dtype, torch.float32)
+    return build_decoder("bilinear", features.shape[1], classes, 1).to(dtype)
+
+
+def seeded(
+    kind: Perturbation,
+    features: Tensor,
+    seed: int = 0,
+    *,
+    objects: ObjectMasks | None = None,
+    decoder: Decoder | None = None,
+) -> Tensor:
+    """(B, D, h, w): the features as the perturbation changes them for one decoder."""
+    group = DecoderGroup.of([decoder or linear_decoder(features)])
+    torch.manual_seed(seed)
+    return kind(features, objects or one_block(features), group)[0]
 
 
 # What all have in common
@@ -96,9 +113,9 @@ def test_the_generators_seed_fixes_the_draw(kind: Perturbation) -> None:
 def test_masks_draw_nothing_at_random(kind: Perturbation) -> None:
     features = random_features(2, 3, 5, 5)
     assert torch.equal(seeded(kind, features, 1), seeded(kind, features, 2))
-    decoder = linear_decoder(features)
+    group = DecoderGroup.of([linear_decoder(features)])
     state = torch.random.get_rng_state()
-    kind(features, block_guide(features), decoder)
+    kind(features, one_block(features), group)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -114,8 +131,28 @@ def test_the_gradient_is_the_factor_that_was_applied(kind: Perturbation) -> None
 @pytest.mark.parametrize("kind", FACTORS, ids=str)
 def test_gradients_match_finite_differences(kind: Perturbation) -> None:
     features = random_features(2, 3, 4, 4).requires_grad_()
-    guide, decoder = block_guide(features), linear_decoder(features)
-    assert torch.autograd.gradcheck(lambda z: seeded(kind, z, guide=guide, decoder=decoder), features)
+    objects, decoder = one_block(features), linear_decoder(features)
+    assert torch.autograd.gradcheck(lambda z: seeded(kind, z, objects=objects, decoder=decoder), features)
+
+
+@pytest.mark.parametrize("kind", RANDOM, ids=str)
+def test_each_decoder_of_a_group_sees_its_own_draw(kind: Perturbation) -> None:
+    features = random_features(2, 32, 12, 12)
+    perturbed = kind(features, one_block(features), DecoderGroup.of([linear_decoder(features)] * 3))
+    assert perturbed.shape == (3, *features.shape)
+    assert not torch.equal(perturbed[0], perturbed[1])
+    assert not torch.equal(perturbed[1], perturbed[2])
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_group_is_perturbed_as_its_decoders_in_turn(kind: Perturbation) -> None:
+    features = random_features(2, 8, 5, 6)
+    decoders = [linear_decoder(features, seed=seed) for seed in range(3)]
+    torch.manual_seed(0)
+    together = kind(features, one_block(features), DecoderGroup.of(decoders))
+    torch.manual_seed(0)
+    in_turn = [kind(features, one_block(features), DecoderGroup.of([decoder]))[0] for decoder in decoders]
+    torch.testing.assert_close(together, torch.stack(in_turn), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -161,7 +198,9 @@ def test_feature_drop_draws_its_fraction_of_the_maximum_for_each_image_between_l
     features = peaked_features(200)
     kept = seeded(FeatureDrop(low=0.6, high=0.9), features)[:, 0] > 0
     activity = features[:, 0].where(kept, 0).amax(dim=(1, 2)) / features[0, 0].max()  # of the most active position kept
-    lowest = features[:, 0].where(~kept, 9).amin(dim=(1, 2)) / features[0, 0].max()  # of the least active position dropped
+    lowest = (
+        features[:, 0].where(~kept, 9).amin(dim=(1, 2)) / features[0, 0].max()
+    )  # of the least active position dropped
     assert (activity <= 0.9).all() and (lowest >= 0.6).all() and (activity < lowest).all()
     assert activity.min() < 0.65 and activity.max() > 0.8
 
@@ -185,7 +224,9 @@ def test_quantile_drops_the_most_active_positions(area: float) -> None:
     features = random_features(2, 5, 6, 7)
     dropped = seeded(FeatureDrop(mode="quantile", area_low=area, area_high=area), features)
     activity = features.mean(dim=1).float().numpy().reshape(2, -1)
-    order = np.argsort(-activity, axis=1)[:, : min(int(np.float32(area) * 42), 41)]  # the least active position always stays
+    order = np.argsort(-activity, axis=1)[
+        :, : min(int(np.float32(area) * 42), 41)
+    ]  # the least active position always stays
     expected = np.zeros((2, 42), dtype=bool)
     np.put_along_axis(expected, order, True, axis=1)
     np.testing.assert_array_equal((dropped[:, 0] == 0).numpy().reshape(2, -1), expected)
@@ -224,17 +265,17 @@ def test_dropout_takes_other_channels_from_each_image() -> None:
 
 def test_object_and_context_masks_complement_each_other() -> None:
     features = random_features(3, 5, 6, 7)
-    guide = Guide(torch.rand(3, 1, 6, 7, generator=torch.Generator().manual_seed(1)) < 0.4)
-    context, objects = (seeded(kind, features, guide=guide) for kind in (ObjectMask(), ContextMask()))
-    assert torch.equal(context + objects, features)
-    np.testing.assert_array_equal(objects.numpy(), features.numpy() * guide.objects.numpy())
+    masks = torch.rand(3, 1, 6, 7, generator=torch.Generator().manual_seed(1)) < 0.4
+    context, things = (seeded(kind, features, objects=ObjectMasks(masks)) for kind in (ObjectMask(), ContextMask()))
+    assert torch.equal(context + things, features)
+    np.testing.assert_array_equal(things.numpy(), features.numpy() * masks.numpy())
 
 
 def test_without_objects_the_object_mask_changes_nothing_and_the_context_mask_leaves_nothing() -> None:
     features = random_features(2, 5, 4, 4)
-    guide = Guide(torch.zeros(2, 1, 4, 4, dtype=torch.bool))
-    assert torch.equal(seeded(ObjectMask(), features, guide=guide), features)
-    assert not seeded(ContextMask(), features, guide=guide).any()
+    objects = ObjectMasks(torch.zeros(2, 1, 4, 4, dtype=torch.bool))
+    assert torch.equal(seeded(ObjectMask(), features, objects=objects), features)
+    assert not seeded(ContextMask(), features, objects=objects).any()
 
 
 # Guided cutout
@@ -256,10 +297,12 @@ def separate_objects(seed: int) -> tuple[Tensor, list[tuple[int, int, int, int, 
 
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 10_000), side=st.sampled_from([0.2, 0.4, 0.5, 1.0]), min_area=st.integers(1, 12))
-def test_one_rectangle_of_the_stated_sides_is_cut_from_the_box_of_each_large_object_and_nothing_else(seed: int, side: float, min_area: int) -> None:
+def test_one_rectangle_of_the_stated_sides_is_cut_from_the_box_of_each_large_object_and_nothing_else(
+    seed: int, side: float, min_area: int
+) -> None:
     objects, boxes = separate_objects(seed)
     features = torch.ones(2, 3, 24, 36)
-    kept = seeded(GuidedCutout(side=side, min_area=min_area), features, seed, guide=Guide(objects))
+    kept = seeded(GuidedCutout(side=side, min_area=min_area), features, seed, objects=ObjectMasks(objects))
     assert torch.equal(kept, kept[:, :1].expand_as(kept))
     gone = kept[:, 0].numpy() == 0
     for image, top, bottom, left, right, area in boxes:
@@ -268,21 +311,29 @@ def test_one_rectangle_of_the_stated_sides_is_cut_from_the_box_of_each_large_obj
         if area < min_area:
             assert not inside.any()
         else:
-            assert np.ptp(rows) + 1 == max(1, round(side * (bottom - top))) and np.ptp(columns) + 1 == max(1, round(side * (right - left)))
-            assert inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all() and inside.sum() == len(rows) * len(columns)
+            assert np.ptp(rows) + 1 == max(1, round(side * (bottom - top))) and np.ptp(columns) + 1 == max(
+                1, round(side * (right - left))
+            )
+            assert inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all() and inside.sum() == len(
+                rows
+            ) * len(columns)
         gone[image, top:bottom, left:right] = False
     assert not gone.any()
 
 
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10_000), density=st.floats(0.05, 0.8), min_area=st.integers(1, 6))
-def test_of_objects_in_each_others_boxes_no_more_is_cut_than_their_rectangles(seed: int, density: float, min_area: int) -> None:
+def test_of_objects_in_each_others_boxes_no_more_is_cut_than_their_rectangles(
+    seed: int, density: float, min_area: int
+) -> None:
     objects = torch.rand(2, 1, 12, 13, generator=torch.Generator().manual_seed(seed)) < density
-    guide = Guide(objects)
-    gone = seeded(GuidedCutout(min_area=min_area), torch.ones(2, 1, 12, 13), seed, guide=guide)[:, 0] == 0
+    blocks = ObjectMasks(objects)
+    gone = seeded(GuidedCutout(min_area=min_area), torch.ones(2, 1, 12, 13), seed, objects=blocks)[:, 0] == 0
     allowed, most, least = torch.zeros_like(gone), 0, 0
-    regions = guide.regions
-    for image, area, top, left, bottom, right in zip(*(part.tolist() for part in (regions.image, regions.area, *regions.start, *regions.end)), strict=True):
+    regions = blocks.regions
+    for image, area, top, left, bottom, right in zip(
+        *(part.tolist() for part in (regions.image, regions.area, *regions.start, *regions.end)), strict=True
+    ):
         if area >= min_area:
             allowed[image, top:bottom, left:right] = True
             cut = max(1, round(0.4 * (bottom - top))) * max(1, round(0.4 * (right - left)))
@@ -293,10 +344,12 @@ def test_of_objects_in_each_others_boxes_no_more_is_cut_than_their_rectangles(se
 def test_every_place_in_the_box_is_reached_about_as_often() -> None:
     objects = torch.zeros(4000, 1, 9, 9, dtype=torch.bool)
     objects[:, :, 1:6, 2:8] = True  # a box of 5x6, a rectangle of 2x2
-    gone = seeded(GuidedCutout(), torch.ones(4000, 1, 9, 9), guide=Guide(objects))[:, 0] == 0
+    gone = seeded(GuidedCutout(), torch.ones(4000, 1, 9, 9), objects=ObjectMasks(objects))[:, 0] == 0
     firsts = gone.flatten(1).int().argmax(dim=1)
     places, counts = firsts.unique(return_counts=True)
-    assert {divmod(place, 9) for place in places.tolist()} == {(row, column) for row in range(1, 5) for column in range(2, 7)}
+    assert {divmod(place, 9) for place in places.tolist()} == {
+        (row, column) for row in range(1, 5) for column in range(2, 7)
+    }
     assert counts.min() > 0.7 * 200 and counts.max() < 1.3 * 200
 
 
@@ -304,16 +357,16 @@ def test_an_image_without_objects_is_left_as_it_is_beside_one_with() -> None:
     features = random_features(2, 3, 8, 8)
     objects = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     objects[1, :, 2:6, 2:6] = True
-    cut = seeded(GuidedCutout(), features, guide=Guide(objects))
+    cut = seeded(GuidedCutout(), features, objects=ObjectMasks(objects))
     assert torch.equal(cut[0], features[0]) and not torch.equal(cut[1], features[1])
-    assert torch.equal(seeded(GuidedCutout(), features, guide=Guide(torch.zeros_like(objects))), features)
+    assert torch.equal(seeded(GuidedCutout(), features, objects=ObjectMasks(torch.zeros_like(objects))), features)
 
 
 # Adversarial noise
 
 
 def trained_decoder(kind: str = "bilinear", classes: int = 4, stride: int = 4) -> tuple[Decoder, Tensor]:
-    """A decoder that has learnt to tell noisy prototypes apart, and features of the kind that it has not seen; 32 bits."""
+    """A decoder that has learnt to classify noisy prototypes, and new features of that kind; 32 bits."""
     torch.manual_seed(3)
     prototypes = torch.rand(classes, 16)
     decoder = build_decoder(kind, 16, classes, stride)
@@ -397,7 +450,7 @@ def test_vat_direction_through_a_whole_decoder_is_that_of_float64(kind: str) -> 
 
 @pytest.mark.parametrize("kind", ["bilinear", "pixelshuffle"])
 def test_vat_direction_at_the_default_xi_is_the_one_that_smaller_ones_tend_to(kind: str) -> None:
-    """At the size of real features: the trial step spreads over 200,000 numbers, and 64 bits hold one that 32 would lose."""
+    """At the size of real features: the trial step spreads over 200,000 numbers."""
     torch.manual_seed(0)
     decoder = build_decoder(kind, 512, 21, 8)
     features = torch.rand(1, 512, 20, 20)
@@ -406,7 +459,11 @@ def test_vat_direction_at_the_default_xi_is_the_one_that_smaller_ones_tend_to(ki
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", [AdversarialNoise(), AdversarialNoise(eps_relative=0.5), AdversarialNoise(eps=2.0), AdversarialNoise(eps=0.01)], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [AdversarialNoise(), AdversarialNoise(eps_relative=0.5), AdversarialNoise(eps=2.0), AdversarialNoise(eps=0.01)],
+    ids=str,
+)
 def test_vat_noise_has_the_norm_that_was_set(kind: AdversarialNoise, dtype: torch.dtype) -> None:
     decoder, features = trained_decoder()
     features = features.to(dtype) * torch.arange(1, 9).view(8, 1, 1, 1)
@@ -430,7 +487,7 @@ def test_vat_noise_is_never_stronger_than_set_where_the_decoder_is_certain(certa
 
 @pytest.mark.parametrize("classes", [1, 5])
 def test_vat_noise_is_0_where_nothing_changes_the_prediction(classes: int) -> None:
-    """A decoder that is certain, or has one class, on features as large as those of a crop: the noise that is allowed is strong."""
+    """A decoder that is certain, or has one class, on large features, where strong noise is allowed."""
     features = 10 * random_features(2, 64, 10, 10, dtype=torch.float32)
     decoder = linear_decoder(features, classes)
     with torch.no_grad():
@@ -447,7 +504,9 @@ def test_vat_noise_changes_a_trained_decoders_prediction_more_than_random_noise_
     by_chance = []
     for seed in range(20):
         noise = torch.randn(features.shape, generator=torch.Generator().manual_seed(seed))
-        by_chance.append(divergence(decoder, features, features + noise * (norm / per_image(noise))[:, None, None, None]))
+        by_chance.append(
+            divergence(decoder, features, features + noise * (norm / per_image(noise))[:, None, None, None])
+        )
     # More than any of twenty draws, in every image.
     assert (by_vat > 2 * torch.stack(by_chance).amax(dim=0)).all()
 
@@ -500,14 +559,14 @@ def test_vat_adds_up_over_accumulated_micro_batches_as_in_one_plain_sum() -> Non
         auxiliaries.zero_grad()
         for number, own in enumerate(micro_batches):
             own.requires_grad_().grad = None
-            guide = block_guide(own)
-            torch.manual_seed(number)
             if plain:
-                torch.manual_seed(number)
-                loss = decoder.pixels(AdversarialNoise()(own, guide, decoder).of(own)).softmax(dim=1).square().sum(dim=1).mean()
+                noisy = seeded(AdversarialNoise(), own, number, decoder=decoder)
+                loss = decoder(noisy).softmax(dim=1).square().sum(dim=1).mean()
             else:
-                nothing = torch.zeros_like(decoder.pixels(own).detach())
-                (loss,) = auxiliary_losses(own, auxiliaries, guide, [SquaredDistance(nothing, nothing[:, 0] == 0)])
+                nothing = torch.zeros_like(decoder.pixels(decoder(own).detach()))
+                torch.manual_seed(number)
+                target = PixelLoss(squared_distance, nothing, nothing[:, 0] == 0)
+                (loss,) = auxiliary_losses(own, auxiliaries, one_block(own), [target])
             loss.backward()
         collected.append([tensor.grad.clone() for tensor in (*micro_batches, *decoder.parameters())])  # type: ignore[union-attr]
     torch.testing.assert_close(*collected, rtol=1e-12, atol=1e-15)
@@ -517,43 +576,37 @@ def test_vat_adds_up_over_accumulated_micro_batches_as_in_one_plain_sum() -> Non
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "message"),
+    ("kind", "settings", "key", "allowed"),
     [
-        (FeatureNoise, {"amplitude": 0.0}, "perturbations.feature_noise.amplitude is 0.0; it is above 0."),
-        (FeatureNoise, {"amplitude": float("nan")}, "perturbations.feature_noise.amplitude is nan; it is above 0."),
-        (FeatureNoise, {"count": -1}, "perturbations.feature_noise.count is -1; it is 0 or more."),
-        (FeatureDrop, {"mode": "area"}, "perturbations.feature_drop.mode is 'area'; it is `max` or `quantile`."),
-        (FeatureDrop, {"low": 0.95}, "perturbations.feature_drop has the range 0.95 to 0.9; both lie in 0 to 1, the smaller one first."),
-        (FeatureDrop, {"area_high": 1.5}, "perturbations.feature_drop has the range 0.1 to 1.5; both lie in 0 to 1, the smaller one first."),
-        (FeatureDrop, {"count": -2}, "perturbations.feature_drop.count is -2; it is 0 or more."),
-        (Dropout, {"probability": 1.0}, "perturbations.dropout.probability is 1.0; it lies between 0 and 1."),
-        (Dropout, {"probability": 0.0}, "perturbations.dropout.probability is 0.0; it lies between 0 and 1."),
-        (Dropout, {"count": -1}, "perturbations.dropout.count is -1; it is 0 or more."),
-        (ObjectMask, {"count": -1}, "perturbations.object_mask.count is -1; it is 0 or more."),
-        (ContextMask, {"count": -1}, "perturbations.context_mask.count is -1; it is 0 or more."),
-        (GuidedCutout, {"count": -1}, "perturbations.guided_cutout.count is -1; it is 0 or more."),
-        (GuidedCutout, {"side": 0.0}, "perturbations.guided_cutout.side is 0.0; it lies above 0 and is at most 1."),
-        (GuidedCutout, {"side": 1.2}, "perturbations.guided_cutout.side is 1.2; it lies above 0 and is at most 1."),
-        (GuidedCutout, {"min_area": 0}, "perturbations.guided_cutout.min_area is 0; it is at least 1 feature position."),
-        (AdversarialNoise, {"count": -1}, "perturbations.adversarial_noise.count is -1; it is 0 or more."),
-        (AdversarialNoise, {"xi": 1e-6}, "perturbations.adversarial_noise.xi is 1e-06, which 32-bit numbers lose; it is at least 0.01."),
-        (AdversarialNoise, {"xi": float("nan")}, "perturbations.adversarial_noise.xi is nan, which 32-bit numbers lose; it is at least 0.01."),
-        (
-            AdversarialNoise,
-            {"eps": -1.0},
-            "perturbations.adversarial_noise has eps -1.0 and eps_relative 0.1; both are 0 or more, and one of them is above 0.",
-        ),
-        (
-            AdversarialNoise,
-            {"eps_relative": 0.0},
-            "perturbations.adversarial_noise has eps 0.0 and eps_relative 0.0; both are 0 or more, and one of them is above 0.",
-        ),
+        (FeatureNoise, {"amplitude": 0.0}, "feature_noise.amplitude is 0.0", "above 0"),
+        (FeatureNoise, {"amplitude": float("nan")}, "feature_noise.amplitude is nan", "above 0"),
+        (FeatureNoise, {"count": -1}, "feature_noise.count is -1", "0"),
+        (FeatureDrop, {"mode": "area"}, "feature_drop.mode is 'area'", "quantile"),
+        (FeatureDrop, {"low": 0.95}, "feature_drop", "0.95 to 0.9"),
+        (FeatureDrop, {"area_high": 1.5}, "feature_drop", "0.1 to 1.5"),
+        (FeatureDrop, {"count": -2}, "feature_drop.count is -2", "0"),
+        (Dropout, {"probability": 1.0}, "dropout.probability is 1.0", "0 and"),
+        (Dropout, {"probability": 0.0}, "dropout.probability is 0.0", "0 and"),
+        (Dropout, {"count": -1}, "dropout.count is -1", "0"),
+        (ObjectMask, {"count": -1}, "object_mask.count is -1", "0"),
+        (ContextMask, {"count": -1}, "context_mask.count is -1", "0"),
+        (GuidedCutout, {"count": -1}, "guided_cutout.count is -1", "0"),
+        (GuidedCutout, {"side": 0.0}, "guided_cutout.side is 0.0", "above 0"),
+        (GuidedCutout, {"side": 1.2}, "guided_cutout.side is 1.2", "at most 1"),
+        (GuidedCutout, {"min_area": 0}, "guided_cutout.min_area is 0", "at least 1"),
+        (AdversarialNoise, {"count": -1}, "adversarial_noise.count is -1", "0"),
+        (AdversarialNoise, {"xi": 1e-6}, "adversarial_noise.xi is 1e-06", "at least 0.01"),
+        (AdversarialNoise, {"xi": float("nan")}, "adversarial_noise.xi is nan", "at least 0.01"),
+        (AdversarialNoise, {"eps": -1.0}, "adversarial_noise", "eps"),
+        (AdversarialNoise, {"eps_relative": -1.0}, "adversarial_noise", "eps_relative"),
+        (AdversarialNoise, {"eps_relative": 0.0}, "adversarial_noise", "eps_relative"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(kind: type, settings: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError) as caught:
+def test_settings_out_of_range_are_refused(kind: type, settings: dict[str, object], key: str, allowed: str) -> None:
+    with pytest.raises(UserError) as caught:
         kind(**settings)
-    assert str(caught.value) == message
+    assert f"perturbations.{key}" in str(caught.value)
+    assert allowed in str(caught.value)
 
 
 def test_the_mix_has_one_entry_per_auxiliary_decoder() -> None:
@@ -565,15 +618,30 @@ def test_the_mix_has_one_entry_per_auxiliary_decoder() -> None:
     }
 
 
-NONE = Perturbations(FeatureNoise(0), FeatureDrop(0), Dropout(0), ObjectMask(0), ContextMask(0), GuidedCutout(0), AdversarialNoise(0))
+NONE = Perturbations(
+    FeatureNoise(0), FeatureDrop(0), Dropout(0), ObjectMask(0), ContextMask(0), GuidedCutout(0), AdversarialNoise(0)
+)
 
 
 def test_a_count_of_0_leaves_a_kind_out() -> None:
-    mix = Perturbations(FeatureNoise(2), FeatureDrop(0), Dropout(1, probability=0.3), ObjectMask(0), ContextMask(1), GuidedCutout(0), AdversarialNoise(0))
+    mix = Perturbations(
+        FeatureNoise(2),
+        FeatureDrop(0),
+        Dropout(1, probability=0.3),
+        ObjectMask(0),
+        ContextMask(1),
+        GuidedCutout(0),
+        AdversarialNoise(0),
+    )
     assert mix.each() == [mix.feature_noise, mix.feature_noise, mix.dropout, mix.context_mask]
     assert NONE.each() == []
 
 
-def test_a_domain_that_tells_no_objects_from_stuff_gets_none_of_the_kinds_that_need_them() -> None:
-    assert {type(kind) for kind in Perturbations().each(objects=False)} == {FeatureNoise, FeatureDrop, Dropout, AdversarialNoise}
+def test_a_domain_without_objects_or_without_stuff_gets_no_perturbation_that_needs_object_masks() -> None:
+    assert {type(kind) for kind in Perturbations().each(objects=False)} == {
+        FeatureNoise,
+        FeatureDrop,
+        Dropout,
+        AdversarialNoise,
+    }
     assert len(Perturbations().each(objects=False)) == 20

@@ -1,4 +1,4 @@
-"""The guide knows where objects are: things of the domain's class table, and their connected regions as scipy finds them."""
+"""Objects are the predicted things of the domain's class table; their regions are those that scipy finds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import ndimage
 from torch import Tensor
 
-from multidomain_cct.model.guides import Guide, components, objects_of, regions_of
+from multidomain_cct.model.object_masks import ObjectMasks, components, objects_of, regions_of
 
 CORNERS_TOO = np.ones((3, 3), dtype=int)
 
@@ -48,8 +48,15 @@ def masks(draw: st.DrawFn) -> np.ndarray:
     found = []
     for _ in range(draw(st.integers(1, 3))):
         kind = draw(st.sampled_from(["noise", "spiral", "snake", "staircase", "none", "all"]))
-        shapes = {"spiral": spiral(side), "snake": snake(side, side), "staircase": staircase(side, side), "none": np.zeros((side, side), dtype=bool)}
-        mask = rng.random((side, side)) < draw(st.floats(0.1, 0.9)) if kind == "noise" else shapes.get(kind, np.ones((side, side), dtype=bool))
+        shapes = {
+            "noise": rng.random((side, side)) < draw(st.floats(0.1, 0.9)),
+            "spiral": spiral(side),
+            "snake": snake(side, side),
+            "staircase": staircase(side, side),
+            "none": np.zeros((side, side), dtype=bool),
+            "all": np.ones((side, side), dtype=bool),
+        }
+        mask = shapes[kind]
         if draw(st.booleans()):
             mask = mask & (rng.random(mask.shape) < 0.9)
         found.append(np.rot90(mask, draw(st.integers(0, 3))))
@@ -66,7 +73,7 @@ def scipy_regions(mask: np.ndarray) -> list[tuple[int, ...]]:
     return sorted(found)
 
 
-def own_regions(mask: np.ndarray) -> list[tuple[int, ...]]:
+def our_regions(mask: np.ndarray) -> list[tuple[int, ...]]:
     found = regions_of(torch.from_numpy(mask.copy()))
     (top, left), (bottom, right) = found.start, found.end
     return sorted(zip(*(part.tolist() for part in (found.image, found.area, top, bottom, left, right)), strict=True))
@@ -82,17 +89,22 @@ def test_components_and_their_boxes_are_those_of_scipy(mask: np.ndarray) -> None
     for own, expected in zip(labels, (ndimage.label(each, structure=CORNERS_TOO)[0] for each in mask), strict=True):
         pairs = set(zip(own.ravel().tolist(), expected.ravel().tolist(), strict=True))
         # Each number of ours goes with one of scipy's and the other way round; 0 with 0.
-        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs}) and all((a == 0) == (b == 0) for a, b in pairs)
-    assert own_regions(mask) == scipy_regions(mask)
+        assert len(pairs) == len({a for a, _ in pairs}) == len({b for _, b in pairs})
+        assert all((a == 0) == (b == 0) for a, b in pairs)
+    assert our_regions(mask) == scipy_regions(mask)
 
 
-@pytest.mark.parametrize("mask", [spiral(63), snake(64, 48), snake(48, 64).T, staircase(40, 40)], ids=["spiral", "snake", "tall snake", "staircase"])
+@pytest.mark.parametrize(
+    "mask",
+    [spiral(63), snake(64, 48), snake(48, 64).T, staircase(40, 40)],
+    ids=["spiral", "snake", "tall snake", "staircase"],
+)
 def test_long_and_winding_regions_are_one(mask: np.ndarray) -> None:
-    assert own_regions(mask[None]) == scipy_regions(mask[None])
-    assert len(own_regions(mask[None])) == 1
+    assert our_regions(mask[None]) == scipy_regions(mask[None])
+    assert len(our_regions(mask[None])) == 1
     cut = mask.copy()
     cut[tuple(np.argwhere(mask)[len(np.argwhere(mask)) // 2])] = False
-    assert own_regions(cut[None]) == scipy_regions(cut[None])
+    assert our_regions(cut[None]) == scipy_regions(cut[None])
 
 
 def test_two_spirals_in_each_other_stay_apart() -> None:
@@ -100,17 +112,18 @@ def test_two_spirals_in_each_other_stay_apart() -> None:
     inner[4:-4, 4:-4] = spiral(23)
     frame = np.ones((31, 31), dtype=bool)
     frame[1:-1, 1:-1] = False
-    assert [area for _, area, *_ in own_regions((inner | frame)[None])] == sorted([int(inner.sum()), int(frame.sum())])
+    assert [area for _, area, *_ in our_regions((inner | frame)[None])] == sorted([int(inner.sum()), int(frame.sum())])
 
 
 def test_no_objects_are_no_regions() -> None:
-    assert own_regions(np.zeros((2, 3, 4), dtype=bool)) == []
+    assert our_regions(np.zeros((2, 3, 4), dtype=bool)) == []
 
 
-def test_the_guides_regions_are_those_of_its_objects() -> None:
+def test_the_regions_of_a_batch_are_those_of_its_masks() -> None:
     mask = torch.from_numpy(np.stack([snake(6, 8), staircase(6, 8)]))
-    guide = Guide(mask[:, None])
-    assert torch.equal(guide.regions.area, regions_of(mask).area) and guide.regions is guide.regions
+    objects = ObjectMasks(mask[:, None])
+    assert torch.equal(objects.regions.area, regions_of(mask).area)
+    assert objects.regions is objects.regions
 
 
 # Objects
@@ -124,14 +137,20 @@ def prediction(classes: int, stride: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("stride", [1, 4, 8, 14])
-@pytest.mark.parametrize("things", [(True, False), (False, True, True), (False, False, True, False, True), (True,) * 4, (False,) * 4], ids=str)
+@pytest.mark.parametrize(
+    "things",
+    [(True, False), (False, True, True), (False, False, True, False, True), (True,) * 4, (False,) * 4],
+    ids=str,
+)
 def test_objects_are_the_predicted_things_at_the_middle_of_each_position(things: tuple[bool, ...], stride: int) -> None:
     target, valid = prediction(len(things), stride)
     expected = np.zeros((2, 1, 3, 4), dtype=bool)
     for image, _, row, column in np.ndindex(expected.shape):
         pixel = (image, row * stride + stride // 2, column * stride + stride // 2)
-        expected[image, 0, row, column] = things[int(target.numpy().transpose(0, 2, 3, 1)[pixel].argmax())] and valid.numpy()[pixel]
-    np.testing.assert_array_equal(objects_of(target[:, :, stride // 2 :: stride, stride // 2 :: stride], valid, things, stride).numpy(), expected)
+        thing = things[int(target.numpy().transpose(0, 2, 3, 1)[pixel].argmax())]
+        expected[image, 0, row, column] = thing and valid.numpy()[pixel]
+    middles = target[:, :, stride // 2 :: stride, stride // 2 :: stride]
+    np.testing.assert_array_equal(objects_of(middles, valid, things, stride).numpy(), expected)
 
 
 def test_class_0_is_an_object_where_the_class_table_says_thing() -> None:
