@@ -2,7 +2,7 @@
 once, plain autograd.
 
 What ours is held against: its numbers in tests/test_reference.py, its time and memory in benchmarks/step.py. It calls a
-network's trunk and norms, reads the weights of its context module and decoders and its settings, and shares no other
+network's backbone and norms, reads the weights of its context module and decoders and its settings, and shares no other
 computation of the step with the package. Random numbers are drawn in the package's order, so that on a CPU a seed gives
 both the same perturbations.
 
@@ -73,7 +73,7 @@ def features_of(encoder: Any, images: Tensor, parts: list[tuple[str, int]]) -> T
         found: Tensor = encoder(images, parts)
         return found
     encoder.segments.parts = tuple(parts)
-    top = encoder.trunk((images - encoder.mean) / encoder.deviation)[-1]
+    top = encoder.backbone((images - encoder.mean) / encoder.std)[-1]
     pooled = [
         F.interpolate(
             branch(F.adaptive_avg_pool2d(top, bins)), size=top.shape[-2:], mode="bilinear", align_corners=False

@@ -37,7 +37,7 @@ _GRACE = 10
 
 def register(words: Words) -> None:
     command = words.add_parser(
-        "compare", parents=[domain_options()], help="train recipes x seeds -> a table with mean and deviation"
+        "compare", parents=[domain_options()], help="train recipes x seeds -> a table with mean and std"
     )
     command.add_argument("experiment", type=Path, metavar="EXPERIMENT")
     command.add_argument(

@@ -1,4 +1,4 @@
-"""Context modules: the levels of a trunk -> features of one width at the encoder's stride.
+"""Context modules: the levels of a backbone -> features of one width at the encoder's stride.
 
 Shapes: B images, D feature channels, h w feature size. Levels come finest first.
 """
@@ -23,7 +23,7 @@ def _block(channels: int, width: int, kernel: int, normed: Any) -> nn.Sequential
 
 
 class PyramidPooling(nn.Module):
-    """The trunk's last map beside its averages over 1, 2, 3 and 6 bins a side, fused by a 3x3 convolution (PSPNet, as
+    """The backbone's last map beside its averages over 1, 2, 3 and 6 bins a side, fused by a 3x3 convolution (PSPNet, as
     in the authors' code).
 
     Averages brought to the map's size are half of that convolution's channels, yet hold a few cells each. Convolution
@@ -90,7 +90,7 @@ class FeaturePyramid(nn.Module):
 
 
 class Projection(nn.Module):
-    """The trunk's last map, projected to the feature width."""
+    """The backbone's last map, projected to the feature width."""
 
     def __init__(self, levels: Sequence[int], width: int, normed: Any) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ class EncoderSettings:
     """Feature channels."""
     norm: str = "shared"
     """`shared`: one batch norm for all domains; `per_domain`: statistics and scale of its own for each; `frozen`: the
-    trunk's batch norms stay as loaded and the context module uses group norm.
+    backbone's batch norms stay as loaded and the context module uses group norm.
     """
     checkpoint: bool = False
     """Keep the activations between stages only and compute the others again in the backward pass: less memory, more
@@ -75,26 +75,26 @@ class EncoderSettings:
 
 
 class Encoder(nn.Module):
-    """Trunk and context module.
+    """Backbone and context module.
 
-    Takes uint8 RGB and normalises it with the mean and deviation the trunk was trained with.
+    Takes uint8 RGB and normalises it with the mean and std the backbone was trained with.
     """
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
 
     def __init__(self, settings: EncoderSettings, domains: Iterable[str]) -> None:
-        """Raises UserError, with the remedy, for an unknown name, a stride that the trunk cannot have, or weights that
+        """Raises UserError, with the remedy, for an unknown name, a stride that the backbone cannot have, or weights that
         do not fit.
         """
         super().__init__()
         self.stride = settings.stride
         self.channels = settings.width
-        self.trunk = build_trunk(settings)
+        self.backbone = build_backbone(settings)
         if settings.norm == "frozen":
             # Batch statistics of a few small crops are poor; ImageNet's are better.
-            self.trunk = freeze_batch_norm_2d(self.trunk)
-        levels = self.trunk.feature_info.channels()
+            self.backbone = freeze_batch_norm_2d(self.backbone)
+        levels = self.backbone.feature_info.channels()
         normed = group_norm if settings.norm == "frozen" else nn.BatchNorm2d
         self.context = {"psp": PyramidPooling, "fpn": FeaturePyramid, "none": Projection}[settings.context](
             levels, settings.width, normed
@@ -102,20 +102,20 @@ class Encoder(nn.Module):
         self.segments = Segments()
         if settings.norm == "per_domain":
             split_batch_norms(self, tuple(domains), self.segments)
-        facts = timm.data.resolve_model_data_config(self.trunk)
+        facts = timm.data.resolve_model_data_config(self.backbone)
         # Convolutions, depthwise ones above all, are faster with channels last (benchmarks/step.py).
         self.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(facts["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("deviation", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
         self.compiled: Callable[[Tensor], Tensor] | None = (
             torch.compile(self._features, dynamic=False) if settings.compile else None
         )
         """For training only, where all images have one size."""
         self._recomputed: dict[nn.BatchNorm2d, float | None] = {}
         if settings.checkpoint:
-            _keep_activations_between_stages_only(self.trunk, settings)
+            _keep_activations_between_stages_only(self.backbone, settings)
             self._recomputed = {
-                norm: norm.momentum for norm in self.trunk.modules() if isinstance(norm, nn.BatchNorm2d)
+                norm: norm.momentum for norm in self.backbone.modules() if isinstance(norm, nn.BatchNorm2d)
             }
 
     def forward(self, images: Tensor, parts: Sequence[tuple[str, int]]) -> Tensor:
@@ -135,12 +135,12 @@ class Encoder(nn.Module):
         return features
 
     def _features(self, images: Tensor) -> Tensor:
-        normalised = (images.to(self.mean.dtype) - self.mean) / self.deviation
-        features: Tensor = self.context(self.trunk(normalised))
+        normalised = (images.to(self.mean.dtype) - self.mean) / self.std
+        features: Tensor = self.context(self.backbone(normalised))
         return features
 
 
-def build_trunk(settings: EncoderSettings) -> Any:
+def build_backbone(settings: EncoderSettings) -> Any:
     """timm's feature extractor: with context `fpn` it returns the levels from the stride to 32, else the last one."""
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
@@ -156,19 +156,19 @@ def build_trunk(settings: EncoderSettings) -> Any:
         | _level_options(settings, dict(zip(facts.out_indices, reductions, strict=True)))
         | _pretrained(settings)
     )
-    trunk = _create(settings, options)
-    if trunk.feature_info.reduction()[0 if settings.context == "fpn" else -1] != settings.stride:
+    backbone = _create(settings, options)
+    if backbone.feature_info.reduction()[0 if settings.context == "fpn" else -1] != settings.stride:
         raise UserError(
             f"{settings.name} cannot give stride {settings.stride}: its strides are {reductions}. Use context `fpn`, "
             "or another stride."
         )
-    _try_out(trunk, settings)
-    return trunk
+    _try_out(backbone, settings)
+    return backbone
 
 
-def _keep_activations_between_stages_only(trunk: Any, settings: EncoderSettings) -> None:
+def _keep_activations_between_stages_only(backbone: Any, settings: EncoderSettings) -> None:
     # A plain ViT's extractor leaves it to the model that it wraps.
-    for module in (trunk, *trunk.children()):
+    for module in (backbone, *backbone.children()):
         if hasattr(module, "set_grad_checkpointing"):
             module.set_grad_checkpointing(True)
             return
@@ -198,20 +198,20 @@ def _level_options(settings: EncoderSettings, levels: Mapping[int, int]) -> dict
     return {"out_indices": (-1,)} | ({} if settings.stride == 32 else {"output_stride": settings.stride})
 
 
-def _try_out(trunk: nn.Module, settings: EncoderSettings) -> None:
+def _try_out(backbone: nn.Module, settings: EncoderSettings) -> None:
     """Pass a blank image through: refuse encoders without (B, D, h, w) maps at any size, and freeze parameters that
     reach no map (DDP waits for them).
     """
-    info: Any = trunk.feature_info
+    info: Any = backbone.feature_info
     unit = max(32, settings.stride) if settings.stride & (settings.stride - 1) == 0 else settings.stride
     height, width = 4 * unit, 6 * unit
     wanted = [
         (1, channels, height // stride, width // stride)
         for channels, stride in zip(info.channels(), info.reduction(), strict=True)
     ]
-    trunk.eval()
+    backbone.eval()
     try:
-        maps = trunk(torch.zeros(1, 3, height, width))
+        maps = backbone(torch.zeros(1, 3, height, width))
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
         raise UserError(
             f"encoder.name is {settings.name!r}: it takes images of one size only ({str(error)[:120]}). Use another "
@@ -223,11 +223,11 @@ def _try_out(trunk: nn.Module, settings: EncoderSettings) -> None:
             f"encoder.name is {settings.name!r}: its features have the shapes {found}, not {wanted}. Use another "
             "encoder."
         )
-    parameters = list(trunk.parameters())
+    parameters = list(backbone.parameters())
     gradients = torch.autograd.grad(sum(level.float().sum() for level in maps), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
-    trunk.train()
+    backbone.train()
 
 
 def _require_vit_settings(settings: EncoderSettings, patch: int) -> None:
@@ -300,30 +300,30 @@ def _download_failed(settings: EncoderSettings, error: Exception) -> str:
 
 
 class Stages(nn.Module):
-    """Every level of a trunk, where an encoder reads only those that its context module needs.
+    """Every level of a backbone, where an encoder reads only those that its context module needs.
 
     Always in evaluation mode, one image at a time.
     """
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
 
-    def __init__(self, trunk: Any) -> None:
+    def __init__(self, backbone: Any) -> None:
         super().__init__()
-        self.trunk = trunk.eval().requires_grad_(False)
-        self.strides: tuple[int, ...] = tuple(trunk.feature_info.reduction())
-        self.channels: tuple[int, ...] = tuple(trunk.feature_info.channels())
-        facts = timm.data.resolve_model_data_config(trunk)
+        self.backbone = backbone.eval().requires_grad_(False)
+        self.strides: tuple[int, ...] = tuple(backbone.feature_info.reduction())
+        self.channels: tuple[int, ...] = tuple(backbone.feature_info.channels())
+        facts = timm.data.resolve_model_data_config(backbone)
         # Convolutions, depthwise ones above all, are faster with channels last (benchmarks/step.py).
         self.to(memory_format=torch.channels_last)
         self.register_buffer("mean", torch.tensor(facts["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("deviation", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """(1, D, h, w) features of each level, the finest first, of a (1, 3, H, W) uint8 image; H and W are multiples
         of every stride.
         """
-        levels: list[Tensor] = self.trunk((images.to(self.mean.dtype) - self.mean) / self.deviation)
+        levels: list[Tensor] = self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
         return levels
 
 
@@ -339,26 +339,26 @@ def model_stages(name: str, weights: str) -> Stages:
         info = _create(settings, {"features_only": True}).feature_info
     strides: list[int] = info.reduction()
     blocks = {"out_indices": tuple(range(len(info.info))), "dynamic_img_size": True} if len(set(strides)) == 1 else {}
-    trunk = _create(settings, {"features_only": True} | blocks | _pretrained(settings))
-    _try_out(trunk, replace(settings, stride=strides[-1]))
-    return Stages(trunk)
+    backbone = _create(settings, {"features_only": True} | blocks | _pretrained(settings))
+    _try_out(backbone, replace(settings, stride=strides[-1]))
+    return Stages(backbone)
 
 
 def encoder_stages(encoder: Encoder, settings: EncoderSettings, *, domain: str, domains: Iterable[str]) -> Stages:
-    """The levels of an encoder's trunk up to the last that it reads: copies of its weights, its dilation, and of
+    """The levels of an encoder's backbone up to the last that it reads: copies of its weights, its dilation, and of
     per-domain norms those of `domain`.
     """
-    info = encoder.trunk.feature_info
+    info = encoder.backbone.feature_info
     last = info.out_indices[-1] % len(info.info)
     options = _level_options(settings, dict(enumerate(level["reduction"] for level in info.info)))
-    trunk = _create(
+    backbone = _create(
         replace(settings, weights="none"), {"features_only": True} | options | {"out_indices": tuple(range(last + 1))}
     )
     if settings.norm == "frozen":
-        trunk = freeze_batch_norm_2d(trunk)
+        backbone = freeze_batch_norm_2d(backbone)
     if settings.norm == "per_domain":
         segments = Segments()
         segments.parts = ((domain, 1),)
-        split_batch_norms(trunk, tuple(domains), segments)
-    trunk.load_state_dict(encoder.trunk.state_dict())
-    return Stages(trunk)
+        split_batch_norms(backbone, tuple(domains), segments)
+    backbone.load_state_dict(encoder.backbone.state_dict())
+    return Stages(backbone)

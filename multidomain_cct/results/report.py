@@ -31,7 +31,7 @@ from multidomain_cct.files.durable import replace_text
 from multidomain_cct.files.printable import printable
 from multidomain_cct.results.pictures import error_map, indexed
 from multidomain_cct.results.trained_run import TrainedRun
-from multidomain_cct.training.recipe import Recipe, read_recipe
+from multidomain_cct.training.recipe import Recipe, read_run_recipe
 from multidomain_cct.training.runlog import read_metrics
 
 RUN_COLORS = ("#2f7fd1", "#e07b1a", "#2f9e62", "#c24a97", "#8468d0", "#a38a00", "#1a9aa8", "#d0525a")
@@ -144,7 +144,7 @@ def _read_runs(folders: Sequence[Path]) -> list[RunFacts]:
             raise UserError(f"{folder}: this is not a run's folder (it has no recipe.yaml).")
     facts, names = [], [folder.resolve().name for folder in folders]
     for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
-        recipe, metrics = read_recipe(folder / "recipe.yaml"), folder / "metrics.jsonl"
+        recipe, metrics = read_run_recipe(folder), folder / "metrics.jsonl"
         facts.append(
             RunFacts(
                 folder=folder,

@@ -189,7 +189,7 @@ def train_classifier(
         .to(device)
         .train()
     )
-    optimiser = build_optimiser(optimisation, model.encoder.trunk, model)
+    optimiser = build_optimiser(optimisation, model.encoder.backbone, model)
     losses: list[float] = []
     batches = steps(
         data,

@@ -34,6 +34,8 @@ PRECISIONS = ("no", "bf16", "fp16")
 METHODS = ("cct", "supervised", "mean_teacher", "unimatch", "usss")
 INHERITED = ("consistency", "perturbations")
 """Sections that a domain may have too: its keys replace those of the recipe's section, the others stay."""
+RENAMED = {"optimiser.trunk_factor": "optimiser.backbone_factor"}
+"""Keys of earlier versions. In a recipe they are refused; in a run's folder they are read."""
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,20 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     return recipe
 
 
+def read_run_recipe(run: Path) -> Recipe:
+    """The recipe in a run's folder, which an earlier version may have written. Raises UserError like `read_recipe`."""
+    path = run / "recipe.yaml"
+    plain = read_yaml(path)
+    for old, new in RENAMED.items():
+        section, _, key = old.partition(".")
+        settings = plain.get(section)
+        if isinstance(settings, dict) and key in settings:
+            settings[new.removeprefix(f"{section}.")] = settings.pop(key)
+    recipe = recipe_from(plain, str(path))
+    object.__setattr__(recipe, "file", path)
+    return recipe
+
+
 def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
     """A Recipe of plain values, checked key by key. `where` begins every error."""
     domains = plain.get("domains") or {}
@@ -363,6 +379,8 @@ def _check_keys(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> Non
         for key, item in value.items():
             if key not in hints:
                 full = ".".join((*path, str(key)))
+                if full in RENAMED:
+                    raise UserError(f"{where}: {full} is now {RENAMED[full]}. Rename it.")
                 raise UserError(
                     f'{where}: unknown key "{full}". Allowed {f"in {here}" if here else "at the top"}: '
                     f"{', '.join(hints)}.{did_you_mean(str(key), hints)}"

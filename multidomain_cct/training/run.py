@@ -89,7 +89,7 @@ def open_run(
         )
     _require_the_same_start(recipe, start, accelerator)
     prepared_model, prepared_optimiser = accelerator.prepare(
-        model, build_optimiser(recipe.optimiser, model.encoder.trunk, model)
+        model, build_optimiser(recipe.optimiser, model.encoder.backbone, model)
     )
     run = Run(recipe, accelerator, prepared_model, prepared_optimiser, data, domains, scored, stop)
     specifications = {name: domain.to_yaml() for name, domain in domains.items()}

@@ -16,7 +16,7 @@ from multidomain_cct.data.domain import Domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import make_folder, replace_text
 from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint, read_state
-from multidomain_cct.training.recipe import Recipe, differences, read_recipe
+from multidomain_cct.training.recipe import Recipe, differences, read_run_recipe
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def find_start(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} exists and is not a run (it has no recipe.yaml). Choose another name=.")
     checkpoint, warnings = newest_checkpoint(folder / "checkpoints")
-    settings = differences(read_recipe(folder / "recipe.yaml"), recipe) + _changed_domains(folder, domains)
+    settings = differences(read_run_recipe(folder), recipe) + _changed_domains(folder, domains)
     data = (
         [] if checkpoint is None else _changed_data(read_state(checkpoint).fingerprints, fingerprints(recipe, streams))
     )

@@ -25,8 +25,8 @@ class OptimiserSettings:
     """`sgd` with momentum, or `adamw`."""
     lr: float = 0.01
     """Learning rate of decoders and context module at the start."""
-    trunk_factor: float = 0.1
-    """Factor on the learning rate for the pretrained trunk."""
+    backbone_factor: float = 0.1
+    """Factor on the learning rate for the pretrained backbone."""
     momentum: float = 0.9
     """Of `sgd`."""
     weight_decay: float = 1e-4
@@ -48,7 +48,7 @@ class OptimiserSettings:
         if not 0 <= self.momentum < 1:
             raise UserError(f"optimiser.momentum is {self.momentum}; it lies in 0 to below 1.")
         for name, value in (
-            ("trunk_factor", self.trunk_factor),
+            ("backbone_factor", self.backbone_factor),
             ("weight_decay", self.weight_decay),
             ("power", self.power),
             ("warmup", self.warmup),
@@ -58,7 +58,7 @@ class OptimiserSettings:
 
 
 def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> float:
-    """The learning rate outside the trunk at a step."""
+    """The learning rate outside the backbone at a step."""
     t = step / num_steps
     factor: float = {"poly": (1 - t) ** settings.power, "cosine": (1 + math.cos(math.pi * t)) / 2, "constant": 1.0}[
         settings.schedule
@@ -66,15 +66,15 @@ def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> flo
     return settings.lr * factor * min(1.0, (step + 1) / (settings.warmup + 1))
 
 
-def build_optimiser(settings: OptimiserSettings, trunk: nn.Module, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimiser with two layer groups: the trunk, and the rest of the model.
+def build_optimiser(settings: OptimiserSettings, backbone: nn.Module, model: nn.Module) -> torch.optim.Optimizer:
+    """An optimiser with two layer groups: the backbone, and the rest of the model.
 
     `set_learning_rate` must run before each step.
     """
-    in_trunk = {id(parameter) for parameter in trunk.parameters()}
+    in_backbone = {id(parameter) for parameter in backbone.parameters()}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in trunk.parameters() if p.requires_grad], "factor": settings.trunk_factor},
-        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in in_trunk], "factor": 1.0},
+        {"params": [p for p in backbone.parameters() if p.requires_grad], "factor": settings.backbone_factor},
+        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in in_backbone], "factor": 1.0},
     ]
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)

@@ -34,7 +34,7 @@ class PseudoLabelSettings:
     batch: int = 16
     """Images of each domain per step."""
     lr: float = 0.1
-    """Learning rate of classifier and context module at the start, with SGD; the trunk's is optimiser.trunk_factor
+    """Learning rate of classifier and context module at the start, with SGD; the backbone's is optimiser.backbone_factor
     times that.
     """
     least_share: float = 0.001

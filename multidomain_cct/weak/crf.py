@@ -32,13 +32,13 @@ class CrfSettings:
     iterations: int = 10
     """Mean-field iterations; 0 leaves the probabilities as they are."""
     smooth_position: float = 3.0
-    """Deviation of the smoothness kernel, in pixels."""
+    """Standard deviation of the smoothness kernel, in pixels."""
     smooth_weight: float = 3.0
     """Weight of the smoothness kernel; 0 leaves it out."""
     color_position: float = 50.0
-    """Deviation of the appearance kernel in position, in pixels."""
+    """Standard deviation of the appearance kernel in position, in pixels."""
     color_value: float = 5.0
-    """Deviation of the appearance kernel in colour, in steps of 0 to 255."""
+    """Standard deviation of the appearance kernel in colour, in steps of 0 to 255."""
     color_weight: float = 10.0
     """Weight of the appearance kernel; 0 leaves it out."""
 
@@ -49,7 +49,7 @@ class CrfSettings:
             # Smaller ones separate every pixel from every other, and cost a lattice point for each.
             if not getattr(self, name) >= 1:
                 raise UserError(
-                    f"crf.{name} is {getattr(self, name)}; a deviation is at least 1, in pixels or steps of colour."
+                    f"crf.{name} is {getattr(self, name)}; a standard deviation is at least 1, in pixels or steps of colour."
                 )
         for name in ("smooth_weight", "color_weight"):
             if getattr(self, name) < 0:
@@ -100,7 +100,7 @@ class DenseCrf:
 
 
 def appearance_features(image: Tensor, settings: CrfSettings) -> Tensor:
-    """(5, N) float32: columns, rows, red, green, blue of the pixels, in deviations of the appearance kernel."""
+    """(5, N) float32: columns, rows, red, green, blue of the pixels, in standard deviations of the appearance kernel."""
     height, width = image.shape[-2:]
     rows, columns = torch.meshgrid(
         torch.arange(height, device=image.device), torch.arange(width, device=image.device), indexing="ij"
@@ -113,12 +113,12 @@ class Smoothness:
     """The normalised Gaussian of the positions. It separates into rows and columns, and so does its normalisation."""
 
     CUTOFF = 5.0
-    """Deviations beyond which the kernel is 0: what is left out is 4e-6 of its height."""
+    """Standard deviations beyond which the kernel is 0: what is left out is 4e-6 of its height."""
 
-    def __init__(self, size: Sequence[int], deviation: float, device: torch.device) -> None:
-        self.radius = math.ceil(self.CUTOFF * deviation)
+    def __init__(self, size: Sequence[int], std: float, device: torch.device) -> None:
+        self.radius = math.ceil(self.CUTOFF * std)
         offsets = torch.arange(-self.radius, self.radius + 1, dtype=torch.float64)
-        self.kernel = torch.exp(-0.5 * (offsets / deviation) ** 2).float().to(device)
+        self.kernel = torch.exp(-0.5 * (offsets / std) ** 2).float().to(device)
         rows, columns = (self._blurred(torch.ones(1, length, 1, device=device))[0, :, 0] for length in size)
         self.scale = (rows[:, None] * columns).rsqrt()  # (H, W)
 
@@ -135,7 +135,7 @@ class Smoothness:
 
 
 class Lattice:
-    """A Gaussian filter of deviation 1 over N points in d dimensions, symmetrically normalised, by a permutohedral
+    """A Gaussian filter of standard deviation 1 over N points in d dimensions, symmetrically normalised, by a permutohedral
     lattice (Adams, Baek and Davis 2010).
 
     Each point lies in a simplex of d + 1 lattice points. Values are spread to these by barycentric weights, blurred
@@ -145,7 +145,7 @@ class Lattice:
     """
 
     def __init__(self, features: Tensor) -> None:
-        """`features` is (d, N), in deviations."""
+        """`features` is (d, N), in standard deviations."""
         zero, rank, weights = _simplices(features)
         keys, strides = _vertex_keys(zero, rank)  # (d + 1, N)
         # Stable: sums are taken in an order that hangs on the image alone.

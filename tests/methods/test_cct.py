@@ -331,9 +331,9 @@ def test_with_weight_0_the_consistency_term_is_0_and_teaches_nothing() -> None:
 
 
 def count_passes(model: CCT, batches: dict[str, Batch]) -> list[int]:
-    """Images in each forward pass of the trunk."""
+    """Images in each forward pass of the backbone."""
     passes: list[int] = []
-    handle = model.encoder.trunk.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
+    handle = model.encoder.backbone.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
     seeded_forward(model, batches)
     handle.remove()
     return passes

@@ -146,7 +146,7 @@ def test_pseudo_labels_carry_no_gradient() -> None:
 
 def test_all_views_of_all_domains_go_through_the_encoder_in_one_pass() -> None:
     model, sizes = network(), []
-    model.encoder.trunk.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    model.encoder.backbone.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
     model(two_batches())
     assert sizes == [2 + 2 + 3 * 3 + 3 * 2]
 

@@ -47,7 +47,7 @@ def test_icnr_fills_groups_of_four_equal_rows() -> None:
     groups = weight.detach().view(6, 4, 6)
     assert torch.equal(groups, groups[:, :1].expand_as(groups))
     assert len(groups[:, 0].unique(dim=0)) == 6 and weight.requires_grad
-    # Kaiming's deviation of a row with 6 inputs and a ReLU behind it.
+    # Kaiming's std of a row with 6 inputs and a ReLU behind it.
     large = torch.empty(4 * 64, 50, 1, 1)
     icnr_(large)
     assert large.std().item() == pytest.approx((2 / 50) ** 0.5, rel=0.05)

@@ -1,4 +1,4 @@
-"""Any timm trunk with any context gives features at the stride that was asked for, with norms as asked."""
+"""Any timm backbone with any context gives features at the stride that was asked for, with norms as asked."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from multidomain_cct.errors import UserError
 from multidomain_cct.model.context import PyramidPooling
-from multidomain_cct.model.encoder import Encoder, EncoderSettings, build_trunk
+from multidomain_cct.model.encoder import Encoder, EncoderSettings, build_backbone
 from multidomain_cct.model.norms import PerDomainNorm, Segments
 
 TINY = "test_resnet"
@@ -70,16 +70,16 @@ def test_every_weight_of_the_encoder_learns(context: str, stride: int) -> None:
 
 
 def test_levels_from_the_stride_to_32_are_fused() -> None:
-    assert build_trunk(EncoderSettings(name=TINY, context="fpn", stride=8)).feature_info.reduction() == [8, 16, 32]
-    assert build_trunk(EncoderSettings(name=TINY, context="fpn", stride=16)).feature_info.reduction() == [16, 32]
+    assert build_backbone(EncoderSettings(name=TINY, context="fpn", stride=8)).feature_info.reduction() == [8, 16, 32]
+    assert build_backbone(EncoderSettings(name=TINY, context="fpn", stride=16)).feature_info.reduction() == [16, 32]
 
 
-def test_images_are_normalised_with_the_trunks_own_mean_and_deviation() -> None:
+def test_images_are_normalised_with_the_backbones_own_mean_and_std() -> None:
     images = pictures(2)
     for name in ("resnet18", TINY):  # ImageNet's, and one half
         model = encoder(name=name, context="none", stride=32)
         seen: list[Tensor] = []
-        model.trunk.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
+        model.backbone.register_forward_pre_hook(lambda module, inputs, seen=seen: seen.append(inputs[0]))
         model(images, [("a", 2)])
         facts = timm.get_pretrained_cfg(name)
         expected = (images.double().numpy() / 255 - np.reshape(facts.mean, (3, 1, 1))) / np.reshape(
@@ -88,8 +88,8 @@ def test_images_are_normalised_with_the_trunks_own_mean_and_deviation() -> None:
         np.testing.assert_allclose(seen[0].numpy(), expected, atol=1e-5)
 
 
-def test_mean_and_deviation_are_no_part_of_what_is_saved() -> None:
-    assert not {"mean", "deviation"} & set(encoder(context="none").state_dict())
+def test_mean_and_std_are_no_part_of_what_is_saved() -> None:
+    assert not {"mean", "std"} & set(encoder(context="none").state_dict())
 
 
 @pytest.mark.parametrize(("channels", "size"), [(8, (6, 12)), (10, (5, 7)), (4, (1, 3))])
@@ -180,11 +180,11 @@ def test_batch_norms_that_carry_their_activation_keep_it() -> None:
     torch.testing.assert_close(*(model(images, [("a", 1), ("b", 1)]) for model in models))
 
 
-def test_frozen_norms_of_the_trunk_stay_as_loaded_while_the_rest_learns() -> None:
+def test_frozen_norms_of_the_backbone_stay_as_loaded_while_the_rest_learns() -> None:
     model = encoder(norm="frozen").train()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert any(isinstance(module, nn.GroupNorm) for module in model.context.modules())
-    norms = {name: module for name, module in model.trunk.named_modules() if hasattr(module, "running_mean")}
+    norms = {name: module for name, module in model.backbone.named_modules() if hasattr(module, "running_mean")}
     assert len(norms) > 10 and not any(True for module in norms.values() for _ in module.parameters())
     for module in norms.values():
         module.weight.uniform_(0.5, 1.5)  # timm starts residual branches at 0
@@ -193,7 +193,7 @@ def test_frozen_norms_of_the_trunk_stay_as_loaded_while_the_rest_learns() -> Non
     model(pictures(3), [("a", 3)]).square().mean().backward()
     optimiser.step()
     after = model.state_dict()
-    of_norms = {f"trunk.{name}.{key}" for name, module in norms.items() for key in module.state_dict()}
+    of_norms = {f"backbone.{name}.{key}" for name, module in norms.items() for key in module.state_dict()}
     assert all(torch.equal(before[key], after[key]) for key in of_norms)
     assert {key for key in after if torch.equal(before[key], after[key])} <= of_norms
 
@@ -251,7 +251,7 @@ def test_settings_that_do_not_fit_are_refused_with_the_remedy(settings: dict[str
 
 
 @pytest.mark.parametrize("name", ["test_mambaout", "test_maxvit"])
-def test_a_trunk_that_cannot_be_dilated_is_refused_with_the_remedy(name: str) -> None:
+def test_a_backbone_that_cannot_be_dilated_is_refused_with_the_remedy(name: str) -> None:
     message = refused(name=name, stride=8)
     assert message.startswith(f"encoder.name is {name!r}: it cannot be built with stride 8")
     assert message.endswith("Use context `fpn`, stride 32 or another encoder.")
@@ -261,7 +261,7 @@ def test_a_trunk_that_cannot_be_dilated_is_refused_with_the_remedy(name: str) ->
     ("name", "message"),
     [("test_mambaout", "its features have the shapes"), ("test_maxvit", "it takes images of one size only")],
 )
-def test_a_trunk_whose_maps_cannot_be_used_is_refused_before_training(name: str, message: str) -> None:
+def test_a_backbone_whose_maps_cannot_be_used_is_refused_before_training(name: str, message: str) -> None:
     assert message in refused(name=name, stride=8, context="fpn")
 
 

@@ -124,9 +124,9 @@ def test_the_target_is_the_main_decoders_prediction_in_32_bits_without_a_graph()
 
 
 def passes(model: Segmenter, batches: dict[str, Batch]) -> list[int]:
-    """Images in each forward pass of the trunk."""
+    """Images in each forward pass of the backbone."""
     found: list[int] = []
-    handle = model.encoder.trunk.register_forward_pre_hook(lambda module, inputs: found.append(len(inputs[0])))
+    handle = model.encoder.backbone.register_forward_pre_hook(lambda module, inputs: found.append(len(inputs[0])))
     model.encode(labelled_images(batches))
     handle.remove()
     return found

@@ -44,7 +44,7 @@ FACTORS = [kind for kind in KINDS if not isinstance(kind, AdversarialNoise)]
 
 
 def random_features(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Positive, as a trunk that ends in a ReLU gives them, and nowhere 0."""
+    """Positive, as a backbone that ends in a ReLU gives them, and nowhere 0."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).add(0.1).to(dtype)
 
 

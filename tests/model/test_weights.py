@@ -1,4 +1,4 @@
-"""Initial weights arrive in the trunk unchanged, or are refused by name."""
+"""Initial weights arrive in the backbone unchanged, or are refused by name."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def refused(weights: object, **settings: object) -> str:
     ],
     ids=str,
 )
-def test_a_file_of_a_whole_model_arrives_in_the_trunk_unchanged(tmp_path: Path, settings: dict[str, object]) -> None:
+def test_a_file_of_a_whole_model_arrives_in_the_backbone_unchanged(tmp_path: Path, settings: dict[str, object]) -> None:
     name = str(settings.get("name", TINY))
     path = saved(tmp_path / "whole.safetensors", name)
-    trunk = build(path, **settings).trunk.state_dict()
+    backbone = build(path, **settings).backbone.state_dict()
     # A feature extractor names its stages flatly and may leave out the head; what it has is what the file has.
     expected = {key.replace(".", "_"): tensor for key, tensor in whole_model(name).state_dict().items()}
-    found = {key.removeprefix("model.").replace(".", "_"): tensor for key, tensor in trunk.items()}
+    found = {key.removeprefix("model.").replace(".", "_"): tensor for key, tensor in backbone.items()}
     assert len(found) > 30 and set(found) <= set(expected)
     assert all(torch.equal(found[key], expected[key]) for key in found)
 
@@ -75,7 +75,7 @@ def test_a_file_of_a_whole_model_arrives_in_the_trunk_unchanged(tmp_path: Path, 
 def test_each_domains_norms_start_from_the_file(tmp_path: Path) -> None:
     path = saved(tmp_path / "whole.safetensors")
     expected = whole_model().state_dict()["bn1.running_mean"]
-    norms = build(path, norm="per_domain").trunk["bn1"].norms
+    norms = build(path, norm="per_domain").backbone["bn1"].norms
     assert all(torch.equal(norms[name].running_mean, expected) for name in ("a", "b"))
 
 
@@ -83,7 +83,7 @@ def test_each_domains_norms_start_from_the_file(tmp_path: Path) -> None:
 def test_the_classifier_in_the_file_does_not_matter(tmp_path: Path, classifier: str) -> None:
     options: dict[str, object] = {} if classifier == "absent" else {"num_classes": 10}
     path = saved(tmp_path / "other.safetensors", drop="fc." if classifier == "absent" else "-", **options)
-    assert torch.equal(build(path).trunk["conv1"][0].weight, whole_model(**options).get_parameter("conv1.0.weight"))
+    assert torch.equal(build(path).backbone["conv1"][0].weight, whole_model(**options).get_parameter("conv1.0.weight"))
 
 
 @pytest.mark.parametrize("trouble", ["missing", "shape", "unknown", "another model"])
@@ -210,12 +210,12 @@ def test_lite_weights_in_timms_model_give_the_packages_logits() -> None:
         torch.testing.assert_close(model(images).double(), lite0_logits(weights, images), rtol=1e-4, atol=1e-4)
 
 
-def test_lite_weights_arrive_in_the_encoders_trunk() -> None:
+def test_lite_weights_arrive_in_the_encoders_backbone() -> None:
     lite0_package_weights()
-    trunk = build("lite", name="tf_efficientnet_lite0", context="fpn", norm="frozen").trunk.state_dict()
+    backbone = build("lite", name="tf_efficientnet_lite0", context="fpn", norm="frozen").backbone.state_dict()
     expected = {
         key.replace(".", "_"): tensor for key, tensor in initial_weights("lite", "tf_efficientnet_lite0").items()
     }
-    assert len(trunk) > 200 and all(
-        torch.equal(tensor, expected[key.replace(".", "_")]) for key, tensor in trunk.items()
+    assert len(backbone) > 200 and all(
+        torch.equal(tensor, expected[key.replace(".", "_")]) for key, tensor in backbone.items()
     )

@@ -36,8 +36,8 @@ def gap(norm: str, *, together: bool) -> float:
                 trained = {key: model.encode({key: content})[key] for key, content in batch.items()}
         model.eval()
         evaluated = model.encode(batch)
-    deviation = float(torch.cat(list(evaluated.values())).std())
-    return max(float((trained[key] - evaluated[key]).abs().mean()) / deviation for key in batch)
+    std = float(torch.cat(list(evaluated.values())).std())
+    return max(float((trained[key] - evaluated[key]).abs().mean()) / std for key in batch)
 
 
 @pytest.mark.parametrize("norm", ["shared", "per_domain"])

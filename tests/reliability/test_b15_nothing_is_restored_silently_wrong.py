@@ -39,7 +39,7 @@ def saved(
     return (
         run / "checkpoints" / f"step-{steps_of(run)[-1]:08d}",
         model,
-        build_optimiser(recipe.optimiser, model.encoder.trunk, model),
+        build_optimiser(recipe.optimiser, model.encoder.backbone, model),
     )
 
 

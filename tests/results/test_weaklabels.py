@@ -177,7 +177,7 @@ def test_what_was_there_stays_when_making_it_anew_fails(workspace: Path) -> None
 
 def test_the_classifier_learns_what_it_is_shown(workspace: Path) -> None:
     recipe = read_recipe(
-        workspace / "recipe.yaml", ["pseudo_labels.steps=60", "pseudo_labels.lr=0.2", "optimiser.trunk_factor=1.0"]
+        workspace / "recipe.yaml", ["pseudo_labels.steps=60", "pseudo_labels.lr=0.2", "optimiser.backbone_factor=1.0"]
     )
     [tagged] = tagged_domains(recipe, [workspace / "domains"], [], named_by="the recipe")
     _, losses = train_classifier(recipe, [tagged], device=torch.device("cpu"))

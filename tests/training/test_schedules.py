@@ -24,10 +24,10 @@ def test_warmup_rises_linearly_to_the_schedule() -> None:
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_the_trunk_has_its_own_learning_rate_and_frozen_parameters_are_left_out(name: str) -> None:
+def test_the_backbone_has_its_own_learning_rate_and_frozen_parameters_are_left_out(name: str) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[2].requires_grad_(False)
-    optimiser = build_optimiser(OptimiserSettings(name=name, trunk_factor=0.1), model[0], model)
+    optimiser = build_optimiser(OptimiserSettings(name=name, backbone_factor=0.1), model[0], model)
     set_learning_rate(optimiser, 0.5)
     assert [group["lr"] for group in optimiser.param_groups] == [pytest.approx(0.05), 0.5]
     grouped = [{id(p) for p in group["params"]} for group in optimiser.param_groups]

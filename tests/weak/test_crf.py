@@ -19,7 +19,7 @@ def softmax(scores: np.ndarray) -> np.ndarray:
 
 
 def exact_kernel(points: np.ndarray) -> np.ndarray:
-    """(N, N) Gaussian of deviation 1 between (d, N) points, symmetrically normalised."""
+    """(N, N) Gaussian of standard deviation 1 between (d, N) points, symmetrically normalised."""
     kernel = np.exp(-0.5 * ((points[:, :, None] - points[:, None]) ** 2).sum(axis=0))
     scale = kernel.sum(axis=1) ** -0.5
     return scale[:, None] * kernel * scale
@@ -41,7 +41,7 @@ def direct_mean_field(probabilities: np.ndarray, image: np.ndarray, settings: Cr
 
 
 def blurred_noise(rng: np.random.Generator, channels: int, size: tuple[int, int]) -> np.ndarray:
-    """(channels, H, W) smooth random planes of about unit deviation."""
+    """(channels, H, W) smooth random planes of about unit standard deviation."""
     coarse = torch.from_numpy(rng.normal(0, 1.5, (1, channels, 5, 5)))
     fine: Tensor = torch.nn.functional.interpolate(coarse, size=size, mode="bicubic", align_corners=False)[0]
     return fine.numpy()
@@ -173,9 +173,12 @@ def test_images_of_one_row_or_column_are_refined(size: tuple[int, int]) -> None:
         ({"iterations": -1}, "crf.iterations is -1; it is at least 0."),
         (
             {"smooth_position": 0.0},
-            "crf.smooth_position is 0.0; a deviation is at least 1, in pixels or steps of colour.",
+            "crf.smooth_position is 0.0; a standard deviation is at least 1, in pixels or steps of colour.",
         ),
-        ({"color_value": -5.0}, "crf.color_value is -5.0; a deviation is at least 1, in pixels or steps of colour."),
+        (
+            {"color_value": -5.0},
+            "crf.color_value is -5.0; a standard deviation is at least 1, in pixels or steps of colour.",
+        ),
         ({"color_weight": -1.0}, "crf.color_weight is -1.0; it is 0 or more."),
     ],
 )

@@ -17,7 +17,7 @@ import yaml
 from multidomain_cct.errors import UserError, did_you_mean
 from multidomain_cct.files.strict_yaml import read_yaml
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints
-from multidomain_cct.training.recipe import Recipe, differences, read_recipe
+from multidomain_cct.training.recipe import Recipe, differences, read_recipe, read_run_recipe
 from multidomain_cct.training.runlog import read_metrics
 
 OWN_KEYS = ("seed", "name", "runs", "resume")
@@ -262,7 +262,7 @@ def finished_scores(run: Run) -> RunScores | None:
         or not (folder / "metrics.jsonl").is_file()
     ):
         return None
-    trained = read_recipe(folder / "recipe.yaml")
+    trained = read_run_recipe(folder)
     metrics = [line for line in read_metrics(folder / "metrics.jsonl") if isinstance(line, dict) and "step" in line]
     scored = [name for name, domain in run.recipe.domains.items() if domain.val_split]
     lines = [line for line in metrics if line["step"] == step and all(f"val/{name}/miou" in line for name in scored)]
@@ -302,7 +302,7 @@ def state_of(run: Run) -> str:
     folder = run.recipe.folder
     if finished_scores(run):
         return "finished"
-    changed = differences(read_recipe(folder / "recipe.yaml"), run.recipe) if (folder / "recipe.yaml").is_file() else []
+    changed = differences(read_run_recipe(folder), run.recipe) if (folder / "recipe.yaml").is_file() else []
     if changed:
         return f"will fail: {folder} holds a run of another recipe, {changed[0]}"
     saved = checkpoints(folder / "checkpoints")

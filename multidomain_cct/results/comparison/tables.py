@@ -20,14 +20,14 @@ class Spread:
     """A mean over seeds."""
 
     mean: float
-    deviation: float | None
+    std: float | None
     """Sample standard deviation (ddof 1); None of a single value."""
     count: int
 
     def text(self, factor: float = 100, digits: int = 1) -> str:
-        """The values times `factor`, as `mean ± deviation (count)`."""
-        deviation = "" if self.deviation is None else f" ± {factor * self.deviation:.{digits}f}"
-        return f"{factor * self.mean:.{digits}f}{deviation} ({self.count})"
+        """The values times `factor`, as `mean ± std (count)`."""
+        std = "" if self.std is None else f" ± {factor * self.std:.{digits}f}"
+        return f"{factor * self.mean:.{digits}f}{std} ({self.count})"
 
 
 @dataclass(frozen=True)

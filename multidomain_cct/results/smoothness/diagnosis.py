@@ -36,7 +36,7 @@ from multidomain_cct.results.trained_run import TrainedRun
 
 BORDERS = ("labels", "prediction")
 OUTPUT = "output"
-"""Name of the last stage of a run: what its context module makes of the trunk's."""
+"""Name of the last stage of a run: what its context module makes of the backbone's."""
 MOSTLY_BORDER = 0.9
 """Share of border positions from which on a grid has too few others to compare with, so that its stage takes no part in
 the verdict.
@@ -73,7 +73,7 @@ def published_encoder(name: str, weights: str, device: torch.device) -> Subject:
 
 
 def trained_encoder(run: TrainedRun, domain: str) -> Subject:
-    """A run's trunk, stage by stage, then the output of its context module.
+    """A run's backbone, stage by stage, then the output of its context module.
 
     Raises UserError when the run has no head for the domain.
     """

@@ -29,7 +29,7 @@ from multidomain_cct.files.durable import make_folder, sync, write_tensors, writ
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.assembly import build_model
 from multidomain_cct.training.checkpoints.optimiser_state import optimiser_tensors, restore_optimiser
-from multidomain_cct.training.recipe import Recipe, read_recipe
+from multidomain_cct.training.recipe import Recipe, read_run_recipe
 
 SCHEMA = 3
 _MODEL, _OPTIMISER, _STATE, _MANIFEST = "model.safetensors", "optimiser.safetensors", "state.json", "MANIFEST.json"
@@ -260,7 +260,8 @@ def load_checkpoint(
     _require_whole(checkpoint)
     state, plain = read_state(checkpoint), _plain_state(checkpoint)
     load_strictly(model, model_tensors(checkpoint), str(checkpoint))
-    restore_optimiser(model, optimiser, _tensors(checkpoint / _OPTIMISER), plain["optimiser"], str(checkpoint))
+    entries = [_current_name(entry) for entry in plain["optimiser"]]
+    restore_optimiser(model, optimiser, _tensors(checkpoint / _OPTIMISER), entries, str(checkpoint))
     saved, own = plain["scaler"], scaler.state_dict() if scaler else None
     if (saved is None) != (own is None) or (saved is not None and own is not None and saved.keys() != own.keys()):
         raise UserError(
@@ -313,7 +314,7 @@ def load_run(run: Path, which: str = "last") -> LoadedRun:
     """A run from its folder alone. Raises UserError when the folder is not a run or its checkpoint is damaged."""
     if not (run / "recipe.yaml").is_file():
         raise UserError(f"{run}: this is not a run's folder (it has no recipe.yaml).")
-    recipe = read_recipe(run / "recipe.yaml")
+    recipe = read_run_recipe(run)
     domains = {name: read_domain(run / "domains" / f"{name}.yaml") for name in recipe.domains}
     checkpoint = choose_checkpoint(run, which)
     model = build_model(recipe, domains, pretrained=False)
@@ -326,9 +327,14 @@ def load_run(run: Path, which: str = "last") -> LoadedRun:
 
 def _tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load_file(path)
+        return {_current_name(name): tensor for name, tensor in load_file(path).items()}
     except SafetensorError as error:
         raise UserError(f"{path}: this is not a whole safetensors file ({error}).") from None
+
+
+def _current_name(name: str) -> str:
+    """Earlier versions called the backbone `trunk`."""
+    return name.replace("encoder.trunk.", "encoder.backbone.", 1)
 
 
 def _require_whole(checkpoint: Path) -> None:

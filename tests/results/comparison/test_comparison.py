@@ -216,7 +216,7 @@ def test_the_table_agrees_with_numpy(scored: Callable[..., Comparison], tmp_path
     for place, column in enumerate(("fields", "shapes")):
         spread = comparison.spread("cct", column)
         assert spread is not None and spread.count == 3
-        assert spread.mean == pytest.approx(values["cct"][:, place].mean()) and spread.deviation == pytest.approx(
+        assert spread.mean == pytest.approx(values["cct"][:, place].mean()) and spread.std == pytest.approx(
             values["cct"][:, place].std(ddof=1)
         )
         assert comparison.gain("cct", column) == pytest.approx(
@@ -227,15 +227,15 @@ def test_the_table_agrees_with_numpy(scored: Callable[..., Comparison], tmp_path
     assert (
         spread is not None
         and spread.mean == pytest.approx(values["cct"].mean())
-        and spread.deviation == pytest.approx(values["cct"].mean(1).std(ddof=1))
+        and spread.std == pytest.approx(values["cct"].mean(1).std(ddof=1))
     )
     assert comparison.gap_share("cct", "mean") == pytest.approx(shares.mean())
     assert comparison.gap_share("low", "mean") == 0 and comparison.gap_share("all", "mean") == 1
 
     write_comparison(comparison, tmp_path / "new" / "table.md", command="the command", date="2026-01-02")
     text = (tmp_path / "new" / "table.md").read_text(encoding="utf-8")
-    mean, deviation = 100 * values["cct"].mean(0), 100 * values["cct"].std(0, ddof=1)
-    assert f"| cct | {mean[0]:.1f} ± {deviation[0]:.1f} (3) | {mean[1]:.1f} ± {deviation[1]:.1f} (3) | " in text
+    mean, std = 100 * values["cct"].mean(0), 100 * values["cct"].std(0, ddof=1)
+    assert f"| cct | {mean[0]:.1f} ± {std[0]:.1f} (3) | {mean[1]:.1f} ± {std[1]:.1f} (3) | " in text
     assert f"| {100 * values['all'].mean():.1f} (1) | 100 | 3.0 |" in text and "| 101 | 3.0 |" in text
     assert (
         f"| {100 * (values['cct'].mean() - values['low'].mean()):+.1f} | {100 * shares[0]:.0f} | "
