@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,20 +20,12 @@ from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from multidomain_cct.errors import UserError
 
 IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
-"""What an image may be, whatever its name says. Pillow knows others that start programs (EPS) or have seldom been
-attacked in earnest.
-"""
-_UNREADABLE = (
-    Image.DecompressionBombWarning,
-    OSError,
-    SyntaxError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+"""Allowed formats, whatever the file's name is. Some others of Pillow start programs (EPS) or are little tested."""
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, AttributeError, struct.error, zlib.error)
 """What Pillow raises for damaged files, found by damaging files of every format."""
+_TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
+ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
+"""Pillow's modes of masks that hold ids."""
 _GREY_STEPS: dict[Any, int] = {"L;2": 85, "L;4": 17}
 """Pillow stretches grey values of 2 and 4 bits to the range of 8; dividing by the step gives the stored ids back."""
 
@@ -42,13 +35,13 @@ def load_image(source: bytes | Path, name: str) -> Image.Image:
 
     Raises UserError, starting with `name`, when it cannot be read.
     """
-    # Loaded, it outlives its file.
+    # A loaded image outlives its file.
     with open_image(source, name) as image:
         return decoded(image, name)
 
 
 def open_image(source: bytes | Path, name: str) -> Image.Image:
-    """The image with its header read and its pixels not yet, for `decoded`.
+    """The image with only its header read, for `decoded`.
 
     Raises UserError, starting with `name`, when it cannot be read.
     """
@@ -57,17 +50,17 @@ def open_image(source: bytes | Path, name: str) -> Image.Image:
 
 
 def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
-    """(width, height) that an opened image has once it is turned upright."""
-    # Pillow gives a TIFF the size that it has once it is turned.
+    """(width, height) of an opened image after it is turned upright."""
+    # Pillow gives the upright size of a TIFF.
     return image.size if image.format == "TIFF" or _orientation(image, name) < 5 else (image.height, image.width)
 
 
 def decode_smaller(image: Image.Image, name: str, wanted: tuple[int, int]) -> tuple[float, float]:
-    """Let an opened JPEG be decoded at a half, a quarter or an eighth of its size when that is still at least `wanted`.
+    """Prepare an opened JPEG to be decoded at a half, a quarter or an eighth of its size, if that is at least `wanted`.
 
-    Gives (width, height) of the whole picture in decoded pixels. They are not whole numbers where the factor does not
-    divide the size; the last column or row then shows the picture only in part. A JPEG that has to be turned is left
-    alone: its part of a pixel would lie on another side.
+    Returns (width, height) of the whole picture in decoded pixels. They are fractions where the factor does not divide
+    the size: the last column or row is then covered in part only. A JPEG that has to be turned is left at full size,
+    since its partial pixels would lie on another side.
     """
     if image.format == "JPEG" and _orientation(image, name) == 1 and (drafted := image.draft(None, wanted)) is not None:
         return drafted[1][2], drafted[1][3]
@@ -85,8 +78,20 @@ def decoded(image: Image.Image, name: str) -> Image.Image:
         return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def grey_step(image: Image.Image) -> int:
-    """What to divide the pixels by; the image must not be loaded yet, for loading forgets how it was stored."""
+def load_mask(source: bytes | Path, name: str, formats: tuple[str, ...]) -> tuple[Image.Image, int]:
+    """A mask with the pixels that its file holds, and the step by which they have to be divided.
+
+    Raises UserError, starting with `name`, when it cannot be read.
+    """
+    with _errors_that_name(name, "mask"):
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+            # Before loading, which forgets how the pixels were stored.
+            step = _grey_step(image)
+            image.load()
+    return image, step
+
+
+def _grey_step(image: Image.Image) -> int:
     stored = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
     return _GREY_STEPS.get(stored[0] if isinstance(stored, tuple) else stored, 1)
 
@@ -99,14 +104,18 @@ def _orientation(image: Image.Image, name: str) -> int:
 
 
 @contextmanager
-def _errors_that_name(name: str) -> Iterator[None]:
-    """What Pillow raises within becomes a UserError of one line."""
+def _errors_that_name(name: str, what: str = "image") -> Iterator[None]:
+    """Pillow's errors become UserErrors of one line."""
     try:
         with warnings.catch_warnings():
-            # Pillow warns where it can go on: broken EXIF is no reason to fail, a picture of suspicious size is.
+            # Pillow goes on after a warning. Broken EXIF is no reason to fail; a size that would fill the memory is.
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             yield
+    except _TOO_LARGE as error:
+        raise UserError(
+            f"{name}: the {what} is too large to be read safely ({error}). Cut image and mask into tiles."
+        ) from None
     except _UNREADABLE as error:
-        reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UserError(f"{name}: the image cannot be read ({reason}).") from None
+        reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else error
+        raise UserError(f"{name}: the {what} cannot be read ({reason}). Fetch or export it again.") from None

@@ -48,17 +48,22 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder: the file written there takes the place of `path`, durably, when the block
-    ends, and is removed when it raises. A crash leaves the old file or the new one.
+def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
+    """A temporary path in the same folder. The file written there replaces `path` when the block ends, and is removed
+    when the block raises.
+
+    A crash leaves the old file or the new one. Without `durable`, which waits for the disk, that holds for a crash of
+    the program, not of the machine.
     """
     # Part of the name only: file systems limit a name to 255 bytes.
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
     try:
         yield temporary
-        sync(temporary)
+        if durable:
+            sync(temporary)
         os.replace(temporary, path)
-        sync(path.parent)
+        if durable:
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

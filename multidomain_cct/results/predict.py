@@ -145,5 +145,5 @@ def _place(path: Path) -> Path:
 
 def _write_png(picture: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
+    with replacing(path, durable=False) as temporary:
         picture.save(temporary, "PNG")

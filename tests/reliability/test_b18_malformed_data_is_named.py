@@ -89,7 +89,7 @@ SAMPLE_FAULTS: dict[str, tuple[str, bytes, str]] = {
     "a mask that is text": (MASK, b"none", "mask: cannot be read"),
     "a mask in colours": (MASK, picture("PNG"), "mask: wrong mode"),
     "a mask with transparency": (MASK, picture("PNG", mode="LA"), "mask: wrong mode"),
-    "a mask that claims to be huge": (MASK, huge_png(), "mask: too large"),
+    "a mask that claims to be huge": (MASK, huge_png(), "mask: cannot be read"),
     "a mask of another size": (MASK, mask(size=(24, 32)), "mask: another size than the image"),
     "a mask with an id outside the table": (MASK, mask(top=7), "mask: id outside the class table"),
 }

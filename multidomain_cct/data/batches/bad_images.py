@@ -10,36 +10,34 @@ from multidomain_cct.data.batches.loader import Batch, Skipped, TrainingSet
 from multidomain_cct.errors import UserError
 
 _LEAST_READ = 1000
-"""Images on which the share of bad ones is judged at least, or one epoch where that is shorter."""
+"""Smallest number of images over which the share of bad ones is taken; one epoch where that is shorter."""
 
 
 class TooManyBadImages(UserError):
     """More of a domain's images cannot be used than data.max_bad_fraction allows.
 
-    All processes of a run find it at the same micro-batch, in the same words.
+    All processes raise it at the same micro-batch, with the same message.
     """
 
 
 class BadImages:
-    """The images that a run has read so far of each domain where bad ones may be skipped, and those of them that were,
-    over all its processes.
-    """
+    """Counts, over all processes of a run, of images read and of images skipped, for each domain that may skip some."""
 
     def __init__(self, data: TrainingSet, counts: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """Goes on from the `counts` of an earlier part of the run."""
+        """`counts`: those of the run that is resumed."""
         self._world = data.world
         self._streams = {stream.domain.name: stream for stream in data.streams if stream.max_bad is not None}
         earlier = {name: (counts or {}).get(name, {}) for name in self._streams}
         self._read = {name: int(count.get("read", 0)) for name, count in earlier.items()}
         self._skipped = {name: Counter[str](count.get("skipped", {})) for name, count in earlier.items()}
         self.untold: list[str] = []
-        """A line for each image that was skipped; whoever tells it takes it away."""
+        """A line for each skipped image that has not been printed; the caller prints and clears them."""
 
     def count(self, batches: Mapping[str, Batch], skipped: Sequence[tuple[str, Skipped]]) -> None:
-        """Count one process's batches, which stand for those of the others, and the images that were skipped in all of
-        them, each with its domain.
+        """Count this process's batches for all processes, and the images that were skipped in any of them, each with
+        its domain.
 
-        Raises TooManyBadImages. Only a bad image makes the share larger, so it is only judged then.
+        Raises TooManyBadImages. The share is checked only after a skipped image, since nothing else raises it.
         """
         for name in self._streams.keys() & batches.keys():
             self._read[name] += self._world * len(batches[name].keys)
@@ -58,18 +56,17 @@ class BadImages:
             reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(self._skipped[name].items()))
             raise TooManyBadImages(
                 f"{name}: {total} of {read} images cannot be used ({reasons}), more than data.max_bad_fraction "
-                f"{stream.max_bad} allows."
-                f" The last: {last.message}"
+                f"{stream.max_bad} allows. The last: {last.message}"
             )
 
     @property
     def counts(self) -> dict[str, dict[str, Any]]:
-        """What a run that goes on begins with: plain values."""
+        """Plain values from which a resumed run continues."""
         return {name: {"read": read, "skipped": dict(self._skipped[name])} for name, read in self._read.items()}
 
     @property
     def metrics(self) -> dict[str, int]:
-        """What goes into metrics.jsonl: the images skipped since the run's first step, by domain and reason."""
+        """Entries of metrics.jsonl: images skipped since the run's first step, by domain and reason."""
         return {
             f"data/{name}/skipped/{reason}": count
             for name, reasons in self._skipped.items()

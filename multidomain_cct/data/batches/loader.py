@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from multidomain_cct.data.batches.handover import Handover, received
 from multidomain_cct.data.batches.order import batch_positions
 from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.batches.views import Augment, View, decode, image_tensor, mask_tensor, training_view
@@ -31,10 +30,10 @@ from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 
 _SUBSTITUTES = 16
-"""Samples that are tried in the place of one that cannot be used."""
+"""Samples that are tried in place of one that cannot be used."""
 
 _QUIET_SECONDS = 0.05
-"""What is waited for threads of gloo to be done before loader processes are forked."""
+"""Time in which gloo's threads finish before loader processes are forked."""
 
 
 @dataclass(frozen=True)
@@ -63,42 +62,39 @@ class Batch:
     keys: tuple[str, ...] = ()
     """Keys of the labelled, then of the unlabelled images."""
     pseudo_labels: Tensor | None = None
-    """(U, H, W) uint8 train ids made from image-level labels, 255 = unsure or none; None in a domain that has no such
+    """(U, H, W) uint8 train ids made from image-level labels, 255 = unsure or none; None in a domain without such
     images.
     """
     skipped: tuple[Skipped, ...] = ()
-    """The images that could not be used, in whose places others stand."""
+    """The images that could not be used and were replaced by others."""
 
     def to(self, device: torch.device) -> Batch:
-        return self.map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def map_tensors(self, change: Callable[[Tensor], Any]) -> Batch:
-        """The same with each tensor replaced."""
-        pseudo_labels = None if self.pseudo_labels is None else change(self.pseudo_labels)
-        return Batch(
-            change(self.images),
-            change(self.masks),
-            change(self.unlabelled),
-            change(self.valid),
-            self.keys,
-            pseudo_labels,
-            self.skipped,
-        )
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory. DataLoader calls this in its own thread."""
+        return self._mapped(Tensor.pin_memory)
+
+    def _mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 @dataclass(frozen=True)
 class _Refused:
-    """A sample's error, carried from a loader process to the training process as a value so that it stays one line."""
+    """A sample's error as a value, so that it leaves a loader process as one line, not as a traceback."""
 
     message: str
-    kind: type[UserError] | type[SourceError]
+    error: type[UserError] | type[SourceError]
 
 
 class TrainingSet(Dataset[Any]):
     """Micro-batch number -> {domain name: Batch}, for one process.
 
     A step has `accumulation` micro-batches. The global batch of a step is cut into accumulation x world equal parts;
-    how many there are changes neither which images a step sees nor their augmentation.
+    their number changes neither which images a step sees nor their augmentation.
     """
 
     def __init__(
@@ -115,114 +111,95 @@ class TrainingSet(Dataset[Any]):
         self.streams = tuple(streams)
         self.seed, self.augment, self.schedule = seed, augment, schedule
         self.rank, self.world, self.accumulation = rank, world, accumulation
-        self._orders = {
-            (stream.domain.name, kind): stream.order(kind, seed)
-            for stream in self.streams
-            for kind in ("labelled", "unlabelled")
-        }
-        parts = world * accumulation
         if not self.streams:
             raise UserError(
                 "domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled "
                 "images."
             )
+        self._orders = {
+            (stream.domain.name, subset): stream.order(subset, seed)
+            for stream in self.streams
+            for subset in ("labelled", "unlabelled")
+        }
+        parts = world * accumulation
         for stream in self.streams:
-            for kind, samples in (("labelled_batch", stream.labelled), ("unlabelled_batch", stream.unlabelled)):
-                if samples and getattr(stream, kind) % parts:
+            for subset in ("labelled", "unlabelled"):
+                if stream.samples(subset) and stream.batch(subset) % parts:
                     raise UserError(
-                        f"{stream.domain.name}: {kind} is {getattr(stream, kind)}, which {world} process(es) x "
-                        f"{accumulation} accumulated micro-batches do not"
-                        f" divide. Use a multiple of {parts}."
+                        f"{stream.domain.name}: {subset}_batch is {stream.batch(subset)}, which {world} process(es) x "
+                        f"{accumulation} accumulated micro-batches do not divide. Use a multiple of {parts}."
                     )
 
     def __getitem__(self, micro_batch: int) -> dict[str, Batch] | _Refused:
-        step, part = divmod(micro_batch, self.accumulation)
+        turn, part = divmod(micro_batch, self.accumulation)
+        present = self.streams
         if self.schedule == "alternate":
-            turn, position = divmod(step, len(self.streams))
-            present, turns = self.streams[position : position + 1], turn
-        else:
-            present, turns = self.streams, step
+            turn, position = divmod(turn, len(self.streams))
+            present = self.streams[position : position + 1]
         try:
-            return {stream.domain.name: self._batch(stream, turns, part * self.world + self.rank) for stream in present}
+            return {stream.domain.name: self._batch(stream, turn, part * self.world + self.rank) for stream in present}
         except (UserError, OSError) as error:
             return _Refused(str(error), SourceError if isinstance(error, SourceError) else UserError)
 
     def _batch(self, streams: DomainStreams, turn: int, part: int) -> Batch:
-        parts = self.world * self.accumulation
         skipped: list[Skipped] = []
-        labelled, labelled_keys = self._views(
-            streams, "labelled", batch_positions(turn, streams.labelled_batch, part=part, parts=parts), skipped
-        )
-        unlabelled, unlabelled_keys = self._views(
-            streams, "unlabelled", batch_positions(turn, streams.unlabelled_batch, part=part, parts=parts), skipped
-        )
-        width, height = streams.crop
-        no_images, no_ids = (
-            torch.empty(0, 3, height, width, dtype=torch.uint8),
-            torch.empty(0, height, width, dtype=torch.uint8),
-        )
+        labelled = self._views(streams, "labelled", turn, part, skipped)
+        unlabelled = self._views(streams, "unlabelled", turn, part, skipped)
+        size = streams.crop[::-1]
         return Batch(
-            images=_stacked_images([view.image for view in labelled], no_images),
-            masks=_stacked([view.ids for view in labelled], no_ids),
-            unlabelled=_stacked_images([view.image for view in unlabelled], no_images),
-            valid=_stacked([view.inside for view in unlabelled], no_ids.bool()),
-            keys=labelled_keys + unlabelled_keys,
-            pseudo_labels=None if streams.weak_source is None else _stacked([view.ids for view in unlabelled], no_ids),
+            images=_stacked_images(labelled, size),
+            masks=_stacked([view.ids for view in labelled], size),
+            unlabelled=_stacked_images(unlabelled, size),
+            valid=_stacked([view.inside for view in unlabelled], size, torch.bool),
+            keys=tuple(view.key for view in [*labelled, *unlabelled]),
+            pseudo_labels=None if streams.weak_source is None else _stacked([view.ids for view in unlabelled], size),
             skipped=tuple(skipped),
         )
 
     def _views(
-        self, streams: DomainStreams, kind: str, positions: range, skipped: list[Skipped]
-    ) -> tuple[tuple[View, ...], tuple[str, ...]]:
-        """The views at these positions and their keys; none of a stream without samples.
-
-        What had to be skipped is added to `skipped`.
-        """
-        order = self._orders[streams.domain.name, kind]
+        self, streams: DomainStreams, subset: str, turn: int, part: int, skipped: list[Skipped]
+    ) -> tuple[View, ...]:
+        """The views of one part of a batch; none of an empty stream. Images that are passed over join `skipped`."""
+        order = self._orders[streams.domain.name, subset]
         if not order.num_samples:
-            return (), ()
-        views, keys = zip(
-            *(self._usable_view(streams, kind, *order.at(position), skipped) for position in positions), strict=True
-        )
-        return views, keys
+            return ()
+        positions = batch_positions(turn, streams.batch(subset), part=part, parts=self.world * self.accumulation)
+        return tuple(self._usable_view(streams, subset, *order.at(position), skipped) for position in positions)
 
     def _usable_view(
-        self, streams: DomainStreams, kind: str, epoch: int, chosen: int, skipped: list[Skipped]
-    ) -> tuple[View, str]:
-        """The view of a sample; where it cannot be used and others may stand in, of the next one in the shards that
-        can: no position shifts for it.
+        self, streams: DomainStreams, subset: str, epoch: int, chosen: int, skipped: list[Skipped]
+    ) -> View:
+        """The view of a sample. If it cannot be used and skipping is allowed, the next usable sample in the shards
+        takes its place; all other positions stay.
         """
-        samples = streams.labelled if kind == "labelled" else streams.unlabelled
+        samples = streams.samples(subset)
         for step in range(min(_SUBSTITUTES + 1, len(samples))):
-            place = samples[(chosen + step) % len(samples)]
+            source, number = samples[(chosen + step) % len(samples)]
             try:
-                return self._view(streams, kind, epoch, place)
+                return self._view(streams, subset, epoch, source, number)
             except BadSample as error:
                 if streams.max_bad is None:
                     raise
-                skipped.append(Skipped(streams.sources[place[0]].keys[place[1]], error.reason, str(error)))
+                skipped.append(Skipped(streams.sources[source].keys[number], error.reason, str(error)))
         raise UserError(
             f"{skipped[-1].message} It is the last of {step + 1} neighbouring samples that cannot be used; look at "
             "the shard."
         )
 
-    def _view(self, streams: DomainStreams, kind: str, epoch: int, place: tuple[int, int]) -> tuple[View, str]:
-        source, number = place
-        record = streams.sources[source].read(number, with_mask=kind == "labelled" or source == streams.weak_source)
-        rng = np.random.default_rng(seed_from(self.seed, streams.domain.name, epoch, record.key, kind))
-        return training_view(record, streams.domain, self.augment, streams.crop, rng), record.key
+    def _view(self, streams: DomainStreams, subset: str, epoch: int, source: int, number: int) -> View:
+        with_mask = subset == "labelled" or source == streams.weak_source
+        record = streams.sources[source].read(number, with_mask=with_mask)
+        rng = np.random.default_rng(seed_from(self.seed, streams.domain.name, epoch, record.key, subset))
+        return training_view(record, streams.domain, self.augment, streams.crop, rng)
 
 
-def _stacked(parts: Sequence[Tensor], none: Tensor) -> Tensor:
-    """The parts along a new first axis, or `none` where there are no parts."""
-    return torch.stack(list(parts)) if parts else none
+def _stacked(parts: Sequence[Tensor], size: Sequence[int], dtype: torch.dtype = torch.uint8) -> Tensor:
+    return torch.stack(list(parts)) if parts else torch.empty(0, *size, dtype=dtype)
 
 
-def _stacked_images(parts: Sequence[Tensor], none: Tensor) -> Tensor:
-    """The same for images whose channels are last in memory, as those of the result are: torch.stack would put them
-    first, pixel by pixel.
-    """
-    return torch.stack([part.permute(1, 2, 0) for part in parts]).permute(0, 3, 1, 2) if parts else none
+def _stacked_images(views: Sequence[View], size: Sequence[int]) -> Tensor:
+    """(n, 3, H, W) with channels last in memory, as in the views: torch.stack would reorder them pixel by pixel."""
+    return _stacked([view.image.permute(1, 2, 0) for view in views], [*size, 3]).permute(0, 3, 1, 2)
 
 
 def steps(
@@ -231,8 +208,8 @@ def steps(
     """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of
     them.
 
-    Raises UserError with one line when a sample cannot be used and none stands in for it, and SourceError when its
-    shard cannot be fetched.
+    Raises UserError with one line when a sample cannot be used and none replaces it, and SourceError when its shard
+    cannot be fetched.
     """
     numbers = range(start * data.accumulation, stop * data.accumulation)
     return _loaded(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
@@ -248,10 +225,6 @@ class ScoredImage:
     mask: Tensor
     """(H', W') uint8 train ids at the labels' own resolution, which may differ from the image's."""
 
-    def map_tensors(self, change: Callable[[Tensor], Any]) -> ScoredImage:
-        """The same with each tensor replaced."""
-        return ScoredImage(self.key, change(self.image), change(self.mask))
-
 
 class _ScoredSet(Dataset[Any]):
     def __init__(self, shards: Shards, domain: Domain) -> None:
@@ -262,7 +235,7 @@ class _ScoredSet(Dataset[Any]):
             record = self.shards.read(number)
             image, mask = decode(record, self.domain)
             if mask is None:
-                raise UserError(f"{record.shard}: key {record.key!r} has no mask. Only labelled splits can be scored.")
+                raise UserError(f"{record.where} has no mask. Only labelled splits can be scored.")
             return ScoredImage(record.key, image_tensor(image), mask_tensor(mask))
         except (UserError, OSError) as error:
             return _Refused(str(error), UserError)
@@ -276,31 +249,27 @@ def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, wor
 def _loaded(
     data: Dataset[Any], numbers: Sequence[int], *, workers: int, prefetch: int, pin_memory: bool
 ) -> Iterator[Any]:
-    if (
-        workers
-        and sys.version_info < (3, 12)
-        and torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-    ):
-        # After a reduction a thread of gloo lets go of its tensors, and for that makes itself known to Python. What is
-        # forked while it holds the lock for that finds it locked for ever, and the run waits for it
-        # (https://github.com/python/cpython/issues/112275).
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if workers and distributed and sys.version_info < (3, 12):
+        # After a reduction, a thread of gloo registers with Python to release its tensors. A process that is forked
+        # at that moment inherits a locked lock and hangs (https://github.com/python/cpython/issues/112275).
         time.sleep(_QUIET_SECONDS)
     # A range is a sampler of item numbers; batch_size=None because an item is a whole batch already.
     loader = DataLoader(
-        Handover(data, prefetch=prefetch),
+        data,
         sampler=numbers,
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
+        pin_memory=pin_memory,
         worker_init_fn=_leave_interrupts_to_the_parent,
         # A loader draws a seed for its workers when it starts; from its own generator, or a resumed run would differ
         # from an uninterrupted one.
         generator=torch.Generator().manual_seed(0),
     )
-    for item in received(loader, pin_memory=pin_memory):
+    for item in loader:
         if isinstance(item, _Refused):
-            raise item.kind(item.message)
+            raise item.error(item.message)
         yield item
 
 

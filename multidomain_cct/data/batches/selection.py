@@ -1,14 +1,61 @@
-"""Which samples of a split a stream uses, without listing them where a rule will do."""
+"""Which samples a stream uses: budgets of labelled images by key, and parts of a split by rule, not as lists."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.errors import UserError
+from multidomain_cct.files.seeds import seed_from
+
+
+def labelled_subset(keys: Sequence[str], budget: str, *, seed: int, where: str) -> list[str]:
+    """The keys whose labels may be used: the first n of a fixed pseudo-random order, so smaller budgets lie inside
+    larger ones.
+
+    `budget` is a number, a fraction such as 1/16, `all`, or a text file with one key a line. The order depends on the
+    keys alone, not on shards or listing. Raises UserError, starting with `where`, for a budget that cannot be met.
+    """
+    if budget == "all":
+        return sorted(keys)
+    parts = budget.split("/")
+    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
+        return _listed_keys(keys, Path(budget), where)
+    count = int(parts[0])
+    if len(parts) == 2:
+        if not 0 < count <= int(parts[1]):
+            raise UserError(f"{where} is {budget}; a share lies above 0 and is at most 1.")
+        count = max(1, round(len(keys) * count / int(parts[1])))
+    if count > len(keys):
+        raise UserError(
+            f"{where} asks for {count} labelled images; there are {len(keys)}. Ask for at most {len(keys)}, or `all`."
+        )
+    return sorted(keys, key=lambda key: (seed_from(seed, key, "budget"), key))[:count]
+
+
+def _listed_keys(keys: Sequence[str], path: Path, where: str) -> list[str]:
+    if not path.is_file():
+        raise UserError(
+            f"{where} is {str(path)!r}; it is a number, a share such as 1/16, `all`, or a text file with one key a "
+            "line."
+        )
+    try:
+        listed = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
+    except UnicodeDecodeError:
+        raise UserError(f"{where}: {path} is not text in UTF-8; it is a text file with one key a line.") from None
+    if not listed:
+        raise UserError(f"{where}: {path} lists no keys.")
+    if unknown := listed.difference(keys):
+        raise UserError(
+            f"{where}: {path} lists the key {min(unknown)!r}, which is not among the {len(keys)} labelled images."
+        )
+    return sorted(listed)
 
 
 @dataclass(frozen=True)
@@ -44,14 +91,7 @@ class AllBut:
 
     def at(self, position: int) -> int:
         # left_out[j] - j samples that are used lie below the j-th that is not.
-        below, above = 0, len(self.left_out)
-        while below < above:
-            middle = (below + above) // 2
-            if int(self.left_out[middle]) - middle <= position:
-                below = middle + 1
-            else:
-                above = middle
-        return position + below
+        return position + bisect_right(range(len(self.left_out)), position, key=lambda j: int(self.left_out[j]) - j)
 
     def up_to(self, ends: np.ndarray) -> np.ndarray:
         counts: np.ndarray = ends - np.searchsorted(self.left_out, ends)
@@ -77,7 +117,7 @@ class Selection(Sequence[tuple[int, int]]):
 
     def shard_ends(self, sources: Sequence[Shards]) -> np.ndarray:
         """(s,) int64: how many of the samples come before the end of each shard."""
-        before = self._ends - [len(part) for part in self.parts]
+        starts = self._ends - [len(part) for part in self.parts]
         return np.concatenate(
-            [start + part.up_to(sources[part.source].ends) for start, part in zip(before, self.parts, strict=True)]
+            [start + part.up_to(sources[part.source].ends) for start, part in zip(starts, self.parts, strict=True)]
         )

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from multidomain_cct.data.batches.budget import labelled_subset
 from multidomain_cct.data.batches.order import Stream
-from multidomain_cct.data.batches.selection import AllBut, Only, Selection
+from multidomain_cct.data.batches.selection import AllBut, Only, Selection, labelled_subset
 from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.cache import FileCache
@@ -18,20 +17,19 @@ from multidomain_cct.data.shards.download import PROTOCOLS, require_address
 from multidomain_cct.data.shards.index import shard_paths
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.sources import RemoteFolder
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, require_choice, require_number
 
 SCHEDULES = ("together", "alternate")
 UNLABELLED = ("rest", "all", "none")
 ON_BAD = ("fatal", "skip")
-_NONE = np.empty(0, dtype=np.int64)
+_NO_NUMBERS = np.empty(0, dtype=np.int64)
 WEAK_ENDING = "_weak"
-"""How splits of pseudo-labels end, which `weaklabels` makes. A split of true masks cannot be taken for one by mistake.
-"""
+"""Ending of the splits that `weaklabels` makes, so that no split of true masks is taken for pseudo-labels."""
 
 
 @dataclass(frozen=True)
 class DomainSettings:
-    """What the recipe takes of one domain. Settings left out are those of `data`."""
+    """How a run uses one domain. Settings left out are those of `data`."""
 
     labelled: str = "all"
     """How many labelled images are used: a number, a share such as 1/16, `all`, `none`, or a text file with one key a
@@ -67,15 +65,13 @@ class DomainSettings:
     """Training crop of this domain, [width, height], in place of data.crop."""
 
     def __post_init__(self) -> None:
-        if self.unlabelled not in UNLABELLED:
-            raise UserError(f"unlabelled is {self.unlabelled!r}; it is one of {', '.join(UNLABELLED)}.")
-        if self.weight < 0:
-            raise UserError(f"a domain's weight is {self.weight}; it is 0 or more.")
+        require_choice("unlabelled", self.unlabelled, UNLABELLED)
+        require_number("weight", self.weight, at_least=0)
         if self.labelled == "0":
             raise UserError("labelled is 0; write `none` for a domain that has unlabelled images only.")
         for name, batch in (("labelled_batch", self.labelled_batch), ("unlabelled_batch", self.unlabelled_batch)):
-            if batch is not None and batch < 1:
-                raise UserError(f"{name} is {batch}; it is at least 1.")
+            if batch is not None:
+                require_number(name, batch, at_least=1)
 
 
 @dataclass(frozen=True)
@@ -95,48 +91,38 @@ class DataSettings:
     augment: Augment = field(default_factory=Augment)
     """Random views."""
     budget_seed: int = 0
-    """Which labelled images a budget takes; apart from the run's seed, so that runs with different seeds share their
-    labels.
-    """
+    """Chooses the labelled images of a budget. It is not the run's seed, so runs with different seeds share labels."""
     workers: int = 2
     """Loader processes per training process; 0 loads in the training process."""
     prefetch: int = 2
-    """Batches that each worker prepares ahead. It keeps room in shared memory (`/dev/shm`) for one more."""
+    """Batches that each worker prepares ahead, in shared memory (`/dev/shm`)."""
     remote: list[str] = field(default_factory=list)
     """Protocols that a domain's `remote` may have: http, https, s3. Empty: nothing is read from a network."""
     cache: str = "data/cache"
     """Folder in which remote shards are kept."""
     cache_gib: float = 50.0
-    """Largest size of that folder, in GiB; what was used longest ago goes first."""
+    """Largest size of that folder, in GiB; the files used longest ago are removed first."""
     window: int = 0
-    """0: an epoch is one permutation of all images. K: it permutes the shards, and images within windows of K shards
-    only; for shards that are read slowly.
+    """0: an epoch is one permutation of all images. K: it permutes the shards, and images only within windows of K
+    shards, for slow storage.
     """
     on_bad: str = "fatal"
-    """What becomes of a training image that cannot be used: `fatal` ends the run, `skip` takes another in its place and
-    counts it.
-    """
+    """A training image that cannot be used ends the run (`fatal`), or is counted and replaced by another (`skip`)."""
     max_bad_fraction: float = 0.01
     """With `skip`: the run ends when more than this share of a domain's images had to be skipped, 0 to 1."""
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"data.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
-        for name in ("labelled_batch", "unlabelled_batch", "prefetch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"data.{name} is {getattr(self, name)}; it is at least 1.")
-        for name in ("workers", "window"):
-            if getattr(self, name) < 0:
-                raise UserError(f"data.{name} is {getattr(self, name)}; it is at least 0.")
+        require_choice("data.schedule", self.schedule, SCHEDULES)
+        require_choice("data.on_bad", self.on_bad, ON_BAD)
         for protocol in self.remote:
-            if protocol not in PROTOCOLS:
-                raise UserError(f"data.remote names {protocol!r}; it is a list of {', '.join(PROTOCOLS)}.")
-        if self.cache_gib <= 0:
-            raise UserError(f"data.cache_gib is {self.cache_gib}; it is above 0.")
-        if self.on_bad not in ON_BAD:
-            raise UserError(f"data.on_bad is {self.on_bad!r}; it is one of {', '.join(ON_BAD)}.")
-        if not 0 <= self.max_bad_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction is {self.max_bad_fraction}; it is a share, 0 to 1.")
+            require_choice("data.remote", protocol, PROTOCOLS)
+        require_number("data.labelled_batch", self.labelled_batch, at_least=1)
+        require_number("data.unlabelled_batch", self.unlabelled_batch, at_least=1)
+        require_number("data.prefetch", self.prefetch, at_least=1)
+        require_number("data.workers", self.workers, at_least=0)
+        require_number("data.window", self.window, at_least=0)
+        require_number("data.cache_gib", self.cache_gib, above=0)
+        require_number("data.max_bad_fraction", self.max_bad_fraction, at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -161,11 +147,18 @@ class DomainStreams:
     max_bad: float | None = None
     """Largest share of images that may be skipped because they cannot be used, 0 to 1; None: none may."""
 
-    def order(self, kind: str, seed: int) -> Stream:
+    def samples(self, subset: str) -> Sequence[tuple[int, int]]:
+        """The `labelled` or the `unlabelled` samples."""
+        return self.labelled if subset == "labelled" else self.unlabelled
+
+    def batch(self, subset: str) -> int:
+        """`labelled` or `unlabelled` images per step, over all processes and micro-batches."""
+        return self.labelled_batch if subset == "labelled" else self.unlabelled_batch
+
+    def order(self, subset: str, seed: int) -> Stream:
         """The order of the `labelled` or `unlabelled` samples."""
-        samples = self.labelled if kind == "labelled" else self.unlabelled
-        name = f"{self.domain.name}/{kind}"
-        if self.window and len(samples) and isinstance(samples, Selection):
+        samples, name = self.samples(subset), f"{self.domain.name}/{subset}"
+        if self.window and samples and isinstance(samples, Selection):
             return Stream(name, len(samples), seed, self.window, samples.shard_ends(self.sources))
         return Stream(name, len(samples), seed)
 
@@ -173,7 +166,7 @@ class DomainStreams:
 def open_streams(
     domain: Domain, settings: DomainSettings, data: DataSettings, *, use_unlabelled: bool = True
 ) -> DomainStreams:
-    """A domain's streams, from its shards and what the recipe says of them.
+    """A domain's streams, from its shards and the recipe's settings.
 
     Raises UserError, naming the recipe's key, when shards are missing and when the budget cannot be met.
     """
@@ -181,26 +174,24 @@ def open_streams(
         require_address(settings.remote, data.remote, f"domains.{domain.name}.remote")
     train = _open_split(domain, settings.train_split, settings, data)
     labelled = _labelled(domain, train, settings, data.budget_seed)
-    sources, unlabelled, weak_source = [train], [], None
+    sources, weak_source = [train], None
+    unlabelled: list[Only | AllBut] = []
     if use_unlabelled:
-        if settings.unlabelled != "none":
-            unlabelled.append(
-                _complement(labelled, len(train)) if settings.unlabelled == "rest" else AllBut(0, len(train), _NONE)
-            )
+        if settings.unlabelled == "rest":
+            unlabelled.append(_complement(labelled, len(train)))
+        elif settings.unlabelled == "all":
+            unlabelled.append(AllBut(0, len(train), _NO_NUMBERS))
         for split in settings.unlabelled_splits:
             sources.append(_open_split(domain, split, settings, data))
-            unlabelled.append(AllBut(len(sources) - 1, len(sources[-1]), _NONE))
+            unlabelled.append(AllBut(len(sources) - 1, len(sources[-1]), _NO_NUMBERS))
         if settings.weak_split:
             weak_source = len(sources)
             sources.append(_open_split(domain, settings.weak_split, settings, data))
-            # Where pseudo-labels are all a domain has, main and auxiliary decoders learn from the same ones.
-            chosen = (
-                set()
-                if settings.weak_split == settings.train_split
-                else {train.keys[labelled.at(position)] for position in range(len(labelled))}
-            )
+            # When the training split itself has pseudo-labels, main and auxiliary decoders learn from the same ones.
+            use_true_masks = settings.weak_split != settings.train_split
+            chosen = {train.keys[labelled.at(n)] for n in range(len(labelled))} if use_true_masks else set()
             unlabelled = _with_pseudo_labels(unlabelled, sources, chosen)
-    crop = settings.crop or data.crop
+    width, height = settings.crop or data.crop
     return DomainStreams(
         domain=domain,
         sources=tuple(sources),
@@ -209,14 +200,14 @@ def open_streams(
         weak_source=weak_source,
         labelled_batch=settings.labelled_batch or data.labelled_batch,
         unlabelled_batch=settings.unlabelled_batch or data.unlabelled_batch,
-        crop=(crop[0], crop[1]),
+        crop=(width, height),
         window=data.window,
         max_bad=data.max_bad_fraction if data.on_bad == "skip" else None,
     )
 
 
 def _open_split(domain: Domain, split: str, settings: DomainSettings, data: DataSettings) -> Shards:
-    """The split from this machine or, where it is not there and the domain has an address, from there."""
+    """The split from this machine, or from the domain's address when it is not here."""
     folder = Path(data.shards) / domain.name
     if not settings.remote or shard_paths(folder, split):
         return Shards.open(folder, split)
@@ -230,16 +221,14 @@ def _labelled(domain: Domain, train: Shards, settings: DomainSettings, seed: int
     Keys are read only when a budget has to choose, and then only those of samples with a mask.
     """
     if settings.labelled == "none":
-        return Only(0, _NONE)
+        return Only(0, _NO_NUMBERS)
     where = f"domains.{domain.name}.labelled"
-    num_labelled = int(train.catalogue.labelled.sum())
-    if not num_labelled and settings.labelled == "all":
-        raise UserError(
-            f"{where}: the split {settings.train_split!r} has no labelled images. Pack it with masks, name another "
-            "train_split, or write `none` when the domain"
-            " borrows its labels (labels_of)."
-        )
     if settings.labelled == "all":
+        if not train.catalogue.labelled.any():
+            raise UserError(
+                f"{where}: the split {settings.train_split!r} has no labelled images. Pack it with masks, name another "
+                "train_split, or write `none` when the domain borrows its labels (labels_of)."
+            )
         return AllBut(0, len(train), train.numbers(labelled=False))
     numbers = {train.keys[number]: number for number in train.numbers(labelled=True).tolist()}
     chosen = labelled_subset(list(numbers), settings.labelled, seed=seed, where=where)
@@ -253,8 +242,8 @@ def _complement(part: Only | AllBut, total: int) -> Only | AllBut:
 def _with_pseudo_labels(
     unlabelled: Sequence[Only | AllBut], sources: Sequence[Shards], chosen: set[str]
 ) -> list[Only | AllBut]:
-    """The unlabelled samples with those of the last source, which has pseudo-labels: an image stands there once, and
-    not when its true mask is used.
+    """The unlabelled samples and those of the last source, which has pseudo-labels. An image of both is used once, with
+    its pseudo-labels, and never when its true mask is used.
     """
     weak = len(sources) - 1
     pseudo = {key: number for number, key in enumerate(sources[weak].keys) if key not in chosen}

@@ -20,10 +20,10 @@ from multidomain_cct.data.batches.stored_mask import stored_mask
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.images import decode_smaller, decoded, load_image, open_image, upright_size
 from multidomain_cct.data.shards.reader import BadSample, Record
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, require_number
 
 PAD = (124, 116, 104)
-"""Colour of the area beyond the image: ImageNet's mean, close to 0 after any encoder's normalisation."""
+"""Colour of padding: ImageNet's mean, close to 0 after any encoder's normalisation."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,7 @@ class Augment:
             raise UserError(f"augment.scale is {self.scale}; it is [smallest, largest] with 0 < smallest <= largest.")
         if self.long_side and (len(self.long_side) != 2 or not 0 < self.long_side[0] <= self.long_side[1]):
             raise UserError(f"augment.long_side is {self.long_side}; it is [smallest, largest] in pixels, or empty.")
-        if not 0 <= self.flip <= 1:
-            raise UserError(f"augment.flip is {self.flip}; a probability lies in 0 to 1.")
+        require_number("augment.flip", self.flip, at_least=0, at_most=1)
 
 
 def decode(record: Record, domain: Domain) -> tuple[Image.Image, Image.Image | None]:
@@ -52,18 +51,13 @@ def decode(record: Record, domain: Domain) -> tuple[Image.Image, Image.Image | N
     Raises BadSample, naming shard and key, for bytes that are not an image and for a train id that the class table does
     not have.
     """
-    where = _place(record)
-    with _errors_of_the_image():
-        image = load_image(record.image, where)
-    return image, None if record.mask is None else stored_mask(record.mask, domain, where)
-
-
-def _place(record: Record) -> str:
-    return f"{record.shard}: key {record.key!r}"
+    with _bad_image():
+        image = load_image(record.image, record.where)
+    return image, None if record.mask is None else stored_mask(record.mask, domain, record.where)
 
 
 @contextmanager
-def _errors_of_the_image() -> Iterator[None]:
+def _bad_image() -> Iterator[None]:
     try:
         yield
     except (UserError, ValueError) as error:
@@ -74,6 +68,7 @@ def _errors_of_the_image() -> Iterator[None]:
 class View:
     """A training view of one image."""
 
+    key: str
     image: Tensor
     """(3, H, W) uint8, channels last in memory."""
     ids: Tensor
@@ -84,12 +79,12 @@ class View:
 
 @dataclass(frozen=True)
 class _Cut:
-    """What a view shows; all are (width, height) in pixels."""
+    """The part of an image that a view shows; all are (width, height) in pixels."""
 
     whole: tuple[int, int]
-    """The image once it is scaled."""
+    """Size of the scaled image."""
     shown: tuple[int, int]
-    """The part of it in the view; what is missing to the crop is padding."""
+    """Size of the part in the view; the rest of the crop is padding."""
     corner: tuple[int, int]
     """Left and top of that part."""
     flip: bool
@@ -105,18 +100,15 @@ class _Cut:
         return cls((width, height), shown, (left, top), bool(rng.random() < augment.flip))
 
     def box(self, extent: tuple[float, float]) -> tuple[int, int, int, int]:
-        """Left, top, right and bottom, in pixels of a picture, of the part that is shown; `extent` is what the whole
-        image measures in these pixels.
+        """Left, top, right and bottom of the part, in whole pixels of a picture in which the image measures `extent`
+        (width, height).
         """
-        starts, ends = zip(*map(_whole_pixels, self.corner, self.shown, self.whole, extent), strict=True)
-        return (*starts, *ends)
-
-
-def _whole_pixels(corner: int, shown: int, whole: int, extent: float) -> tuple[int, int]:
-    """Along one axis, start and end of what is shown: whole pixels of which none lies beyond the extent."""
-    count = min(max(1, round(shown * extent / whole)), int(extent))
-    start = min(round(corner * extent / whole), int(extent) - count)
-    return start, start + count
+        starts, ends = [], []
+        for corner, shown, whole, pixels in zip(self.corner, self.shown, self.whole, extent, strict=True):
+            count = min(max(1, round(shown * pixels / whole)), int(pixels))
+            starts.append(min(round(corner * pixels / whole), int(pixels) - count))
+            ends.append(starts[-1] + count)
+        return starts[0], starts[1], ends[0], ends[1]
 
 
 def training_view(
@@ -125,24 +117,24 @@ def training_view(
     """A random view of a record; crop is (width, height). Where the scaled image is smaller than the crop, the rest is
     padding.
 
-    What is shown is drawn before anything is decoded, so that a JPEG of which a smaller version will do is decoded as
-    that. Raises BadSample as `decode` does, and when image and mask differ in size.
+    Scale and position are drawn before decoding, so that a JPEG can be decoded at reduced scale. Raises BadSample as
+    `decode` does, and when image and mask differ in size.
     """
-    where = _place(record)
-    with _errors_of_the_image():
+    where = record.where
+    with _bad_image():
         image = open_image(record.image, where)
         size = upright_size(image, where)
     cut = _Cut.draw(size, augment, crop, rng)
-    with _errors_of_the_image():
+    with _bad_image():
         extent = decode_smaller(image, where, cut.whole)
         whole = decoded(image, where)
     if whole.size != tuple(map(math.ceil, extent)):
-        # Pillow would fill what lies beyond the picture with black.
-        message = (
-            f"{where}: the image was to be {size[0]}x{size[1]} by its header, but its pixels are others "
-            f"({whole.width}x{whole.height}). Store it as a JPEG."
+        # Pillow would fill the area beyond the picture with black.
+        raise BadSample(
+            f"{where}: the image is {size[0]}x{size[1]} by its header, but {whole.width}x{whole.height} when decoded. "
+            "Store it as a JPEG.",
+            "image: another size than its header says",
         )
-        raise BadSample(message, "image: another size than its header says")
     box = cut.box(extent)
     width, height = cut.shown
     # torchvision resizes several times faster than Pillow when channels are last.
@@ -151,20 +143,20 @@ def training_view(
     if record.mask is not None:
         mask = stored_mask(record.mask, domain, where)
         if mask.size != size:
-            message = (
-                f"{where}: the mask is {mask.width}x{mask.height} but the image is {size[0]}x{size[1]}. Pack the "
-                "split again."
+            raise BadSample(
+                f"{where}: the mask is {mask.width}x{mask.height} but the image is {size[0]}x{size[1]}. Pack the split "
+                "again.",
+                "mask: another size than the image",
             )
-            raise BadSample(message, "mask: another size than the image")
-        # An image that is decoded smaller is so by a whole factor.
+        # JPEGs are decoded smaller by a whole factor.
         left, top, right, bottom = (edge * round(size[0] / extent[0]) for edge in box)
         ids[:height, :width] = mask_tensor(
             mask.resize(cut.shown, Image.Resampling.NEAREST, box=(left, top, right, bottom))
         )
     inside = torch.zeros(crop[1], crop[0], dtype=torch.bool)
     inside[:height, :width] = True
-    view = View(_padded(part, crop), ids, inside)
-    return View(view.image.flip(-1), view.ids.flip(-1), view.inside.flip(-1)) if cut.flip else view
+    layers = (_padded(part, crop), ids, inside)
+    return View(record.key, *(layer.flip(-1) if cut.flip else layer for layer in layers))
 
 
 def _padded(part: Tensor, crop: tuple[int, int]) -> Tensor:
@@ -172,7 +164,7 @@ def _padded(part: Tensor, crop: tuple[int, int]) -> Tensor:
     height, width = part.shape[1:]
     if (width, height) == crop:
         return part
-    # A row of pixels at a time: torchvision pads one channel after the other.
+    # Filled pixel by pixel, channels last: torchvision pads channel by channel, which is slower.
     row = torch.tensor(PAD, dtype=torch.uint8).repeat(crop[0], 1)
     image = row.repeat(crop[1], 1, 1).permute(2, 0, 1)
     image[:, :height, :width] = part

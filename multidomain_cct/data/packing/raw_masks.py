@@ -5,20 +5,17 @@ Shapes: H W size of the mask.
 
 from __future__ import annotations
 
-import struct
-import warnings
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from multidomain_cct.data.domain import IGNORE, Domain
-from multidomain_cct.data.images import grey_step
+from multidomain_cct.data.images import ID_MODES, load_mask
 from multidomain_cct.data.packing.raw_files import MaskFile
 from multidomain_cct.errors import UserError
 
 _FORMATS = ("PNG", "BMP", "TIFF", "GIF", "JPEG")
-_ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 _COLOR_MODES = ("RGB", "RGBA")
 
 
@@ -115,37 +112,18 @@ def _read_pixels(path: Path) -> np.ndarray:
 
 
 def _open(path: Path) -> tuple[Image.Image, int]:
-    """The decoded image, and what its pixels have to be divided by."""
-    try:
-        with warnings.catch_warnings():
-            # Pillow only warns of a file that would fill the memory until it is twice as large.
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path, formats=_FORMATS) as image:
-                step = grey_step(image)
-                image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(
-            f"{path}: the mask is too large to be read safely ({error}). Cut image and mask into tiles."
-        ) from None
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error) as error:
-        raise UserError(
-            f"{path}: the mask cannot be read ({error}). Masks are PNG, BMP, TIFF or GIF files; fetch or export it "
-            "again."
-        ) from None
-    _refuse_unusable(image, path)
-    return image, step
-
-
-def _refuse_unusable(image: Image.Image, path: Path) -> None:
+    """The decoded image, and the step by which its pixels have to be divided."""
+    image, step = load_mask(path, str(path), _FORMATS)
     if image.format == "JPEG" or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
         raise UserError(
             f"{path}: the mask is JPEG-compressed, which changes labels along every border. Export it as PNG."
         )
-    if image.mode not in _ID_MODES + _COLOR_MODES:
+    if image.mode not in ID_MODES + _COLOR_MODES:
         raise UserError(
             f"{path}: the mask has pixels of Pillow's mode {image.mode}. Export it as 8- or 16-bit ids in one "
             "channel, palette indices or RGB colours."
         )
+    return image, step
 
 
 def _read_cell(path: Path, cell: int) -> np.ndarray:

@@ -47,6 +47,11 @@ class Record:
     image: bytes
     mask: bytes | None
 
+    @property
+    def where(self) -> str:
+        """Shard and key, with which messages begin."""
+        return f"{self.shard}: key {self.key!r}"
+
 
 class Shards:
     """The samples of one split of one domain, read by their number.

@@ -105,7 +105,7 @@ def render_toy(name: str, folder: Path) -> None:
 
 
 def _save(picture: Image.Image, path: Path, **options: Any) -> None:
-    with replacing(path) as temporary:
+    with replacing(path, durable=False) as temporary:
         picture.save(temporary, **options)
 
 

@@ -501,6 +501,50 @@ def test_batches_move_as_a_whole(shards: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_keep_their_memory_layout(shards: Path, workers: int) -> None:
+    (batch,) = (step["d0"] for step in run(training_set(streams(shards, ["d0"])), 0, 1, workers))
+    for images in (batch.images, batch.unlabelled):
+        assert images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.masks.is_contiguous()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_for_a_gpu_every_tensor_is_pinned(shards: Path, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A machine without a GPU cannot pin: DataLoader is made to believe in one, and pinning makes a copy.
+    for name, answer in {
+        "is_available": True,
+        "current_accelerator": torch.device("cuda"),
+        "current_device_index": 0,
+        "set_device_index": None,
+    }.items():
+        monkeypatch.setattr(torch.accelerator, name, lambda *ignored, answer=answer: answer)
+    pinned: list[int] = []
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        pinned.append(copy.data_ptr())
+        return copy
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    data = training_set(streams(shards))
+    loaded = list(steps(data, 0, 2, workers=workers, pin_memory=True))
+    for got, expected in zip(loaded, run(data, 0, 2), strict=True):
+        assert_equal(got, expected)
+        for batch in got.values():
+            tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
+            assert {tensor.data_ptr() for tensor in tensors} <= set(pinned)
+
+
+def test_with_a_gpu_an_unusable_sample_is_still_one_line(tmp_path: Path) -> None:
+    from torch.utils.data._utils.pin_memory import pin_memory
+
+    write(tmp_path, "d0", "train", [NOT_A_MASK])
+    data = training_set(streams(tmp_path, ["d0"], DomainSettings(labelled="all", unlabelled="none")))
+    refused = data[0]
+    assert pin_memory(refused) is refused
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_loading_draws_nothing_from_the_callers_generator(shards: Path, workers: int) -> None:
     before = torch.random.get_rng_state()
