@@ -1,7 +1,7 @@
-"""The program: its words, and what becomes of errors. A bare recipe path trains.
+"""The program: its commands, and what becomes of errors. A bare recipe path trains.
 
 Exit codes: 0 done, 1 findings or a failed run, 2 the user's mistake, 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
-A mistake (UserError) is one line. What is our own fault keeps its traceback.
+A mistake (UserError) is one line. A fault of this software keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from multidomain_cct import __version__
 from multidomain_cct.commands import (
@@ -26,9 +27,9 @@ from multidomain_cct.commands import (
     weaklabels,
 )
 from multidomain_cct.commands.kept_memory import keep_freed_memory
-from multidomain_cct.commands.terminal import FAILED, MISTAKE, complain, speaks
+from multidomain_cct.commands.terminal import FAILED, MISTAKE, Parser, complain, program, speaks
 from multidomain_cct.data.shards.download import SourceError
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, did_you_mean
 
 TRACEBACK = "--traceback"
 COMMANDS = (train, pack, index, evaluate, predict, report, compare, smoothness, weaklabels, domains)
@@ -36,19 +37,21 @@ COMMANDS = (train, pack, index, evaluate, predict, report, compare, smoothness, 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    shows_traceback = TRACEBACK in arguments or os.environ.get("MDCCT_TRACEBACK") == "1"
-    arguments = [word for word in arguments if word != TRACEBACK]
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    shows_traceback = TRACEBACK in words or os.environ.get("MDCCT_TRACEBACK") == "1"
+    words = [word for word in words if word != TRACEBACK]
     parser, commands = build_parser()
-    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands:
-        arguments.insert(0, "train")
-    options, extra = parser.parse_known_args(arguments)
-    # Overrides may stand behind an option, where argparse does not look for them.
-    if extra and (not options.takes_overrides or not all("=" in word and not word.startswith("-") for word in extra)):
-        parser.error(f"unknown argument {extra[0]!r}")
-    if options.takes_overrides:
-        options.overrides = [*options.overrides, *extra]
+    if "_ARGCOMPLETE" in os.environ:
+        # Set by the shell when it asks for completions.
+        import argcomplete
+
+        argcomplete.autocomplete(parser)
     try:
+        if not words or words[0].startswith("-"):
+            parser.parse_args(words)
+        command = _command(words, commands)
+        # Overrides may come after options.
+        options = commands[command].parse_intermixed_args(words)
         code: int = options.run(options)
         return code
     except UserError as error:
@@ -59,40 +62,55 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return MISTAKE
     except SourceError as error:
         complain(str(error))
-        return FAILED
     except OSError as error:
-        # A full disk, a folder that may not be written: not what was asked, but where.
+        # A full disk, a folder that may not be written: the command was right.
         complain(
             f"{error.filename or 'input or output'}: {error.strerror or error}. Make room or choose another place, "
             "then give the same command again."
         )
-        return FAILED
     except KeyboardInterrupt:
-        complain(
-            "stopped. A training run goes on from its last checkpoint with resume=auto; packing goes on with the same "
-            "command."
-        )
+        complain("stopped. Training goes on from its last checkpoint with resume=auto, packing with the same command.")
         return 130
+    return FAILED
 
 
-def build_parser() -> tuple[argparse.ArgumentParser, set[str]]:
-    """The parser and the words that are commands."""
-    parser = argparse.ArgumentParser(
-        prog="multidomain_cct",
-        description="Semi-supervised semantic segmentation over many domains. A bare recipe path trains it.",
+def build_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser, and those of the commands by name."""
+    parser = Parser(
+        prog=program(), description="Semi-supervised semantic segmentation over many domains. A bare recipe trains."
     )
-    # `main` takes it out before the command is known, so that it may be anywhere.
+    # `main` removes it from the words; it is here for --help and completion.
     parser.add_argument(
-        TRACEBACK, action="store_true", help="also show where a mistake was found (or set MDCCT_TRACEBACK=1)"
+        TRACEBACK, action="store_true", help="show where a mistake was found (or set MDCCT_TRACEBACK=1)"
     )
     parser.add_argument("--version", action="version", version=f"multidomain_cct {__version__}")
-    parser.set_defaults(takes_overrides=False)
-    words = parser.add_subparsers(required=True, metavar="COMMAND")
+    words = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=Parser)
     for command in COMMANDS:
         command.register(words)
-    return parser, set(words.choices)
+    return parser, words.choices
+
+
+def _command(words: list[str], commands: Mapping[str, argparse.ArgumentParser]) -> str:
+    """The command that the words give, removed from them; `train` for a recipe.
+
+    Raises UserError when the first word is neither a command nor like a recipe.
+    """
+    first = words[0]
+    if first in commands:
+        return words.pop(0)
+    if not (first.endswith((".yaml", ".yml")) or Path(first).is_file()):
+        raise UserError(
+            f'"{first}" is neither a command nor a recipe (a .yaml file). Commands: '
+            f"{', '.join(commands)}.{did_you_mean(first, commands)}"
+        )
+    return "train"
+
+
+def run_program() -> int:
+    """`main`, for a process of its own."""
+    keep_freed_memory()
+    return main()
 
 
 if __name__ == "__main__":
-    keep_freed_memory()
-    sys.exit(main())
+    sys.exit(run_program())

@@ -1,6 +1,7 @@
 """The commands as a user calls them: exit codes, one line per mistake, nothing written."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -166,8 +167,61 @@ def test_names_that_look_like_markup_are_printed_as_they_are(yard: Path, capsys:
 def test_overrides_may_stand_behind_options(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (yard / "r.yaml").write_text("domains: {yard: {}}\n")
     assert 'unknown key "data.crpo"' in mistake(capsys, "r.yaml", "--domains", "domains", "data.crpo=1")
-    with pytest.raises(SystemExit):
-        main(["r.yaml", "--speed", "3"])
+
+
+@pytest.mark.parametrize(
+    ("words", "command", "named"),
+    [
+        (["r.yaml", "--speed", "3"], "train", "--speed"),
+        (["r.yaml", "--domain", "domains"], "train", "--domain"),
+        (["pack", "yard", "--ra", "raw"], "pack", "--ra"),
+        (["evaluate", "run", "--chekpoint=best"], "evaluate", "--chekpoint=best"),
+    ],
+)
+def test_an_unknown_option_prints_the_usage_of_its_command(
+    yard: Path, capsys: pytest.CaptureFixture[str], words: list[str], command: str, named: str
+) -> None:
+    (yard / "r.yaml").write_text("domains: {yard: {}}\n")
+    with pytest.raises(SystemExit) as stopped:
+        main(words)
+    assert stopped.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith(f"usage: python -m multidomain_cct {command} ")
+    assert named in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("word", "advice"),
+    [("evalaute", 'Did you mean "evaluate"?'), ("pck", 'Did you mean "pack"?'), ("seed=3", "a .yaml file")],
+)
+def test_a_first_word_that_is_no_command_is_answered_with_the_commands(
+    yard: Path, capsys: pytest.CaptureFixture[str], word: str, advice: str
+) -> None:
+    line = mistake(capsys, word, "runs/demo")
+    assert f'"{word}" is neither a command nor a recipe' in line
+    assert "train, pack, index" in line
+    assert advice in line
+
+
+def test_the_program_is_called_as_it_was_started(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for started, shown in (("/bin/multidomain-cct", "multidomain-cct"), ("x/__main__.py", "python -m multidomain_cct")):
+        monkeypatch.setattr(sys, "argv", [started])
+        with pytest.raises(SystemExit):
+            main(["pack", "--help"])
+        assert capsys.readouterr().out.startswith(f"usage: {shown} pack ")
+
+
+def test_the_shell_completes_commands_and_options(tmp_path: Path) -> None:
+    pytest.importorskip("argcomplete")
+    for typed, expected in (("multidomain-cct ev", "evaluate"), ("multidomain-cct pack --ra", "--raw")):
+        answer = tmp_path / "answer"
+        asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+        asked |= {"COMP_LINE": typed, "COMP_POINT": str(len(typed)), "_ARGCOMPLETE_IFS": " "}
+        code = "from multidomain_cct.__main__ import main; main()"
+        subprocess.run([sys.executable, "-c", code], env=os.environ | asked, timeout=60)
+        assert expected in answer.read_text().split()
 
 
 def test_index_makes_foreign_shards_usable(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:

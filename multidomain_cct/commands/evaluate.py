@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
+from multidomain_cct.commands.terminal import DONE, Words, prediction_options, say, show_table
 
-from multidomain_cct.commands.terminal import DONE, Words, prediction_options, say
+if TYPE_CHECKING:
+    from multidomain_cct.evaluation.scoring import Score
+    from multidomain_cct.results.trained_run import TrainedRun
 
 
 def register(words: Words) -> None:
@@ -24,7 +28,7 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.results.evaluate import evaluate, print_scores, scores_as_json, write_scores
+    from multidomain_cct.results.evaluate import evaluate, scores_as_json, write_scores
     from multidomain_cct.results.trained_run import TrainedRun
 
     trained = TrainedRun.load(options.folder, options.checkpoint)
@@ -34,6 +38,25 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(scores_as_json(trained, scores), indent=1))
     else:
-        print_scores(Console(), trained, scores)
+        _print_scores(trained, scores)
         say(f"written to {written}")
     return DONE
+
+
+def _print_scores(run: TrainedRun, scores: Sequence[Score]) -> None:
+    """A table per domain: IoU per class, mIoU, pixel accuracy, and how the numbers were made."""
+    from multidomain_cct.evaluation.scoring import arithmetic_and_harmonic
+
+    for result in scores:
+        shares = result.confusion.sum(axis=1) / max(1, result.confusion.sum())
+        rows = [
+            (label, "absent" if iou is None else f"{100 * iou:.1f}", f"{100 * share:.1f} %")
+            for share, (label, iou) in zip(shares, result.iou.items(), strict=True)
+        ]
+        rows += [("mIoU", f"{100 * result.miou:.1f}", ""), ("pixel accuracy", f"{100 * result.pixel_accuracy:.1f}", "")]
+        title = f"{result.domain.name}: {result.domain.title or result.split}"
+        show_table(("class", "IoU", "share of pixels"), rows, title=title, numbers=True, sums=2)
+        say(f"{result.protocol}, {run.checkpoint.name} of {run.folder}")
+    if len(scores) > 1:
+        arithmetic, harmonic = arithmetic_and_harmonic([result.miou for result in scores])
+        say(f"mean of {len(scores)} domains: mIoU {100 * arithmetic:.1f} (harmonic {100 * harmonic:.1f})")

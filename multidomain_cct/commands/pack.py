@@ -7,14 +7,19 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from multidomain_cct.commands.terminal import DONE, SHARDS, Words, domain_options, progress_bar
+from multidomain_cct.commands.terminal import (
+    DONE,
+    SHARDS,
+    Words,
+    complain,
+    domain_options,
+    progress_bar,
+    say,
+    show_table,
+)
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.specification import domain_folders, find_domain
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, require_number
 
 if TYPE_CHECKING:
     from multidomain_cct.data.packing.pack import Summary
@@ -45,8 +50,8 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.data.toy.scenes import render_toy
 
     domain = find_domain(options.domain, domain_folders(options.domains))
-    if options.workers is not None and options.workers < 1:
-        raise UserError(f"--workers is {options.workers}; it is at least 1.")
+    if options.workers is not None:
+        require_number("--workers", options.workers, at_least=1)
     if options.raw is None and domain.layout != "toy":
         raise UserError(
             f"--raw is missing: name the folder of the raw data set {domain.name} (layout {domain.layout})."
@@ -63,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _present_splits(domain: Domain, raw: Path) -> list[str]:
-    """The splits that the raw folder holds; those of a data set that was fetched in part are said to be missing."""
+    """The splits that the raw folder holds. Of a data set that was fetched in part, the missing ones are named."""
     from multidomain_cct.data.packing.layouts import raw_samples
     from multidomain_cct.data.packing.raw_files import MissingRawFiles
 
@@ -79,34 +84,28 @@ def _present_splits(domain: Domain, raw: Path) -> list[str]:
     if not present:
         raise UserError(errors[0])
     for line in errors:
-        Console(stderr=True, soft_wrap=True).print(f"left out: {line}", markup=False, highlight=False)
+        complain(line, "left out")
     return present
 
 
 def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -> None:
     from multidomain_cct.data.packing.pack import ignored_share
 
-    console = Console(highlight=False)
-    sizes = ", ".join(f"{count} of {size}" for size, count in summary.sizes.most_common(3)) + (
-        ", ..." if len(summary.sizes) > 3 else ""
-    )
-    console.print(
+    sizes = ", ".join(f"{count} of {size}" for size, count in summary.sizes.most_common(3))
+    say(
         f"{domain.name}/{split}: {summary.images} images ({summary.labelled} labelled) in {summary.shards} shard(s) "
-        f"under {folder}; {sizes} pixels, "
-        f"{summary.image_bytes / max(1, summary.images) / 1024:.0f} KiB an image",
-        markup=False,
-        soft_wrap=True,
+        f"under {folder}; {sizes}{', ...' if len(summary.sizes) > 3 else ''} pixels, "
+        f"{summary.image_bytes / max(1, summary.images) / 1024:.0f} KiB an image"
     )
     if not summary.labelled:
         return
-    table = Table("train id", "class", "share of pixels")
     total = max(1, int(summary.pixels.sum()))
-    for train_id, label in enumerate(domain.classes):
-        table.add_row(str(train_id), escape(label.name), f"{100 * summary.pixels[train_id] / total:.2f} %")
-    table.add_row(str(IGNORE), "ignored", f"{100 * ignored_share(summary):.2f} %")
-    console.print(table)
+    rows = [
+        (str(train_id), label.name, f"{100 * summary.pixels[train_id] / total:.2f} %")
+        for train_id, label in enumerate(domain.classes)
+    ]
+    rows.append((str(IGNORE), "ignored", f"{100 * ignored_share(summary):.2f} %"))
+    show_table(("train id", "class", "share of pixels"), rows)
     if summary.unknown:
-        values = ", ".join(f"{value} ({count} px)" for value, count in summary.unknown.most_common(8)) + (
-            " ..." if len(summary.unknown) > 8 else ""
-        )
-        console.print(f"raw values that no class names, now {IGNORE}: {values}", markup=False, soft_wrap=True)
+        values = ", ".join(f"{value} ({count} px)" for value, count in summary.unknown.most_common(8))
+        say(f"raw values that no class names, now {IGNORE}: {values}{' ...' if len(summary.unknown) > 8 else ''}")

@@ -8,11 +8,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-
-from multidomain_cct.commands.terminal import DONE, SHARDS, Words, domain_options, progress_bar, say
+from multidomain_cct.commands.terminal import DONE, SHARDS, Words, domain_options, progress_bar, say, show_table
 from multidomain_cct.data.specification import domain_folders, find_domain
 from multidomain_cct.errors import UserError
 
@@ -67,46 +63,28 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(diagnosis.as_json(), indent=1))
         return DONE
-    print_diagnosis(Console(), diagnosis)
+    print_diagnosis(diagnosis)
     say(diagnosis.verdict)
     say(f"picture: {options.out}")
     return DONE
 
 
-def print_diagnosis(console: Console, diagnosis: Diagnosis) -> None:
+def print_diagnosis(diagnosis: Diagnosis) -> None:
     """A row per stage: its grid, and the AUCs of its features and of image patches of the same size."""
-    where = (
+    say(
         f"{diagnosis.subject} on {diagnosis.domain.name}/{diagnosis.split}: {diagnosis.images} images, borders of the "
         f"{diagnosis.borders}"
     )
-    console.print(where, markup=False, highlight=False, soft_wrap=True)
-    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("stage")
-    for title in (
-        "stride",
-        "channels",
-        "border\nshare",
-        "AUC features\n(pooled)",
-        "AUC patches\n(pooled)",
-        "difference",
-    ):
-        table.add_column(title, justify="right")
+    rows = []
     for score in diagnosis.stages:
-        areas = [_pair(score.auc, score.pooled_auc), _pair(score.patch_auc, score.patch_pooled_auc)]
-        gain = (
-            "none"
-            if score.gain is None
-            else f"{score.gain:+.3f}" + (f"±{score.gain_error:.3f}" if score.gain_error is not None else "")
-        )
-        table.add_row(
-            score.name, str(score.stride), str(score.channels), f"{100 * score.border_share:.0f} %", *areas, gain
-        )
-    console.print(table)
-    console.print(
-        "AUC: mean over images (of all positions together); difference: its mean over images ± standard error",
-        highlight=False,
-        soft_wrap=True,
-    )
+        areas = (_pair(score.auc, score.pooled_auc), _pair(score.patch_auc, score.patch_pooled_auc))
+        error = "" if score.gain_error is None else f"±{score.gain_error:.3f}"
+        gain = "none" if score.gain is None else f"{score.gain:+.3f}{error}"
+        share = f"{100 * score.border_share:.0f} %"
+        rows.append((score.name, str(score.stride), str(score.channels), share, *areas, gain))
+    areas = ("AUC features\n(pooled)", "AUC patches\n(pooled)")
+    show_table(("stage", "stride", "channels", "border\nshare", *areas, "difference"), rows, numbers=True)
+    say("AUC: mean over images (of all positions together); difference: its mean over images ± standard error")
 
 
 def _pair(mean: float | None, pooled: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What commands share: exit codes, the parser's common options, one-line errors, a progress bar."""
+"""What commands share: exit codes, parsers, common options, one-line errors, tables, a progress bar."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from multidomain_cct.files.printable import printable
 
@@ -21,25 +24,32 @@ Words = Any
 """argparse's sub-parsers, whose class has no public name."""
 
 
-def complain(message: str) -> None:
+class Parser(argparse.ArgumentParser):
+    """A parser that takes options by their whole names only."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings, allow_abbrev=False)
+
+
+def program() -> str:
+    """The program as the person started it."""
+    return "multidomain-cct" if Path(sys.argv[0]).stem == "multidomain-cct" else "python -m multidomain_cct"
+
+
+def complain(message: str, label: str = "error") -> None:
     """One line on standard error."""
-    Console(stderr=True, soft_wrap=True).print(
-        f"error: {printable(' '.join(message.split()))}", markup=False, highlight=False
-    )
+    line = f"{label}: {printable(' '.join(message.split()))}"
+    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
 def speaks(error: Exception) -> bool:
-    """Whether this process of a run is the one that prints the error: the rank that it names, or the first for what all
-    processes find.
-    """
+    """Whether this process prints the error: the rank that the message names, or the first for what all ranks find."""
     named = re.match(r"rank (\d+): ", str(error))
     return os.environ.get("RANK", "0") == (named[1] if named else "0")
 
 
 def leave(code: int) -> int:
-    """The exit code; of a run in several processes the process ends here, because tidying up might wait for processes
-    that are gone.
-    """
+    """The exit code. One of several processes ends here: cleaning up might wait for processes that are gone."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -48,10 +58,34 @@ def leave(code: int) -> int:
 
 
 def say(text: str) -> None:
-    """A line on standard output, or several, as they are."""
-    Console().print(
-        "\n".join(printable(line) for line in text.split("\n")), markup=False, highlight=False, soft_wrap=True
-    )
+    """Lines on standard output, as they are."""
+    lines = "\n".join(printable(line) for line in text.split("\n"))
+    Console().print(lines, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_table(
+    heading: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    title: str = "",
+    numbers: bool = False,
+    sums: int = 0,
+    wide: bool = False,
+) -> None:
+    """A table on standard output.
+
+    `numbers` aligns all columns but the first to the right, a line sets off the last `sums` rows, and `wide` keeps the
+    cells whole in a file, which has no width.
+    """
+    console = Console(highlight=False)
+    if wide and not console.is_terminal:
+        console = Console(highlight=False, width=240)
+    table = Table(title=escape(title) or None, title_justify="left")
+    for position, name in enumerate(heading):
+        table.add_column(escape(name), justify="right" if numbers and position else "left")
+    for position, cells in enumerate(rows):
+        table.add_row(*(escape(printable(cell)) for cell in cells), end_section=position == len(rows) - sums - 1)
+    console.print(table)
 
 
 def domain_options() -> argparse.ArgumentParser:
@@ -68,58 +102,60 @@ def domain_options() -> argparse.ArgumentParser:
     return parser
 
 
+def recipe_options() -> argparse.ArgumentParser:
+    """The arguments of all commands that read a recipe."""
+    parser = argparse.ArgumentParser(add_help=False, parents=[domain_options()])
+    parser.add_argument("recipe", type=Path, metavar="RECIPE")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
+    return parser
+
+
 def prediction_options() -> argparse.ArgumentParser:
     """The options of all commands that predict whole images."""
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--checkpoint", default="last", help="last, best or a checkpoint's folder (default: last)")
     parser.add_argument(
-        "--window", type=numbers(int, 2), metavar="W,H", help="sliding window for images larger than this"
+        "--window", type=_numbers(int, "1024,512", 2), metavar="W,H", help="sliding window for images larger than this"
     )
     parser.add_argument(
-        "--scales", type=numbers(float), metavar="S,...", help="image scales to average over, for example 0.75,1,1.25"
+        "--scales", type=_numbers(float, "0.75,1,1.25"), metavar="S,...", help="image scales to average over"
     )
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     return parser
 
 
-def numbers(kind: type[int] | type[float], length: int | None = None) -> Any:
+def _numbers(kind: type[int] | type[float], example: str, count: int | None = None) -> Callable[[str], list[Any]]:
     """A reader of numbers with commas between them, for argparse."""
 
-    def parse(text: str) -> list[Any]:
-        values = [kind(part) for part in text.split(",")]
-        if length is not None and len(values) != length:
-            raise argparse.ArgumentTypeError(f"{text!r} is not {length} numbers with a comma between them")
+    def read(text: str) -> list[Any]:
+        try:
+            values = [kind(part) for part in text.split(",")]
+        except ValueError:
+            values = []
+        if not values or count not in (None, len(values)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not written like {example}")
         return values
 
-    return parse
+    return read
 
 
-class progress_bar:
-    """A bar with rate and time left, as the wrapper of an iteration that `pack` asks for."""
+@contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[Iterable[Any], int], Iterator[Any]]]:
+    """A bar with rate and time left: a function that wraps an iteration of known length."""
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn())
+    bar = Progress(TextColumn(title, markup=False), *columns, console=Console(stderr=True))
 
-    def __init__(self, title: str) -> None:
-        rate = TextColumn("{task.fields[rate]}")
-        self._bar = Progress(
-            TextColumn(title, markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            rate,
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
-
-    def __enter__(self) -> progress_bar:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        # rich ends with an empty line what it has not begun.
-        if self._bar.live.is_started:
-            self._bar.stop()
-
-    def __call__(self, items: Iterable[Any], total: int) -> Iterator[Any]:
-        self._bar.start()
-        task = self._bar.add_task("", total=total, rate="")
+    def wrap(items: Iterable[Any], total: int) -> Iterator[Any]:
+        bar.start()
+        task = bar.add_task("", total=total, rate="")
         for item in items:
             yield item
-            speed = self._bar.tasks[task].speed
-            self._bar.update(task, advance=1, rate=f"{speed:.0f} images/s" if speed else "")
+            speed = bar.tasks[task].speed
+            bar.update(task, advance=1, rate=f"{speed:.0f} images/s" if speed else "")
+
+    try:
+        yield wrap
+    finally:
+        # rich ends with an empty line what it has not begun.
+        if bar.live.is_started:
+            bar.stop()

@@ -6,17 +6,14 @@ import argparse
 import os
 import shlex
 import sys
-from pathlib import Path
 
-from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, domain_options, leave, say, speaks
+from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, leave, program, recipe_options, say, speaks
 from multidomain_cct.data.specification import domain_folders
 
 
 def register(words: Words) -> None:
-    command = words.add_parser("train", parents=[domain_options()], help="train a recipe (the word may be left out)")
-    command.add_argument("recipe", type=Path, metavar="RECIPE")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
-    command.set_defaults(run=run, takes_overrides=True)
+    command = words.add_parser("train", parents=[recipe_options()], help="train a recipe (the word may be left out)")
+    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,11 +24,9 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.training.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
-    command = shlex.join(["multidomain_cct", *sys.argv[1:]])
+    folders = domain_folders(options.domains, options.recipe)
     try:
-        folder = train(
-            recipe, domain_folders(options.domains, options.recipe), command=command, named_by=str(options.recipe)
-        )
+        folder = train(recipe, folders, command=f"{program()} {shlex.join(sys.argv[1:])}", named_by=str(options.recipe))
     except (RunFailed, RunStopped) as error:
         if speaks(error):
             complain(str(error))

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, domain_options, progress_bar, say
+from multidomain_cct.commands.terminal import (
+    DONE,
+    FAILED,
+    Words,
+    complain,
+    progress_bar,
+    recipe_options,
+    say,
+    show_table,
+)
 from multidomain_cct.data.specification import domain_folders
 
 if TYPE_CHECKING:
@@ -20,10 +24,8 @@ if TYPE_CHECKING:
 
 def register(words: Words) -> None:
     command = words.add_parser(
-        "weaklabels", parents=[domain_options()], help="image-level labels -> pseudo-label shards"
+        "weaklabels", parents=[recipe_options()], help="image-level labels -> pseudo-label shards"
     )
-    command.add_argument("recipe", type=Path, metavar="RECIPE")
-    command.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace the recipe's")
     command.add_argument(
         "--domain",
         action="append",
@@ -31,13 +33,12 @@ def register(words: Words) -> None:
         metavar="D",
         help="domain to label; may be repeated (default: all with image_labels)",
     )
-    command.add_argument("--force", action="store_true", help="replace pseudo-labels that are there already")
-    command.set_defaults(run=run, takes_overrides=True)
+    command.add_argument("--force", action="store_true", help="replace existing pseudo-labels")
+    command.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
-    import torch
-
+    from multidomain_cct.results.trained_run import available_device
     from multidomain_cct.results.weaklabels import (
         loss_ends,
         tagged_domains,
@@ -51,66 +52,54 @@ def run(options: argparse.Namespace) -> int:
     recipe = read_recipe(options.recipe, options.overrides)
     folders = domain_folders(options.domains, options.recipe)
     tagged = tagged_domains(recipe, folders, options.domain, named_by=str(options.recipe), force=options.force)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         with progress_bar("classifier") as progress:
-            model, losses = train_classifier(recipe, tagged, device=device, progress=progress)
+            model, losses = train_classifier(recipe, tagged, device=available_device(), progress=progress)
     except RunFailed as error:
         complain(str(error))
         return FAILED
     first, last = loss_ends(losses)
-    say(
-        f"classifier: {len(losses)} steps on {sum(len(images.samples) for images in tagged)} images, loss {first:.3f} "
-        f"-> {last:.3f}"
-    )
-    for images in tagged:
-        common = [
-            images.domain.classes[train_id].name
-            for train_id in sorted(too_common(images, recipe.pseudo_labels.most_common))
-        ]
+    images = sum(len(each.samples) for each in tagged)
+    say(f"classifier: {len(losses)} steps on {images} images, loss {first:.3f} -> {last:.3f}")
+    most_common = recipe.pseudo_labels.most_common
+    for each in tagged:
+        common = [each.domain.classes[train_id].name for train_id in sorted(too_common(each, most_common))]
         if common:
-            share = (
-                f"more than {100 * recipe.pseudo_labels.most_common:.0f} % of the images (pseudo_labels.most_common)"
-            )
-            say(
-                f"{images.domain.name}: no pseudo-labels for {', '.join(common)}, which {share} show: there is "
-                "nothing to tell them by."
-            )
-        with progress_bar(images.domain.name) as progress:
-            summary = write_pseudo_labels(recipe, images, model, progress=progress)
-        print_summary(Console(highlight=False), summary)
+            share = f"{100 * most_common:.0f} % of the images (pseudo_labels.most_common)"
+            say(f"{each.domain.name}: no pseudo-labels for {', '.join(common)}, which more than {share} show.")
+        with progress_bar(each.domain.name) as progress:
+            summary = write_pseudo_labels(recipe, each, model, progress=progress)
+        _print_summary(summary)
     return DONE
 
 
-def print_summary(console: Console, summary: WeakSummary) -> None:
-    """What was written for a domain, how much of it is labelled, and how right that is where true masks tell."""
+def _print_summary(summary: WeakSummary) -> None:
+    """What was written for a domain, how much of it is labelled, and, where true masks exist, how much is right."""
     name = summary.domain.name
-    quality = Table("pseudo-labels", "images", "pixels labelled", "precision", "mIoU", title=f"{name}/{summary.split}")
+    rows = []
     for title, tally in (("activation maps", summary.maps), ("written, after the random field", summary.refined)):
-        found = tally.quality
-        judged = ("", "") if found is None else (f"{100 * found.precision:.1f} %", f"{100 * found.miou:.1f}")
-        quality.add_row(title, str(summary.images), f"{100 * tally.labelled:.1f} %", *judged)
-    console.print(quality)
-    classes = Table("class", "images that show it", "average precision", "share of labelled pixels")
+        quality = tally.quality
+        judged = ("", "") if quality is None else (f"{100 * quality.precision:.1f} %", f"{100 * quality.miou:.1f}")
+        rows.append((title, str(summary.images), f"{100 * tally.labelled:.1f} %", *judged))
+    heading = ("pseudo-labels", "images", "pixels labelled", "precision", "mIoU")
+    show_table(heading, rows, title=f"{name}/{summary.split}")
     total = max(1, int(summary.refined.pixels[: summary.domain.num_classes].sum()))
-    for train_id, label in enumerate(summary.domain.classes):
-        value = summary.precision[train_id]
-        share = summary.refined.pixels[train_id] / total
-        classes.add_row(
-            escape(label.name),
+    classes = [
+        (
+            label.name,
             str(summary.shown[train_id] or ""),
-            "" if math.isnan(value) else f"{100 * value:.1f}",
-            f"{100 * share:.2f} %",
+            _percent(summary.precision[train_id]),
+            f"{100 * summary.refined.pixels[train_id] / total:.2f} %",
         )
-    console.print(classes)
-    mean = (
-        "no class is in some images and not in others"
-        if math.isnan(summary.mean_precision)
-        else f"{100 * summary.mean_precision:.1f}"
-    )
+        for train_id, label in enumerate(summary.domain.classes)
+    ]
+    show_table(("class", "images that show it", "average precision", "share of labelled pixels"), classes)
+    mean = _percent(summary.mean_precision) or "none, for every class is in all of them or in none"
     say(f"{name}: mean average precision of the classifier on these images: {mean}")
-    say(
-        f"{name}: {summary.images} images in {len(summary.shards)} shard(s) under {summary.shards[0].parent}; look at "
-        f"them: {summary.sheet}"
-    )
+    say(f"{name}: {summary.images} images in {len(summary.shards)} shard(s) under {summary.shards[0].parent}")
+    say(f"{name}: look at them: {summary.sheet}")
     say(f"{name}: train with them: domains.{name}.weak_split={summary.split}")
+
+
+def _percent(value: float) -> str:
+    return "" if math.isnan(value) else f"{100 * value:.1f}"

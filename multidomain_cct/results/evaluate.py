@@ -8,10 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings
@@ -60,33 +56,6 @@ def evaluate(
         )
         for name in splits
     ]
-
-
-def print_scores(console: Console, run: TrainedRun, scores: Sequence[Score]) -> None:
-    """A table per domain: IoU per class, mIoU, pixel accuracy, and how the numbers were made."""
-    for result in scores:
-        table = Table(
-            title=escape(f"{result.domain.name}: {result.domain.title or result.split}"), title_justify="left"
-        )
-        table.add_column("class")
-        table.add_column("IoU", justify="right")
-        table.add_column("share of pixels", justify="right")
-        truth = result.confusion.sum(axis=1) / max(1, result.confusion.sum())
-        for share, (label, iou) in zip(truth, result.iou.items(), strict=True):
-            table.add_row(escape(label), "absent" if iou is None else f"{100 * iou:.1f}", f"{100 * share:.1f} %")
-        table.add_section()
-        table.add_row("mIoU", f"{100 * result.miou:.1f}", style="bold")
-        table.add_row("pixel accuracy", f"{100 * result.pixel_accuracy:.1f}")
-        console.print(table)
-        console.print(
-            f"{result.protocol}, {run.checkpoint.name} of {run.folder}", markup=False, highlight=False, soft_wrap=True
-        )
-    if len(scores) > 1:
-        arithmetic, harmonic = arithmetic_and_harmonic([result.miou for result in scores])
-        console.print(
-            f"mean of {len(scores)} domains: mIoU {100 * arithmetic:.1f} (harmonic {100 * harmonic:.1f})",
-            highlight=False,
-        )
 
 
 def scores_as_json(run: TrainedRun, scores: Sequence[Score]) -> dict[str, Any]:

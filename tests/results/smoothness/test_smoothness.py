@@ -4,7 +4,6 @@ others.
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -15,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from multidomain_cct.__main__ import main
@@ -380,16 +378,15 @@ def test_images_without_a_mask_are_left_out_of_labelled_borders(
 
 
 def test_hostile_names_are_drawn_and_printed_as_they_are(
-    tiny_domain: Callable[..., Domain], two_domains: Path, tmp_path: Path
+    tiny_domain: Callable[..., Domain], two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     domain = tiny_domain("[red]fields[/] $a_b^", ("[bold]barn", "$sky$", "grass"))
     shards = Shards.open(two_domains / "fields", "val")
     diagnosis, examples = diagnose(
         replace(MEAN, name="run [/] $x_"), domain, shards=shards, settings=DiagnosisSettings(examples=1)
     )
-    console = Console(file=io.StringIO(), width=80)
-    print_diagnosis(console, diagnosis)
-    assert "run [/] $x_ on [red]fields[/] $a_b^/val" in console.file.getvalue()  # type: ignore[attr-defined]
+    print_diagnosis(diagnosis)
+    assert "run [/] $x_ on [red]fields[/] $a_b^/val" in capsys.readouterr().out
     write_panel(diagnosis, [replace(examples[0], key="line\nbreak $\\frac{ \x1b[31m 漢字" * 9)], tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
