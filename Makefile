@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# Named, so that Accelerate does not print a line about each.
+LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: demo test lint reliability bench docs clean
 
@@ -21,8 +23,8 @@ BIN := .venv/bin
 demo: .venv/demo
 	$(BIN)/python -m multidomain_cct pack toy_street
 	$(BIN)/python -m multidomain_cct pack toy_room
-	$(BIN)/accelerate launch -m multidomain_cct recipes/demo.yaml resume=auto name=demo_supervised method=supervised
-	$(BIN)/accelerate launch -m multidomain_cct recipes/demo.yaml resume=auto
+	$(LAUNCH) -m multidomain_cct recipes/demo.yaml resume=auto name=demo_supervised method=supervised
+	$(LAUNCH) -m multidomain_cct recipes/demo.yaml resume=auto
 	$(BIN)/python -m multidomain_cct report runs/demo runs/demo_supervised --out runs/demo.html
 
 test: .venv/dev lint

@@ -27,7 +27,7 @@ from multidomain_cct.commands import (
     weaklabels,
 )
 from multidomain_cct.commands.kept_memory import keep_freed_memory
-from multidomain_cct.commands.terminal import FAILED, MISTAKE, Parser, complain, program, speaks
+from multidomain_cct.commands.terminal import FAILED, MISTAKE, Parser, complain, program, report_error
 from multidomain_cct.data.shards.download import SourceError
 from multidomain_cct.errors import UserError, did_you_mean
 
@@ -55,10 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code: int = options.run(options)
         return code
     except UserError as error:
-        if speaks(error):
-            if shows_traceback:
-                traceback.print_exception(error)
-            complain(str(error))
+        if shows_traceback:
+            traceback.print_exception(error)
+        report_error(error)
         return MISTAKE
     except SourceError as error:
         complain(str(error))

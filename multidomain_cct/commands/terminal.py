@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,10 +44,17 @@ def complain(message: str, label: str = "error") -> None:
     Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
 
 
-def speaks(error: Exception) -> bool:
-    """Whether this process prints the error: the rank that the message names, or the first for what all ranks find."""
+def report_error(error: Exception) -> None:
+    """One line about the end of a run, from the rank that the message names, or the first for what all ranks find.
+
+    torchrun and multi-process `accelerate launch` end with a summary of their own; it repeats the line.
+    """
+    summary = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if summary:
+        Path(summary).write_text(json.dumps({"message": f"error: {error}", "timestamp": int(time.time())}))
     named = re.match(r"rank (\d+): ", str(error))
-    return os.environ.get("RANK", "0") == (named[1] if named else "0")
+    if os.environ.get("RANK", "0") == (named[1] if named else "0"):
+        complain(str(error))
 
 
 def leave(code: int) -> int:

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 
-from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, leave, program, recipe_options, say, speaks
+from multidomain_cct.commands.terminal import DONE, FAILED, Words, leave, program, recipe_options, report_error, say
 from multidomain_cct.data.specification import domain_folders
 
 
@@ -28,8 +28,7 @@ def run(options: argparse.Namespace) -> int:
     try:
         folder = train(recipe, folders, command=f"{program()} {shlex.join(sys.argv[1:])}", named_by=str(options.recipe))
     except (RunFailed, RunStopped) as error:
-        if speaks(error):
-            complain(str(error))
+        report_error(error)
         return leave(STOPPED if isinstance(error, RunStopped) else FAILED)
     if os.environ.get("RANK", "0") == "0":
         say(f"report: {write_report([folder])}")
