@@ -17,23 +17,29 @@ from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.model.auxiliary import auxiliary_losses
 from multidomain_cct.model.decoders import DecoderGroup, Grid
 from multidomain_cct.model.distances import DISTANCES
-from multidomain_cct.model.losses import PixelLoss, at_least_float32, confident, pixel_cross_entropy
-from multidomain_cct.model.network import Segmenter, labelled_images
+from multidomain_cct.model.losses import (
+    ConsistencySettings,
+    PixelLoss,
+    at_least_float32,
+    confident,
+    pixel_cross_entropy,
+)
+from multidomain_cct.model.network import Segmenter, labelled_images, unlabelled_images
 from multidomain_cct.model.object_masks import ObjectMasks, objects_of
 
 
 class CCT(Segmenter):
     """L = L_s + w_u L_u + w_w L_w, in every domain (CCT sections 3.1 to 3.4)."""
 
-    def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses, `<domain>/<term>` -> scalar: their sum is optimised and they are what is logged.
+    has_auxiliaries = True
 
-        `progress` (0 to 1) sets the ramps. Main decoders learn from the supervised loss only, auxiliary decoders from
-        the other losses only, the encoder from all.
-        """
-        features = self.encode(
-            labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()}
-        )
+    @classmethod
+    def wants_unlabelled(cls, consistency: ConsistencySettings, *, pseudo_labels: bool) -> bool:
+        return consistency.weight > 0 or (pseudo_labels and consistency.weak_weight > 0)
+
+    def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
+        """The step's losses. Main decoders learn from the supervised ones only, auxiliary ones from the others."""
+        features = self.encode(labelled_images(batches) | unlabelled_images(batches))
         losses = self.supervised_losses(features, batches, progress)
         for name, batch in batches.items():
             if (name, "unlabelled") in features and len(self.head(name).auxiliaries):
@@ -41,7 +47,9 @@ class CCT(Segmenter):
         return losses
 
     def _unsupervised_losses(self, name: str, features: Tensor, batch: Batch, progress: float) -> dict[str, Tensor]:
-        """Consistency with the main decoder's prediction and, where the batch has pseudo-labels, agreement of the auxiliary decoders with them."""
+        """Consistency of the auxiliary decoders with the main decoder's prediction and with pseudo-labels, if there are
+        any.
+        """
         task, settings = self.tasks[name], self.tasks[name].consistency
         head, grid = self.head(name), Grid.drawn(settings.stride)
         with torch.no_grad():
@@ -58,7 +66,7 @@ class CCT(Segmenter):
         objects = ObjectMasks(objects_of(middles, batch.valid, task.things, self.encoder.stride))
         losses = auxiliary_losses(features, head.auxiliaries, objects, terms, sample=settings.sample, grid=grid)
         factor = task.weight * settings.ramp_at(progress)
-        found = {f"{name}/consistency": factor * settings.weight_per_pixel(task.num_classes) * losses[0]}
+        unsupervised = {f"{name}/consistency": factor * settings.weight_per_pixel(task.num_classes) * losses[0]}
         if batch.pseudo_labels is not None:
-            found[f"{name}/weak"] = factor * settings.weak_weight * losses[1]
-        return found
+            unsupervised[f"{name}/weak"] = factor * settings.weak_weight * losses[1]
+        return unsupervised

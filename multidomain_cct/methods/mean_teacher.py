@@ -1,80 +1,68 @@
-"""Mean teacher: a running average of the model predicts the weak view, the model itself the strong one (Tarvainen and
+"""Mean teacher: the model agrees, on a strong view, with its teacher's prediction for the weak view (Tarvainen and
 Valpola 2017).
-
-Shapes: U unlabelled images, H W image size.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from multidomain_cct.data.batches.loader import Batch
-from multidomain_cct.errors import UserError
-from multidomain_cct.methods.views import draw_cutmix, strong_view
+from multidomain_cct.errors import require_number
+from multidomain_cct.methods.teacher import Teacher, warm_decay
+from multidomain_cct.methods.views import draw_strong_view
 from multidomain_cct.model.distances import DISTANCES
 from multidomain_cct.model.losses import at_least_float32, confident, mean_over_valid
-from multidomain_cct.model.network import Segmenter, labelled_images, whole_image_logits
+from multidomain_cct.model.network import Segmenter, labelled_images
 
 
 @dataclass(frozen=True)
 class MeanTeacherSettings:
-    """Only `method: mean_teacher` reads them; weight, distance, confidence and ramp are those of `consistency`."""
+    """For `method: mean_teacher`; weight, distance, confidence and ramp are those of `consistency`."""
 
     decay: float = 0.99
-    """Share of the teacher that stays at a step, 0 to below 1; in the first steps less, so that it forgets its random
-    start.
-    """
+    """Share of the teacher that a step keeps, 0 to below 1; smaller in the first steps."""
     cutmix: float = 0.5
-    """Probability that a strong view has a rectangle of another image (French et al. 2020)."""
+    """Probability that a strong view contains a rectangle of another image (French et al. 2020)."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise UserError(f"mean_teacher.decay is {self.decay}; it lies in 0 to below 1.")
-        if not 0 <= self.cutmix <= 1:
-            raise UserError(f"mean_teacher.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
+        require_number("mean_teacher.decay", self.decay, at_least=0, below=1)
+        require_number("mean_teacher.cutmix", self.cutmix, at_least=0, at_most=1)
 
 
 class MeanTeacher(Segmenter):
-    """What is evaluated is the teacher."""
+    """The teacher is what predicts and what is evaluated."""
 
+    settings_type = MeanTeacherSettings
+    settings: MeanTeacherSettings
     updates: Tensor
 
-    def __init__(self, *arguments: Any, settings: MeanTeacherSettings, **options: Any) -> None:
+    def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.settings = settings
-        # One deep copy of both, so that what they share stays shared.
-        self.teacher = copy.deepcopy(nn.ModuleDict({"encoder": self.encoder, "heads": self.heads})).requires_grad_(
-            False
-        )
+        self.teacher = Teacher(self)
         self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_load_state_dict_post_hook(_teach_loaded_weights)  # type: ignore[no-untyped-call]
 
-    def train(self, mode: bool = True) -> MeanTeacher:
-        super().train(mode)
-        self.teacher.eval()
-        return self
+    @staticmethod
+    def cutmix(settings: Any) -> float:
+        return float(settings.cutmix)
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses: supervised, and `<domain>/consistency` of the model's strong view with the teacher's weak
-        one.
+        """The step's losses: supervised, and `<domain>/consistency` between the model's strong and the teacher's weak
+        view.
         """
-        if not self.updates:
-            # The model may have been given weights since the teacher was copied from it.
-            self._follow(decay=0.0)
-        mixes = {
-            name: draw_cutmix(batch.unlabelled, probability=self.settings.cutmix) for name, batch in batches.items()
-        }
-        strong = {(name, "strong"): mixes[name](strong_view(batch.unlabelled)) for name, batch in batches.items()}
-        features = self.encode(labelled_images(batches) | strong)
+        views = {name: draw_strong_view(batch.unlabelled, self.settings.cutmix) for name, batch in batches.items()}
+        features = self.encode(
+            labelled_images(batches) | {(name, "strong"): images for name, (images, _) in views.items()}
+        )
         losses = self.supervised_losses(features, batches, progress)
         for name, batch in batches.items():
             if (name, "strong") in features:
-                task, settings, mix = self.tasks[name], self.tasks[name].consistency, mixes[name]
+                task, settings, mix = self.tasks[name], self.tasks[name].consistency, views[name][1]
                 with torch.no_grad():
                     target = mix(at_least_float32(self.logits(batch.unlabelled, name)).softmax(dim=1))
                 counted = confident(target, mix(batch.valid), settings.confidence)
@@ -86,20 +74,14 @@ class MeanTeacher(Segmenter):
 
     def logits(self, images: Tensor, domain: str) -> Tensor:
         """The teacher's (B, C, H, W) logits."""
-        head = self.teacher["heads"].get_submodule(self.tasks[domain].head or domain)
-        return whole_image_logits(self.teacher["encoder"], head.get_submodule("main"), images, domain)
+        return self.teacher.logits(images, domain, self.tasks[domain].head or domain)
 
     def after_step(self) -> None:
-        """Move the teacher toward the model, running statistics too."""
         self.updates += 1
-        self._follow(decay=min(self.settings.decay, 1 - 1 / (int(self.updates) + 1)))
+        self.teacher.follow(self, decay=warm_decay(self.settings.decay, int(self.updates)))
 
-    @torch.no_grad()
-    def _follow(self, *, decay: float) -> None:
-        own = {f"encoder.{name}": tensor for name, tensor in self.encoder.state_dict().items()}
-        own |= {f"heads.{name}": tensor for name, tensor in self.heads.state_dict().items()}
-        for name, tensor in self.teacher.state_dict().items():
-            if tensor.is_floating_point():
-                tensor.lerp_(own[name], 1 - decay)
-            else:
-                tensor.copy_(own[name])
+
+def _teach_loaded_weights(model: MeanTeacher, _: object) -> None:
+    """Before the first update, weights that the model is given (init_from) are its teacher's too."""
+    if not model.updates:
+        model.teacher.follow(model, decay=0.0)

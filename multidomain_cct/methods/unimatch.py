@@ -1,7 +1,5 @@
-"""UniMatch: two strong views and one view of perturbed features are to agree with the confident predictions of the weak
-view (Yang et al., CVPR 2023).
-
-Shapes: U unlabelled images, C classes of the domain, D feature channels, H W image size, h w feature size.
+"""UniMatch: two strong views and a view of perturbed features agree with the confident predictions for the weak view
+(Yang et al., CVPR 2023).
 """
 
 from __future__ import annotations
@@ -14,73 +12,66 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multidomain_cct.data.batches.loader import Batch
-from multidomain_cct.errors import UserError
-from multidomain_cct.methods.views import CutMix, draw_cutmix, pseudo_labels, strong_view
-from multidomain_cct.model.losses import mean_over_valid, pixel_cross_entropy
+from multidomain_cct.errors import require_number
+from multidomain_cct.methods.pseudo_labels import PseudoLabels
+from multidomain_cct.methods.views import CutMix, draw_strong_view
 from multidomain_cct.model.network import Segmenter, labelled_images
+
+VIEWS = ("first", "second")
 
 
 @dataclass(frozen=True)
 class UniMatchSettings:
-    """Only `method: unimatch` reads them; its losses are cross-entropies without a ramp."""
+    """For `method: unimatch`; its losses are cross-entropies without a ramp."""
 
     weight: float = 1.0
-    """Factor on the unsupervised loss."""
+    """Factor on the unsupervised losses."""
     confidence: float = 0.95
     """Smallest probability at which a weak view's prediction becomes a pseudo-label, 0 to below 1."""
     dropout: float = 0.5
-    """Share of the channels that the view of perturbed features loses, above 0 to below 1."""
+    """Share of the feature channels that are zeroed in the view of perturbed features, above 0 to below 1."""
     cutmix: float = 0.5
-    """Probability that a strong view has a rectangle of another image."""
+    """Probability that a strong view contains a rectangle of another image."""
 
     def __post_init__(self) -> None:
-        if self.weight < 0:
-            raise UserError(f"unimatch.weight is {self.weight}; it is 0 or more.")
-        if not 0 <= self.confidence < 1:
-            raise UserError(f"unimatch.confidence is {self.confidence}; it lies in 0 to below 1.")
-        if not 0 < self.dropout < 1:
-            raise UserError(f"unimatch.dropout is {self.dropout}; it lies between 0 and 1.")
-        if not 0 <= self.cutmix <= 1:
-            raise UserError(f"unimatch.cutmix is {self.cutmix}; a probability lies in 0 to 1.")
+        require_number("unimatch.weight", self.weight, at_least=0)
+        require_number("unimatch.confidence", self.confidence, at_least=0, below=1)
+        require_number("unimatch.dropout", self.dropout, above=0, below=1)
+        require_number("unimatch.cutmix", self.cutmix, at_least=0, at_most=1)
 
 
 class UniMatch(Segmenter):
-    """One model: it is its own teacher. All views go through the encoder in one pass."""
+    """The model is its own teacher; all views go through the encoder in one pass."""
 
-    def __init__(self, *arguments: Any, settings: UniMatchSettings, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.settings = settings
+    settings_type = UniMatchSettings
+    settings: UniMatchSettings
+
+    @staticmethod
+    def cutmix(settings: Any) -> float:
+        return float(settings.cutmix)
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses: supervised, and `<domain>/strong` and `<domain>/feature`, half of the unsupervised weight
-        each.
+        """The step's losses: supervised, `<domain>/strong` and `<domain>/feature`; the latter two share the
+        unsupervised weight.
         """
         mixes: dict[tuple[str, str], CutMix] = {}
         images = labelled_images(batches)
         for name, batch in batches.items():
             images[name, "weak"] = batch.unlabelled
-            for view in ("first", "second"):
-                mixes[name, view] = draw_cutmix(batch.unlabelled, probability=self.settings.cutmix)
-                images[name, view] = mixes[name, view](strong_view(batch.unlabelled))
+            for view in VIEWS:
+                images[name, view], mixes[name, view] = draw_strong_view(batch.unlabelled, self.settings.cutmix)
         features = self.encode(images)
         losses = self.supervised_losses(features, batches, progress)
+        threshold = self.settings.confidence
         for name, batch in batches.items():
             if (name, "weak") in features:
                 main, factor = self.head(name).main, self.tasks[name].weight * self.settings.weight / 2
-                ids, confidence = pseudo_labels(self.target(features[name, "weak"], name))  # (U, H, W) each
-                strong = [
-                    self._agreement(main(features[name, view]), mix(ids), mix(confidence), mix(batch.valid))
-                    for view in ("first", "second")
-                    for mix in [mixes[name, view]]
-                ]
+                labels = PseudoLabels.of(self.target(features[name, "weak"], name), batch.valid)
+                first, second = (
+                    labels.mixed(mixes[name, view]).cross_entropy(main(features[name, view]), threshold)
+                    for view in VIEWS
+                )
                 dropped = main(F.dropout2d(features[name, "weak"], self.settings.dropout, training=True))
-                losses[f"{name}/strong"] = factor * (strong[0] + strong[1]) / 2
-                losses[f"{name}/feature"] = factor * self._agreement(dropped, ids, confidence, batch.valid)
+                losses[f"{name}/strong"] = factor * (first + second) / 2
+                losses[f"{name}/feature"] = factor * labels.cross_entropy(dropped, threshold)
         return losses
-
-    def _agreement(self, logits: Tensor, ids: Tensor, confidence: Tensor, valid: Tensor) -> Tensor:
-        """Scalar: cross-entropy on the confident pixels, as a mean over all valid ones: the more are confident, the
-        more the term weighs.
-        """
-        pixels = pixel_cross_entropy(logits, ids)
-        return mean_over_valid(pixels * (confidence >= self.settings.confidence), valid)

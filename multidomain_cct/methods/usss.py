@@ -1,8 +1,8 @@
 """Universal semi-supervised segmentation: entropy in a label embedding that all domains share (Kalluri, Varma,
 Chandraker, Jawahar, ICCV 2019).
 
-Each position of an image is embedded and compared with the embeddings of the classes; on unlabelled images it should be
-like few classes of its own domain, and like few of each other domain. The other rival in the paper's tables.
+Each position of an image is embedded and compared with the embeddings of the classes; on unlabelled images it should
+resemble few classes of its own domain, and few of every other domain.
 
 Shapes: B images, C classes of a domain, E embedding channels, D feature channels, h w feature size.
 """
@@ -20,15 +20,15 @@ from torch import Tensor, nn
 
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import require_number
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.model.losses import at_least_float32, mean_over_valid
-from multidomain_cct.model.network import Segmenter, labelled_images
+from multidomain_cct.model.network import Segmenter, labelled_images, unlabelled_images
 
 
 @dataclass(frozen=True)
 class UsssSettings:
-    """Only `method: usss` reads them; the ramp is that of `consistency`."""
+    """For `method: usss`; the ramp is that of `consistency`."""
 
     across: float = 0.1
     """Weight of the entropy over the classes of each other domain (alpha)."""
@@ -37,58 +37,51 @@ class UsssSettings:
     channels: int = 100
     """Size of the embedding."""
     temperature: float = 0.1
-    """Similarities, which lie in -1 to 1, are divided by it before the softmax over classes."""
+    """Divides the cosine similarities before the softmax over classes."""
     momentum: float = 0.99
-    """Share of a class's embedding that stays when new labelled images have been seen, 0 to below 1."""
+    """Share of a class's embedding that a step with labelled images keeps, 0 to below 1."""
 
     def __post_init__(self) -> None:
-        for name, value in (("across", self.across), ("within", self.within)):
-            if value < 0:
-                raise UserError(f"usss.{name} is {value}; it is 0 or more.")
-        if self.channels < 1:
-            raise UserError(f"usss.channels is {self.channels}; it is at least 1.")
-        if not self.temperature > 0:
-            raise UserError(f"usss.temperature is {self.temperature}; it is above 0.")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"usss.momentum is {self.momentum}; it lies in 0 to below 1.")
+        require_number("usss.across", self.across, at_least=0)
+        require_number("usss.within", self.within, at_least=0)
+        require_number("usss.channels", self.channels, at_least=1)
+        require_number("usss.temperature", self.temperature, above=0)
+        require_number("usss.momentum", self.momentum, at_least=0, below=1)
 
 
 class Usss(Segmenter):
-    """Class embeddings are running means of the labelled positions' embeddings, and carry no gradient.
+    """Class embeddings are running means of the labelled positions' embeddings, without gradient.
 
-    The paper takes them from networks that were trained on each domain before, and keeps them fixed; running means need
-    no such networks and follow the encoder that is being trained.
+    The paper takes fixed ones from networks trained on each domain beforehand; running means need no such networks and
+    follow the encoder that is being trained.
     """
 
-    def __init__(self, *arguments: Any, settings: UsssSettings, seed: int = 0, **options: Any) -> None:
+    settings_type = UsssSettings
+    settings: UsssSettings
+    min_label_spaces = 2
+    needs_unlabelled = True
+
+    def __init__(self, *arguments: Any, seed: int = 0, **options: Any) -> None:
         super().__init__(*arguments, seed=seed, **options)
-        if len(self.heads) < 2:
-            raise UserError(
-                f"method is `usss`, which compares label spaces, but the recipe has {len(self.heads)}. Add a domain, "
-                "or choose another method."
-            )
-        self.settings = settings
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(seed, "embedding"))
-            self.embedding = nn.Conv2d(self.encoder.channels, settings.channels, 1, bias=False)
+            self.embedding = nn.Conv2d(self.encoder.channels, self.settings.channels, 1, bias=False)
             for name in self.heads:
-                start = torch.randn(self.tasks[name].num_classes, settings.channels)
+                start = torch.randn(self.tasks[name].num_classes, self.settings.channels)
                 self.register_buffer(f"classes_{name}", F.normalize(start, dim=1))
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses: supervised, and on unlabelled images `<domain>/within` and `<domain>/across`, entropies in
-        nats.
+        """The step's losses: supervised, and the entropies `<domain>/within` and `<domain>/across` of unlabelled images
+        in nats.
         """
-        features = self.encode(
-            labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()}
-        )
+        features = self.encode(labelled_images(batches) | unlabelled_images(batches))
         losses = self.supervised_losses(features, batches, progress)
         for name, batch in batches.items():
             if (name, "labelled") in features:
-                self._remember(self._own(name), self._embed(features[name, "labelled"]), batch.masks)
+                self._remember(self._label_space(name), self._embed(features[name, "labelled"]), batch.masks)
         for name, batch in batches.items():
             if (name, "unlabelled") in features:
-                embedded, own = self._embed(features[name, "unlabelled"]), self._own(name)
+                embedded, own = self._embed(features[name, "unlabelled"]), self._label_space(name)
                 valid = self._at_positions(batch.valid)
                 entropies = {label_space: self._entropy(embedded, label_space, valid) for label_space in self.heads}
                 across = torch.stack([value for label_space, value in entropies.items() if label_space != own]).mean()
@@ -97,7 +90,7 @@ class Usss(Segmenter):
                 losses[f"{name}/across"] = factor * self.settings.across * across
         return losses
 
-    def _own(self, domain: str) -> str:
+    def _label_space(self, domain: str) -> str:
         return self.tasks[domain].head or domain
 
     def _embed(self, features: Tensor) -> Tensor:
@@ -112,7 +105,7 @@ class Usss(Segmenter):
 
     @torch.no_grad()
     def _remember(self, label_space: str, embedded: Tensor, masks: Tensor) -> None:
-        """Move each class that occurs toward the mean embedding of its positions, in all processes."""
+        """Move each class that occurs toward the mean embedding of its positions, over all processes."""
         table = self.get_buffer(f"classes_{label_space}")
         ids = self._at_positions(masks)
         labelled = ids != IGNORE

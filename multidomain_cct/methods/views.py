@@ -1,5 +1,5 @@
-"""Strong views of unlabelled images: changes of colour and sharpness that leave every pixel in its place, and patches
-of one image in another.
+"""Strong views of unlabelled images: colour and sharpness change, every pixel stays in place; and patches of one image
+in another.
 
 Shapes: U unlabelled images, H W image size.
 """
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from multidomain_cct.model.losses import at_least_float32
-
 _STRONG = v2.Compose(
     [
         v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], p=0.8),
@@ -22,22 +20,23 @@ _STRONG = v2.Compose(
         v2.RandomApply([v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))], p=0.5),
     ]
 )
-"""The colours of UniMatch (Yang et al., CVPR 2023), whose blur is that of SimCLR."""
+"""As in UniMatch (Yang et al., CVPR 2023), with SimCLR's blur."""
 
 
 def strong_view(images: Tensor) -> Tensor:
-    """(U, 3, H, W) uint8 images, each changed in its own way; randomness is torch's global one."""
-    if not len(images):
-        return images
-    return torch.stack([_STRONG(image) for image in images])
+    """(U, 3, H, W) uint8 images, each changed at random (torch's global generator)."""
+    return torch.stack([_STRONG(image) for image in images]) if len(images) else images
+
+
+def draw_strong_view(images: Tensor, cutmix: float) -> tuple[Tensor, CutMix]:
+    """A strong view of (U, 3, H, W) uint8 images, mixed with this probability, and the mix, which targets need too."""
+    mix = draw_cutmix(images, probability=cutmix)
+    return mix(strong_view(images)), mix
 
 
 @dataclass(frozen=True)
 class CutMix:
-    """For each image a rectangle that is taken from the next image of the batch (Yun et al.
-
-    2019; French et al. 2020).
-    """
+    """In each image, a rectangle of the batch's next image (Yun et al. 2019; French et al. 2020)."""
 
     inside: Tensor
     """(U, H, W) bool: pixels that come from the next image."""
@@ -55,9 +54,7 @@ def draw_cutmix(
     area: Sequence[float] = (0.02, 0.4),
     aspect: Sequence[float] = (0.3, 1 / 0.3),
 ) -> CutMix:
-    """A rectangle for each of (U, 3, H, W) images with this probability, of this share of the image's area, as in
-    UniMatch.
-    """
+    """A rectangle in each of (U, 3, H, W) images, with this probability and share of the area, as in UniMatch."""
     count, _, height, width = images.shape
     device = images.device
 
@@ -73,9 +70,3 @@ def draw_cutmix(
     in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
     chosen = torch.rand(count, device=device) < probability
     return CutMix(in_rows[:, :, None] & in_columns[:, None, :] & chosen[:, None, None])
-
-
-def pseudo_labels(target: Tensor) -> tuple[Tensor, Tensor]:
-    """Train ids and their probability, both (U, H, W), of (U, C, H, W) class probabilities."""
-    confidence, ids = at_least_float32(target).max(dim=1)
-    return ids, confidence

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +73,30 @@ class Head(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A shared encoder and heads by name, trained with whatever losses a method makes of them."""
+    """A shared encoder and heads by name. It learns from labelled images (`method: supervised`); a method is a subclass
+    that adds losses on unlabelled images and says here what it needs of a recipe.
+    """
+
+    settings_type: ClassVar[type[Any] | None] = None
+    """The dataclass of the method's own section in the recipe."""
+    has_auxiliaries: ClassVar[bool] = False
+    """Whether heads that see unlabelled images get auxiliary decoders; without any, the images are not used."""
+    needs_unlabelled: ClassVar[bool] = False
+    """Whether a run without unlabelled images would leave parameters untrained."""
+    min_label_spaces: ClassVar[int] = 1
 
     def __init__(
-        self, encoder: EncoderSettings, tasks: Mapping[str, Task], *, decoder: str = "pixelshuffle", seed: int = 0
+        self,
+        encoder: EncoderSettings,
+        tasks: Mapping[str, Task],
+        *,
+        decoder: str = "pixelshuffle",
+        seed: int = 0,
+        settings: Any = None,
     ) -> None:
-        """Raises UserError when encoder, stride and decoder do not fit each other."""
+        """`settings` has the `settings_type`. Raises UserError when encoder, stride and decoder do not fit."""
         super().__init__()
+        self.settings = settings
         for name in tasks:
             if hasattr(nn.ModuleDict(), name):
                 raise UserError(
@@ -93,6 +111,16 @@ class Segmenter(nn.Module):
             self.heads = nn.ModuleDict(
                 {name: Head(task, decoder, self.encoder, seed_from(seed, name)) for name, task in own.items()}
             )
+
+    @classmethod
+    def wants_unlabelled(cls, consistency: ConsistencySettings, *, pseudo_labels: bool) -> bool:
+        """Whether a domain with these settings learns from unlabelled images; `pseudo_labels`: whether it has some."""
+        return cls is not Segmenter
+
+    @staticmethod
+    def cutmix(settings: Any) -> float:
+        """Probability that images are mixed with others of their micro-batch."""
+        return 0.0
 
     def head(self, domain: str) -> Head:
         """The head that the domain uses, its own or a borrowed one."""
@@ -162,6 +190,11 @@ def supervised_loss(
 def labelled_images(batches: Mapping[str, Batch]) -> dict[tuple[str, str], Tensor]:
     """The labelled images of a step, for `encode`."""
     return {(name, "labelled"): batch.images for name, batch in batches.items()}
+
+
+def unlabelled_images(batches: Mapping[str, Batch]) -> dict[tuple[str, str], Tensor]:
+    """The unlabelled images of a step, for `encode`."""
+    return {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()}
 
 
 def whole_image_logits(encoder: nn.Module, decoder: nn.Module, images: Tensor, domain: str) -> Tensor:

@@ -17,7 +17,7 @@ from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
 from multidomain_cct.data.batches.loader import Batch, Skipped, steps
 from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
 from multidomain_cct.files.seeds import seed_from
-from multidomain_cct.training.assembly import compile_encoder
+from multidomain_cct.training.build import compile_encoder
 from multidomain_cct.training.checkpoints.checkpoint import RunState, save_checkpoint
 from multidomain_cct.training.processes.failures import GO_ON, no_process_left, one_line_errors
 from multidomain_cct.training.processes.failures import RunFailed as RunFailed

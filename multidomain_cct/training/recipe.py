@@ -17,9 +17,10 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from multidomain_cct.data.batches.streams import WEAK_ENDING, DataSettings, DomainSettings
-from multidomain_cct.errors import UserError, did_you_mean
+from multidomain_cct.errors import UserError, did_you_mean, require_choice
 from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.files.strict_yaml import StrictLoader, read_yaml
+from multidomain_cct.methods import METHODS
 from multidomain_cct.methods.mean_teacher import MeanTeacherSettings
 from multidomain_cct.methods.unimatch import UniMatchSettings
 from multidomain_cct.methods.usss import UsssSettings
@@ -31,7 +32,6 @@ from multidomain_cct.training.schedules import OptimiserSettings
 from multidomain_cct.weak.cams import PseudoLabelSettings
 
 PRECISIONS = ("no", "bf16", "fp16")
-METHODS = ("cct", "supervised", "mean_teacher", "unimatch", "usss")
 INHERITED = ("consistency", "perturbations")
 """Sections that a domain may have too: its keys replace those of the recipe's section, the others stay."""
 RENAMED = {"optimiser.trunk_factor": "optimiser.backbone_factor"}
@@ -104,7 +104,7 @@ class Recipe:
     init_from: str | None = None
     """Run folder whose weights a new run starts from: the encoder, and the heads whose names and classes match."""
     method: str = "cct"
-    """What is made of unlabelled images: `cct`, `supervised` (nothing), `mean_teacher`, `unimatch`, or `usss` (entropy
+    """How unlabelled images are used: `cct`, `supervised` (not at all), `mean_teacher`, `unimatch`, or `usss` (entropy
     across label spaces).
     """
     domains: dict[str, DomainRecipe] = field(default_factory=dict)
@@ -146,15 +146,7 @@ class Recipe:
             )
         if self.resume not in ("never", "auto", "force"):
             raise UserError(f"resume is {self.resume!r}; it is `never`, `auto` or `force`.")
-        if self.method not in METHODS:
-            raise UserError(
-                f"method is {self.method!r}; it is one of {', '.join(METHODS)}.{did_you_mean(self.method, METHODS)}"
-            )
-        if self.method == "usss" and len(self.domains) < 2:
-            raise UserError(
-                "method is `usss`, which compares label spaces, but there is one domain. Add a domain, or choose "
-                "another method."
-            )
+        require_choice("method", self.method, METHODS)
         if self.decoder not in DECODERS:
             raise UserError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
         for name, choice in self.domains.items():
@@ -203,15 +195,11 @@ class Recipe:
         """The run's folder."""
         return Path(self.runs) / self.name
 
-    def uses_unlabelled(self, domain: str) -> bool:
-        """Whether the domain's unlabelled images are asked for; `assembly.uses_unlabelled` also knows whether there is
-        a decoder to see them.
-        """
-        if self.method == "cct":
-            settings = self.consistency_of(domain)
-            weak = settings.weak_weight > 0 and bool(self.domains[domain].weak_split)
-            return settings.weight > 0 or weak
-        return self.method != "supervised"
+    @property
+    def method_settings(self) -> Any:
+        """The section of the recipe's method; None when the method has none."""
+        wanted = METHODS[self.method].settings_type
+        return next((section for section in vars(self).values() if type(section) is wanted), None)
 
     def consistency_of(self, domain: str) -> ConsistencySettings:
         """The domain's own settings. A recipe's consistency.weight=0 turns every domain's consistency off."""

@@ -19,8 +19,8 @@ from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.model.network import Segmenter
-from multidomain_cct.training.assembly import build_model, require_lenders, require_training_data, uses_unlabelled
-from multidomain_cct.training.assembly import notices as model_notices
+from multidomain_cct.training.build import build_model, require_lenders, require_training_data, uses_unlabelled
+from multidomain_cct.training.build import notices as model_notices
 from multidomain_cct.training.checkpoints.checkpoint import RunState, load_checkpoint
 from multidomain_cct.training.checkpoints.initial_weights import load_initial_weights, matching_heads
 from multidomain_cct.training.processes.failures import RunFailed as RunFailed

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from multidomain_cct.data.batches.loader import Batch
-from multidomain_cct.errors import UserError
 from multidomain_cct.methods.usss import Usss, UsssSettings
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings
@@ -183,14 +182,6 @@ def test_domains_that_share_labels_are_one_label_space() -> None:
     found, expected = model({"dusk": own}), alone({"street": own})
     for term in ("within", "across"):
         torch.testing.assert_close(found[f"dusk/{term}"], expected[f"street/{term}"])
-
-
-def test_one_label_space_is_refused_however_many_domains_share_it() -> None:
-    with pytest.raises(UserError) as caught:
-        network({"street": TASKS["street"], "dusk": replace(TASKS["street"], head="street")})
-    assert str(caught.value) == (
-        "method is `usss`, which compares label spaces, but the recipe has 1. Add a domain, or choose another method."
-    )
 
 
 def test_the_embedding_starts_from_the_seed_and_leaves_the_callers_generator_alone() -> None:

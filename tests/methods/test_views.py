@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from multidomain_cct.methods.views import CutMix, draw_cutmix, pseudo_labels, strong_view
+from multidomain_cct.methods.views import CutMix, draw_cutmix, draw_strong_view, strong_view
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +49,7 @@ def test_strong_views_differ_between_the_images_of_a_batch_and_from_them() -> No
     assert sum(torch.equal(view, image[0]) for view in views) <= 3
 
 
-def test_strong_views_hang_on_torchs_seed_alone() -> None:
+def test_strong_views_depend_on_torchs_seed_alone() -> None:
     images = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
     drawn = []
     for seed in (1, 1, 2):
@@ -100,10 +100,11 @@ def test_images_ids_and_validity_are_mixed_alike() -> None:
     assert torch.equal(mix(valid), mix(ids) > 4)
 
 
-def test_a_pseudo_label_is_the_most_probable_class_with_its_probability() -> None:
-    target = torch.rand(2, 4, 3, 3).softmax(dim=1).to(torch.bfloat16)
-    ids, confidence = pseudo_labels(target)
-    assert confidence.dtype == torch.float32 and ids.shape == confidence.shape == (2, 3, 3)
-    assert torch.equal(
-        target.gather(1, ids.unsqueeze(1))[:, 0].float(), target.float().max(dim=1).values
-    ) and torch.equal(confidence, target.float().amax(dim=1))
+def test_a_strong_view_comes_with_the_mix_that_its_targets_need() -> None:
+    images = torch.randint(0, 256, (4, 3, 16, 16), dtype=torch.uint8)
+    torch.manual_seed(3)
+    view, mix = draw_strong_view(images, 1.0)
+    torch.manual_seed(3)
+    expected = draw_cutmix(images, probability=1.0)
+    assert torch.equal(mix.inside, expected.inside)
+    assert torch.equal(view, expected(strong_view(images)))

@@ -21,7 +21,7 @@ from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.results.evaluate import evaluate
 from multidomain_cct.results.trained_run import TrainedRun
-from multidomain_cct.training.assembly import build_model
+from multidomain_cct.training.build import build_model
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints, load_run, read_state
 from multidomain_cct.training.loop import RunFailed, train
 from multidomain_cct.training.recipe import Recipe

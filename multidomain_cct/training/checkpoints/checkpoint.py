@@ -27,7 +27,7 @@ from multidomain_cct.data.specification import read_domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import make_folder, sync, write_tensors, write_text
 from multidomain_cct.model.network import Segmenter
-from multidomain_cct.training.assembly import build_model
+from multidomain_cct.training.build import build_model
 from multidomain_cct.training.checkpoints.optimiser_state import optimiser_tensors, restore_optimiser
 from multidomain_cct.training.recipe import Recipe, read_run_recipe
 

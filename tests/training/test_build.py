@@ -14,6 +14,7 @@ import pytest
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.errors import UserError
+from multidomain_cct.methods import METHODS
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
 from multidomain_cct.methods.unimatch import UniMatch, UniMatchSettings
@@ -27,7 +28,7 @@ from multidomain_cct.model.perturbations import (
     GuidedCutout,
     ObjectMask,
 )
-from multidomain_cct.training.assembly import build_model, notices, require_lenders, uses_unlabelled
+from multidomain_cct.training.build import build_model, notices, require_lenders, require_training_data, uses_unlabelled
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe, recipe_from
 
@@ -143,6 +144,27 @@ def test_every_domain_has_its_own_settings(domains: dict[str, Domain]) -> None:
     assert kinds(model, "room") == {FeatureNoise: 2, Dropout: 1, AdversarialNoise: 1}
     amplitudes = {name: model.head(name).auxiliaries[0].perturbation.amplitude for name in ("yard", "room")}
     assert amplitudes == {"yard": 0.1, "room": 0.3}
+
+
+# Unlabelled images
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_but_the_supervised_one_uses_unlabelled_images(domains: dict[str, Domain], method: str) -> None:
+    assert uses_unlabelled(recipe(method=method), domains["yard"]) == (method != "supervised")
+
+
+def test_consistency_can_be_turned_off_in_one_domain_or_in_all(domains: dict[str, Domain]) -> None:
+    one = recipe(domains={"yard": {"consistency": {"weight": 0}}, "room": {}})
+    assert [uses_unlabelled(one, domains[name]) for name in ("yard", "room")] == [False, True]
+    both = recipe(domains={"yard": {"consistency": {"weight": 5}}, "room": {}}, consistency={"weight": 0})
+    assert [uses_unlabelled(both, domains[name]) for name in ("yard", "room")] == [False, False]
+
+
+def test_pseudo_labels_are_used_without_consistency_unless_they_are_turned_off_too(domains: dict[str, Domain]) -> None:
+    weak = {"domains": {"yard": {"weak_split": "train_weak"}}}
+    assert uses_unlabelled(recipe(**weak, consistency={"weight": 0}), domains["yard"])
+    assert not uses_unlabelled(recipe(**weak, consistency={"weight": 0, "weak_weight": 0}), domains["yard"])
 
 
 # Auxiliary decoders
@@ -263,6 +285,6 @@ def test_a_lender_that_is_not_in_the_recipe_is_named_with_what_to_add(domains: d
 
 
 def test_two_domains_of_one_label_space_cannot_be_compared(domains: dict[str, Domain]) -> None:
-    with pytest.raises(UserError, match="which compares label spaces, but the recipe has 1. Add a domain") as caught:
-        build_model(recipe(method="usss", domains={"yard": {}, "dusk": {}}), some(domains, "yard", "dusk"))
-    assert "\n" not in str(caught.value)
+    made, chosen = recipe(method="usss", domains={"yard": {}, "dusk": {}}), some(domains, "yard", "dusk")
+    with pytest.raises(UserError, match="method is `usss`, which compares label spaces.* Add a domain"):
+        require_training_data(made, chosen, [], taught=chosen)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -12,11 +11,8 @@ from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.errors import UserError
-from multidomain_cct.methods.cct import CCT
-from multidomain_cct.methods.mean_teacher import MeanTeacher
-from multidomain_cct.methods.unimatch import UniMatch
-from multidomain_cct.methods.usss import Usss
-from multidomain_cct.model.network import Segmenter, Task, labelled_images
+from multidomain_cct.methods import METHODS
+from multidomain_cct.model.network import Segmenter, Task, labelled_images, unlabelled_images
 from multidomain_cct.model.perturbations import Perturbation
 from multidomain_cct.training.recipe import Recipe
 
@@ -28,12 +24,12 @@ def build_model(
     unlabelled: Mapping[str, bool] | None = None,
     pretrained: bool = True,
 ) -> Segmenter:
-    """The recipe's network. `unlabelled` says which domains have unlabelled images; heads that see none, and all when
-    it is None, get no auxiliary decoders.
+    """The recipe's network.
 
-    Lenders of labels are among the domains (`require_lenders`). Raises UserError for encoder, stride or decoder that do
-    not fit each other.
+    `unlabelled` says which domains have unlabelled images; heads that see none, and all when it is None, get no
+    auxiliary decoders. Raises UserError for encoder, stride or decoder that do not fit each other.
     """
+    method = METHODS[recipe.method]
     sees_unlabelled = {
         domains[name].labels_of or name
         for name, has in (unlabelled or {}).items()
@@ -41,14 +37,12 @@ def build_model(
     }
     tasks = {}
     for name, domain in domains.items():
-        perturbations = (
-            usable_perturbations(recipe, domain) if recipe.method == "cct" and name in sees_unlabelled else []
-        )
-        drawn, decoders = recipe.consistency_of(name).sample, len(usable_perturbations(recipe, domain))
-        if perturbations and drawn > decoders:
+        perturbations = auxiliary_decoders(recipe, domain) if method.has_auxiliaries and name in sees_unlabelled else []
+        drawn = recipe.consistency_of(name).sample
+        if perturbations and drawn > len(perturbations):
             raise UserError(
-                f"domains.{name}: consistency.sample is {drawn}, but there are {decoders} auxiliary decoders. Draw at "
-                "most so many; 0 takes all."
+                f"domains.{name}: consistency.sample is {drawn}, but there are {len(perturbations)} auxiliary "
+                "decoders. Draw at most that many; 0 takes all."
             )
         tasks[name] = Task(
             things=tuple(label.thing for label in domain.classes),
@@ -58,36 +52,32 @@ def build_model(
             supervised=recipe.supervised,
             consistency=recipe.consistency_of(name),
         )
-    common: dict[str, Any] = {"decoder": recipe.decoder, "seed": recipe.seed}
     encoder = recipe.encoder if pretrained else replace(recipe.encoder, weights="none")
     try:
-        if recipe.method == "mean_teacher":
-            return MeanTeacher(encoder, tasks, settings=recipe.mean_teacher, **common)
-        if recipe.method == "unimatch":
-            return UniMatch(encoder, tasks, settings=recipe.unimatch, **common)
-        if recipe.method == "usss":
-            return Usss(encoder, tasks, settings=recipe.usss, **common)
-        return CCT(encoder, tasks, **common) if recipe.method == "cct" else Segmenter(encoder, tasks, **common)
+        return method(encoder, tasks, decoder=recipe.decoder, seed=recipe.seed, settings=recipe.method_settings)
     except ValueError as error:
         # Network and decoders still refuse with ValueError.
         raise UserError(str(error)) from error
 
 
-def usable_perturbations(recipe: Recipe, domain: Domain) -> list[Perturbation]:
-    """One entry per auxiliary decoder of the head that the domain uses.
+def auxiliary_decoders(recipe: Recipe, domain: Domain) -> list[Perturbation]:
+    """The perturbation of each auxiliary decoder of the head that the domain uses.
 
-    Without a class that is a `thing`, or one that is not, those kinds are left out that hide objects or their context.
+    Perturbations that hide objects or their context need a class that is a `thing` and one that is not.
     """
     return recipe.perturbations_of(domain.labels_of or domain.name).each(objects=tells_objects(domain))
 
 
+def wants_unlabelled(recipe: Recipe, name: str) -> bool:
+    """Whether method and settings ask for the unlabelled images of a domain."""
+    weak = bool(recipe.domains[name].weak_split)
+    return METHODS[recipe.method].wants_unlabelled(recipe.consistency_of(name), pseudo_labels=weak)
+
+
 def uses_unlabelled(recipe: Recipe, domain: Domain) -> bool:
-    """Whether the domain's unlabelled images enter the loss: they are asked for, and with `cct` there is a decoder to
-    see them.
-    """
-    return recipe.uses_unlabelled(domain.name) and (
-        recipe.method != "cct" or bool(usable_perturbations(recipe, domain))
-    )
+    """Whether the domain's unlabelled images enter the loss: they are wanted, and a decoder sees them."""
+    sees = not METHODS[recipe.method].has_auxiliaries or bool(auxiliary_decoders(recipe, domain))
+    return sees and wants_unlabelled(recipe, domain.name)
 
 
 def tells_objects(domain: Domain) -> bool:
@@ -105,12 +95,12 @@ def notices(recipe: Recipe, domains: Mapping[str, Domain], *, parts: int = 1) ->
     for name, domain in domains.items():
         choice = recipe.domains[name]
         usable, all_kinds = (
-            usable_perturbations(recipe, domain),
+            auxiliary_decoders(recipe, domain),
             recipe.perturbations_of(domain.labels_of or name).each(),
         )
         if (
-            recipe.method == "cct"
-            and recipe.uses_unlabelled(name)
+            METHODS[recipe.method].has_auxiliaries
+            and wants_unlabelled(recipe, name)
             and not domain.labels_of
             and len(usable) < len(all_kinds)
         ):
@@ -125,7 +115,7 @@ def notices(recipe: Recipe, domains: Mapping[str, Domain], *, parts: int = 1) ->
                 f"{name}: image_labels is not read in training; make pseudo-labels with `weaklabels` and name them in "
                 f"domains.{name}.weak_split."
             )
-        mixes = {"mean_teacher": recipe.mean_teacher.cutmix, "unimatch": recipe.unimatch.cutmix}.get(recipe.method, 0.0)
+        mixes = METHODS[recipe.method].cutmix(recipe.method_settings)
         if mixes > 0 and (choice.unlabelled_batch or recipe.data.unlabelled_batch) == parts:
             lines.append(
                 f"{name}: one unlabelled image per process and micro-batch has no other to be mixed with, so cutmix "
@@ -150,7 +140,7 @@ def compile_encoder(model: Segmenter, batches: Mapping[str, Batch]) -> list[str]
     statistics = [buffer.clone() for buffer in model.buffers()]
     mode, trouble = model.training, []
     model.train()
-    images = labelled_images(batches) | {(name, "unlabelled"): batch.unlabelled for name, batch in batches.items()}
+    images = labelled_images(batches) | unlabelled_images(batches)
     try:
         features = torch.cat([features.flatten() for features in model.encode(images).values()])
         torch.autograd.grad(
@@ -202,8 +192,14 @@ def require_training_data(
                 "would stay as loaded. Leave the domain out,"
                 " or use norm=shared or norm=frozen."
             )
-    if recipe.method == "usss" and not any(stream.unlabelled for stream in streams):
+    method = METHODS[recipe.method]
+    if len({domain.labels_of or name for name, domain in domains.items()}) < method.min_label_spaces:
         raise UserError(
-            "method is `usss`, which learns from unlabelled images, and no domain has any. Add some, or use "
-            "method=supervised."
+            f"method is `{recipe.method}`, which compares label spaces, and the recipe has one. Add a domain, or use "
+            "another method."
+        )
+    if method.needs_unlabelled and not any(stream.unlabelled for stream in streams):
+        raise UserError(
+            f"method is `{recipe.method}`, which learns from unlabelled images, and no domain has any. Add some, or "
+            "use method=supervised."
         )

@@ -1,0 +1,46 @@
+"""The teacher: a running average of a model, which predicts in its place (Tarvainen and Valpola 2017)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from multidomain_cct.model.network import Segmenter, whole_image_logits
+
+
+class Teacher(nn.Module):
+    """A copy of a model's encoder and heads, without gradients and always in evaluation mode."""
+
+    def __init__(self, model: Segmenter) -> None:
+        super().__init__()
+        # One deep copy of both, so that what they share stays shared.
+        copied = copy.deepcopy(nn.ModuleDict({"encoder": model.encoder, "heads": model.heads})).requires_grad_(False)
+        self.encoder, self.heads = copied["encoder"], copied["heads"]
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:
+        return super().train(False)
+
+    @torch.no_grad()
+    def follow(self, model: Segmenter, *, decay: float) -> None:
+        """Move toward the model: floating-point tensors keep the share `decay`, counters are copied."""
+        theirs = [*model.encoder.state_dict().values(), *model.heads.state_dict().values()]
+        pairs = list(zip(self.state_dict().values(), theirs, strict=True))
+        torch._foreach_lerp_(*_columns([pair for pair in pairs if pair[0].is_floating_point()]), 1 - decay)
+        if counters := [pair for pair in pairs if not pair[0].is_floating_point()]:
+            torch._foreach_copy_(*_columns(counters))
+
+    def logits(self, images: Tensor, domain: str, head: str) -> Tensor:
+        """(B, C, H, W) logits for (B, 3, H, W) uint8 images."""
+        return whole_image_logits(self.encoder, self.heads.get_submodule(f"{head}.main"), images, domain)
+
+
+def warm_decay(decay: float, updates: int) -> float:
+    """The decay at an update, counted from 1: a plain mean at first, so that the random start is soon forgotten."""
+    return min(decay, 1 - 1 / (updates + 1))
+
+
+def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
