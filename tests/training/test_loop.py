@@ -261,7 +261,7 @@ def test_what_a_mean_teacher_run_scores_saves_and_restores_is_the_teacher(
         method="mean_teacher", optimiser={"lr": 0.1}, training={"steps": 3, "log_every": 1, "evaluate_every": 3}
     )
     run = start(recipe, two_domains)
-    restored = load_run(run)
+    restored = TrainedRun.load(run)
     tensors = weights(run)
     assert tensors["updates"] == 3 and not torch.equal(
         tensors["teacher.heads.shapes.main.classify.weight"], tensors["heads.shapes.main.classify.weight"]
