@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator
@@ -72,6 +73,12 @@ def replace_text(path: Path, text: str) -> None:
     """Replace a file as a whole, in UTF-8. A lone surrogate, as in a file name that is not UTF-8, becomes an escape."""
     with replacing(path) as temporary, _naming(temporary):
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def file_sha256(path: Path) -> str:
+    """Hex digest of a file's contents."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:

@@ -1,10 +1,17 @@
-"""Names that anybody may have chosen, made fit to be shown."""
+"""Texts from files, made fit to be shown."""
+
+from collections.abc import Sequence
 
 
 def printable(text: str) -> str:
-    r"""The text with line breaks, other control characters and lone surrogates written out, such as \x07: what is shown
-    cannot steer a terminal.
+    r"""The text with line breaks, other control characters and lone surrogates as escapes, such as \x07, so that it
+    cannot control a terminal.
     """
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode("ascii") for letter in text
     )
+
+
+def first_few(items: Sequence[str]) -> str:
+    """The first four of the items, and how many more there are."""
+    return ", ".join(items[:4]) + (f", and {len(items) - 4} more" if len(items) > 4 else "")

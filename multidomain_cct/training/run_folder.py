@@ -15,6 +15,7 @@ from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import make_folder, replace_text
+from multidomain_cct.files.printable import first_few
 from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint, read_state
 from multidomain_cct.training.recipe import Recipe, differences, read_run_recipe
 
@@ -54,9 +55,9 @@ def find_start(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[
         return Start(checkpoint, (*warnings, *(f"resume=force goes on although {change}" for change in forced)), forced)
     otherwise = "start another run with name=OTHER, or go on all the same with resume=force, which env.json records."
     if settings:
-        raise UserError(f"{folder} is a run of another recipe: {_some(settings)}. Take these back, {otherwise}")
+        raise UserError(f"{folder} is a run of another recipe: {first_few(settings)}. Take these back, {otherwise}")
     if data:
-        raise UserError(f"{folder} was trained on other data in {_some(data)}. Restore them, {otherwise}")
+        raise UserError(f"{folder} was trained on other data in {first_few(data)}. Restore them, {otherwise}")
     return Start(checkpoint, tuple(warnings))
 
 
@@ -90,10 +91,6 @@ def _flat(value: Any, path: str) -> dict[str, Any]:
     else:
         return {path: value}
     return {key: item for place, part in parts for key, item in _flat(part, place).items()}
-
-
-def _some(changed: Sequence[str]) -> str:
-    return ", ".join(changed[:4]) + (f", and {len(changed) - 4} more" if len(changed) > 4 else "")
 
 
 def _never_began(folder: Path) -> bool:

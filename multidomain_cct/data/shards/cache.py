@@ -14,15 +14,15 @@ from multidomain_cct.data.shards.download import Patience, download
 from multidomain_cct.errors import UserError
 
 _ABANDONED = 3600
-"""Seconds after which a file that nobody has gone on fetching may be removed."""
+"""Seconds without progress after which a partly fetched file may be removed."""
 
 
 @dataclass(frozen=True)
 class FileCache:
     """Files by their sha256.
 
-    A file appears under its name only when it is whole and its checksum has been compared; the ones used longest ago go
-    first.
+    A file appears under its name only when it is whole and its checksum matches. To make room, the files used longest
+    ago are removed first.
     """
 
     folder: Path
@@ -30,10 +30,9 @@ class FileCache:
     patience: Patience = Patience()
 
     def descriptor(self, address: str, sha256: bytes, size: int | None = None) -> int:
-        """A descriptor of the file, fetched when it is not there; the caller closes it. Raises SourceError when it
-        cannot be had.
+        """A descriptor of the file, fetched if absent; the caller closes it. Raises SourceError if fetching fails.
 
-        What is open stays readable when another process removes the file to make room.
+        The open file stays readable when another process removes it to make room.
         """
         path = self.folder / sha256.hex()
         while True:
@@ -45,10 +44,8 @@ class FileCache:
 
     def _fetch(self, address: str, path: Path, sha256: bytes, size: int | None) -> None:
         if size is not None and size > self.max_bytes:
-            raise UserError(
-                f"data.cache_gib is {self.max_bytes / 2**30:g}, but {address} alone has {size / 2**30:.3g} GiB. Allow "
-                "more."
-            )
+            limit, needed = self.max_bytes / 2**30, size / 2**30
+            raise UserError(f"data.cache_gib is {limit:g}, but {address} alone has {needed:.3g} GiB. Allow more.")
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._locked(f"lock-{path.name[:2]}"):
             if path.exists():
@@ -76,7 +73,7 @@ class FileCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        """A lock that the kernel takes back from a process that dies."""
+        """A lock that the kernel releases when its process dies."""
         with (self.folder / name).open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -1,18 +1,18 @@
-"""What is known of every shard of a split without opening its index: enough to number the samples and to tell one data
-set from another.
+"""The catalogue of a split: enough about each shard to number the samples and to identify the data without opening any
+index.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from multidomain_cct.data.shards.index import MASK, ShardIndex, index_path, load_table, save_table
+from multidomain_cct.data.shards.index import MASK, ShardIndex, checked_index, index_path, load_table, save_table
 from multidomain_cct.errors import UserError
 
 CATALOGUE_SCHEMA = "multidomain_cct.catalogue.1"
@@ -26,13 +26,13 @@ class Catalogue:
     names: tuple[str, ...]
     """File names."""
     samples: np.ndarray  # (s,) int64
-    """How many samples a shard holds."""
+    """Number of samples in each shard."""
     labelled: np.ndarray  # (s,) int64
-    """How many of them have a mask."""
+    """Number of samples with a mask."""
     shard_bytes: np.ndarray  # (s,) int64
     shard_sha256: np.ndarray  # (s, 32) uint8
     index_sha256: np.ndarray  # (s, 32) uint8
-    """Of the index file, by which an index is known for the one that was counted."""
+    """Of the index files from which the catalogue was made."""
     digests: np.ndarray  # (s, 16) uint8
     """`ShardIndex.digest`."""
 
@@ -42,98 +42,72 @@ class Catalogue:
         return hashlib.sha256(self.digests.tobytes()).hexdigest()[:16]
 
     @classmethod
-    def of(
-        cls, paths: Sequence[Path], *, seen: Callable[[int, ShardIndex], None] = lambda number, index: None
-    ) -> Catalogue:
-        """Read the index of every shard once; `seen` is shown each.
+    def of(cls, paths: Sequence[Path]) -> Catalogue:
+        """Read the index of every shard once.
 
-        Raises UserError when one is missing, for one that does not fit its shard, for a key that is in two shards and
-        for a packing that was not finished.
+        Raises UserError when an index is missing or does not fit its shard, when a key is in two shards, and when the
+        packing was not finished.
         """
-        rows: list[tuple[int, int, int, bytes, bytes, bytes]] = []
-        hashes: list[np.ndarray] = []
+        counts: list[tuple[int, int, int]] = []
+        checksums: list[tuple[bytes, bytes, bytes]] = []
+        key_hashes: list[np.ndarray] = []
         totals: set[int] = set()
-        for number, path in enumerate(paths):
+        for path in paths:
             index = checked_index(path)
-            checksum = hashlib.sha256(index_path(path).read_bytes()).digest()
-            labelled = int((index.size[:, MASK] >= 0).sum())
-            rows.append(
-                (
-                    len(index.keys),
-                    labelled,
-                    index.shard_bytes,
-                    bytes.fromhex(index.shard_sha256),
-                    checksum,
-                    index.digest,
-                )
-            )
-            hashes.append(np.fromiter(map(hash, index.keys), dtype=np.int64, count=len(index.keys)))
+            counts.append((len(index.keys), int((index.size[:, MASK] >= 0).sum()), index.shard_bytes))
+            of_index = hashlib.sha256(index_path(path).read_bytes()).digest()
+            checksums.append((bytes.fromhex(index.shard_sha256), of_index, index.digest))
+            key_hashes.append(np.fromiter(map(hash, index.keys), dtype=np.int64, count=len(index.keys)))
             if "total" in index.notes:
                 totals.add(index.notes["total"])
-            seen(number, index)
-        _require_different_keys(paths, hashes)
-        _require_finished(paths, totals, sum(row[0] for row in rows))
-        counts = np.array([row[:3] for row in rows], dtype=np.int64)
-        checksums = [
-            np.frombuffer(b"".join(column), dtype=np.uint8).reshape(len(rows), -1)
-            for column in list(zip(*rows, strict=True))[3:]
-        ]
-        return cls(tuple(path.name for path in paths), *counts.T.copy(), *checksums)
+        _require_different_keys(paths, key_hashes)
+        _require_finished(paths, totals, sum(samples for samples, _, _ in counts))
+        return cls(
+            tuple(path.name for path in paths),
+            *np.array(counts, dtype=np.int64).T.copy(),
+            *(
+                np.frombuffer(b"".join(column), dtype=np.uint8).reshape(len(paths), -1)
+                for column in zip(*checksums, strict=True)
+            ),
+        )
 
     def save(self, path: Path) -> None:
-        arrays = {name: getattr(self, name) for name in _ARRAYS if name != "names"}
-        save_table(
-            path,
-            arrays | {"names": np.frombuffer("\n".join(self.names).encode(), dtype=np.uint8)},
-            {"schema": CATALOGUE_SCHEMA},
-        )
+        arrays = {
+            name: value if isinstance(value, np.ndarray) else np.frombuffer("\n".join(value).encode(), dtype=np.uint8)
+            for name, value in vars(self).items()
+        }
+        save_table(path, arrays, {"schema": CATALOGUE_SCHEMA})
 
     @classmethod
     def load(cls, path: Path) -> Catalogue:
-        """Raises UserError for a catalogue of which a byte has changed."""
+        """Raises UserError for a catalogue that has changed by a byte."""
         remedy = "Make it again: python -m multidomain_cct index --catalogue SHARD..."
         arrays, _ = load_table(path, _ARRAYS, CATALOGUE_SCHEMA, what="catalogue", remedy=remedy)
         names = tuple(arrays.pop("names").tobytes().decode().split("\n"))
-        wrong = [name for name in names if not re.fullmatch(r"[\w+-][\w.+-]*\.tar", name)]
-        if wrong:
-            raise UserError(f"{path}: the catalogue lists {wrong[0][:80]!r}, which is no name of a shard. {remedy}")
+        for name in names:
+            if not re.fullmatch(r"[\w+-][\w.+-]*\.tar", name):
+                raise UserError(f"{path}: the catalogue lists {name[:80]!r}, which is not a shard's name. {remedy}")
         return cls(names, **arrays)
 
 
 def catalogue_path(folder: Path, split: str) -> Path:
-    """Where the catalogue of a split stands, if there is one. Few shards need none; many, or remote ones, do."""
+    """The path of a split's catalogue. It is optional for a few local shards, and needed for remote ones."""
     return folder / f"{split}.catalogue"
 
 
-def checked_index(path: Path) -> ShardIndex:
-    """The index of a shard that is there and has the size it had when it was indexed."""
-    if not index_path(path).is_file():
-        raise UserError(f"{path} has no index. Build it: python -m multidomain_cct index {path}")
-    index = ShardIndex.load(index_path(path))
-    if index.shard_bytes != path.stat().st_size:
-        raise UserError(
-            f"{path} has {path.stat().st_size} bytes, but its index was made for {index.shard_bytes}. Build it again: "
-            f"python -m multidomain_cct index {path}"
-        )
-    return index
+def _require_different_keys(paths: Sequence[Path], key_hashes: Sequence[np.ndarray]) -> None:
+    """Raises UserError for a key in two shards.
 
-
-def _require_different_keys(paths: Sequence[Path], hashes: Sequence[np.ndarray]) -> None:
-    """Refuse a key that is in two shards.
-
-    Eight bytes a key are compared first, so that the keys themselves need not all be in memory.
+    Eight bytes per key are compared first, so that the keys themselves need not all be in memory.
     """
-    found, counts = np.unique(np.concatenate(hashes), return_counts=True)
-    suspects = set(found[counts > 1].tolist())
-    if not suspects:
-        return
+    hashes, counts = np.unique(np.concatenate(key_hashes), return_counts=True)
+    suspects = set(hashes[counts > 1].tolist())
     seen: set[str] = set()
-    for path, own in zip(paths, hashes, strict=True):
-        if suspects.isdisjoint(own.tolist()):
+    for path, in_shard in zip(paths, key_hashes, strict=True):
+        if suspects.isdisjoint(in_shard.tolist()):
             continue
         keys = [key for key in ShardIndex.load(index_path(path)).keys if hash(key) in suspects]
-        twice = seen.intersection(keys)
-        if twice:
+        if twice := seen.intersection(keys):
             raise UserError(
                 f"{path.parent}: the key {min(twice)!r} is in more than one shard of the split. Pack or number the "
                 "shards again."
@@ -141,13 +115,12 @@ def _require_different_keys(paths: Sequence[Path], hashes: Sequence[np.ndarray])
         seen.update(keys)
 
 
-def _require_finished(paths: Sequence[Path], totals: Iterable[int], found: int) -> None:
-    """Refuse the shards of a packing that was interrupted: half a data set trains as quietly as a whole one."""
-    if totals and set(totals) != {found}:
+def _require_finished(paths: Sequence[Path], totals: Iterable[int], count: int) -> None:
+    """Raises UserError for an interrupted packing: training on half a data set would not be noticed."""
+    if totals and set(totals) != {count}:
         folder, split = paths[0].parent, paths[0].name.rpartition("-")[0]
         raise UserError(
-            f"{folder}: the {split} shards hold {found} of {max(totals)} images; packing was interrupted, or a shard "
-            "is missing. "
-            f"Go on with it: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out "
+            f"{folder}: the {split} shards hold {count} of {max(totals)} images; packing was interrupted, or a shard "
+            f"is missing. Continue: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out "
             f"{folder.parent}"
         )

@@ -1,12 +1,11 @@
-"""Files from http(s) and s3 addresses, on connections that break.
+"""Files from http(s) and s3 addresses, over unreliable connections.
 
-http(s) is read with the standard library, which needs nothing installed and keeps no state that a fork would copy; s3
-is read through fsspec.
+http(s) is read with the standard library, which needs no installation and keeps no state that a fork would copy; s3 is
+read through fsspec.
 """
 
 from __future__ import annotations
 
-import hashlib
 import http.client
 import re
 import time
@@ -20,25 +19,23 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from multidomain_cct.errors import UserError
+from multidomain_cct.files.durable import file_sha256
 
 PROTOCOLS = ("http", "https", "s3")
 _CHUNK = 1 << 20
 _PART = 8 << 20
-"""Bytes that one request to s3 asks for: between two of them is judged whether the server is too slow."""
+"""Bytes per request to s3; the rate is checked between two requests."""
 _MAX_UNKNOWN = 1 << 30
-"""Bytes that a file of unknown size may have."""
+"""Largest size of a file whose size is not announced, in bytes."""
 
 
 class SourceError(OSError):
-    """A file that cannot be fetched: not the user's mistake.
-
-    The message is one line: address, attempts, the last trouble.
-    """
+    """A file that cannot be fetched; not the user's mistake. The message is one line: address, attempts, last cause."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a server is given."""
+    """How long to wait for a server."""
 
     attempts: int = 6
     wait: float = 1.0
@@ -46,34 +43,31 @@ class Patience:
     stall: float = 30.0
     """Seconds without a byte after which an attempt ends."""
     grace: float = 60.0
-    """Seconds that an attempt may take besides what `least_rate` allows for the bytes that have come."""
+    """Seconds that an attempt may take beyond what `least_rate` allows for the received bytes."""
     least_rate: float = 32 * 1024
-    """Bytes a second; slower than this an attempt ends, and the next goes on where it stopped."""
+    """Bytes per second. A slower attempt ends, and the next one continues where it stopped."""
 
 
 def require_address(address: str, allowed: list[str], where: str) -> None:
-    """Refuse what is no plain address of an allowed protocol. Never repeats the address, which may hold a password."""
+    """Raises UserError for anything but a plain address of an allowed protocol. The message never contains the address,
+    which may hold a password.
+    """
     try:
         parts = urlsplit(address)
     except ValueError:
         parts = urlsplit("")
-    if (
-        parts.scheme not in PROTOCOLS
-        or not parts.hostname
-        or not re.fullmatch(r"[\w.:/~%+-]+", address.partition("://")[2].replace("@", ""))
-    ):
-        raise UserError(
-            f"{where} is no address; it is like https://HOST/FOLDER and begins with "
-            f"{', '.join(f'{name}://' for name in PROTOCOLS)}."
-        )
+    plain = re.fullmatch(r"[\w.:/~%+-]+", address.partition("://")[2].replace("@", ""))
+    if parts.scheme not in PROTOCOLS or not parts.hostname or not plain:
+        known = ", ".join(f"{name}://" for name in PROTOCOLS)
+        raise UserError(f"{where} is not an address such as https://HOST/FOLDER; it begins with {known}.")
     if parts.username or parts.password or "@" in address:
         raise UserError(
-            f"{where} holds a user name or password, which would end up in logs. Use the environment or a credentials "
-            "file of the service."
+            f"{where} holds a user name or password, which logs would show. Use the environment or a credentials file "
+            "of the service."
         )
     if parts.scheme not in allowed:
         raise UserError(
-            f"{where} begins with {parts.scheme}://, which data.remote does not allow. To read from there, write "
+            f"{where} begins with {parts.scheme}://, which data.remote does not allow. To allow it: "
             f"data.remote=[{parts.scheme}]."
         )
 
@@ -86,10 +80,10 @@ def download(
     size: int | None = None,
     patience: Patience | None = None,
 ) -> None:
-    """Fetch a file whole, going on from what `target` already holds of it.
+    """Fetch a whole file, continuing from the part that `target` already holds.
 
-    Raises SourceError when it cannot be had in a bounded number of attempts, or is not the file that was meant, and
-    UserError when a package is missing.
+    Raises SourceError when the attempts are used up or the file is not the expected one, and UserError when a package
+    is missing.
     """
     patience, trouble = patience or Patience(), ""
     for attempt in range(patience.attempts):
@@ -101,7 +95,7 @@ def download(
             if expected is not None and found < expected:
                 trouble = f"{found} of {expected} bytes came"
                 continue
-            if (expected is None or found == expected) and sha256 in (None, _sha256(target)):
+            if (expected is None or found == expected) and (sha256 is None or sha256.hex() == file_sha256(target)):
                 return
             trouble = "it is not the file that was indexed: its size or checksum differs"
             target.unlink()
@@ -113,20 +107,18 @@ def download(
             if error.code == 416:
                 target.unlink(missing_ok=True)
             elif 300 <= error.code < 500 and error.code not in (408, 429):
-                raise SourceError(
-                    f"{address}: {trouble}. Look at the address, and whether the file may be read."
-                ) from None
+                raise SourceError(f"{address}: {trouble}. Check the address and the right to read it.") from None
         except (OSError, http.client.HTTPException, ValueError) as error:
-            # ValueError: a server that redirects to what is no address.
+            # ValueError: a server that redirects to something that is not an address.
             trouble = " ".join(str(getattr(error, "reason", error) or type(error).__name__).split())
     raise SourceError(
-        f"{address}: not fetched in {patience.attempts} attempts (the last: {trouble}). Look at the server, then go "
-        "on with resume=auto."
+        f"{address}: not fetched in {patience.attempts} attempts (the last: {trouble}). Check the server, then go on "
+        "with resume=auto."
     )
 
 
 def _append(address: str, target: Path, size: int | None, patience: Patience) -> int | None:
-    """Read once, as far as it goes. Returns how long the whole file is, where that is known."""
+    """Read once, until the connection ends. Returns the size of the whole file, if known."""
     start = target.stat().st_size if target.is_file() else 0
     if size is not None and start >= size:
         return size
@@ -137,25 +129,21 @@ def _append(address: str, target: Path, size: int | None, patience: Patience) ->
     with closing(body), target.open("r+b" if start else "wb") as file:
         file.seek(start)
         file.truncate()
-        # One byte more than expected is enough to see that it is another file.
+        # One byte more than expected proves that it is another file.
         left = (_MAX_UNKNOWN if expected is None else expected) + 1 - start
-        while left > 0 and (
-            chunk := body.read1(min(_CHUNK, left)) if hasattr(body, "read1") else body.read(min(_CHUNK, left))
-        ):
+        read = getattr(body, "read1", body.read)
+        while left > 0 and (chunk := read(min(_CHUNK, left))):
             file.write(chunk)
             left -= len(chunk)
             received += len(chunk)
-            # Judged on what has come: on the size of the whole file, a server that sends hardly anything would be
-            # waited for through hours.
+            # By the received bytes: by the size of the file, an almost silent server would be allowed hours.
             if time.monotonic() - begun > patience.grace + received / patience.least_rate:
                 raise TimeoutError(f"less than {patience.least_rate / 1024:.0f} KiB a second")
     return expected
 
 
 def _open_http(address: str, start: int, stall: float) -> tuple[Any, int, int | None]:
-    """The body from byte `start`, or from the beginning where the server knows no ranges; where it begins; the length
-    of the whole file.
-    """
+    """The body from byte `start`, or from 0 if the server knows no ranges; where it begins; the whole file's size."""
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
     response = urllib.request.build_opener(_SameProtocols).open(request, timeout=stall)
     start = start if response.status == 206 else 0
@@ -173,13 +161,12 @@ class _SameProtocols(urllib.request.HTTPRedirectHandler):
 
 
 def _open_s3(address: str, start: int, stall: float) -> tuple[Any, int, int | None]:
-    return open_with_fsspec(
-        address, start, protocol="s3", config_kwargs={"connect_timeout": stall, "read_timeout": stall}
-    )
+    timeouts = {"connect_timeout": stall, "read_timeout": stall}
+    return open_with_fsspec(address, start, protocol="s3", config_kwargs=timeouts)
 
 
 def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any) -> tuple[Any, int, int | None]:
-    """As `_open_http`, of any file system that fsspec knows."""
+    """Like `_open_http`, for any file system of fsspec."""
     try:
         import fsspec
 
@@ -197,14 +184,14 @@ def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any)
     except (FileNotFoundError, PermissionError) as error:
         trouble = "there is no such file" if isinstance(error, FileNotFoundError) else "it may not be read"
         raise SourceError(
-            f"{address}: {trouble} ({error}). Look at the address, and at what these credentials may read."
+            f"{address}: {trouble} ({error}). Check the address and the rights of these credentials."
         ) from None
     return _Body(body), start, int(body.size)
 
 
 @dataclass(frozen=True)
 class _Body:
-    """A file of fsspec whose troubles are OSErrors, whichever library has them."""
+    """A file of fsspec that raises OSError, whichever library fails."""
 
     file: Any
 
@@ -224,10 +211,5 @@ def _as_oserror() -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:
-        # botocore and aiohttp have families of their own: no connection, no credentials, a timeout.
+        # botocore and aiohttp have their own exceptions for no connection, no credentials, a timeout.
         raise OSError(str(error) or type(error).__name__) from None
-
-
-def _sha256(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").digest()

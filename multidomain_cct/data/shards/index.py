@@ -18,6 +18,7 @@ from multidomain_cct.files.durable import replacing
 INDEX_SCHEMA = "multidomain_cct.index.2"
 IMAGE, MASK, META = 0, 1, 2
 _ARRAYS = ("keys", "offset", "size", "crc32")
+_BUILD = "Build it again: python -m multidomain_cct index"
 
 
 @dataclass(frozen=True)
@@ -33,48 +34,39 @@ class ShardIndex:
     crc32: np.ndarray  # (n, 3) int64
     shard_bytes: int
     shard_sha256: str
-    """Of the whole shard, headers and padding too."""
+    """Of the whole shard, headers and padding included."""
     notes: dict[str, Any]
     """What the writer recorded about the shard; empty for foreign shards."""
 
     @property
     def num_bytes(self) -> int:
         """Memory that the index takes, about."""
-        return (
-            self.offset.nbytes + self.size.nbytes + self.crc32.nbytes + sum(map(len, self.keys)) + 60 * len(self.keys)
-        )
+        return 3 * self.offset.nbytes + sum(len(key) + 60 for key in self.keys)
 
     @property
     def digest(self) -> bytes:
-        """16 bytes that depend on the keys and contents of the samples, and on nothing else."""
+        """16 bytes that depend on the keys and contents of the samples only."""
         content = hashlib.sha256("\n".join(self.keys).encode())
         content.update(self.size.tobytes() + self.crc32.tobytes())
         return content.digest()[:16]
 
     def save(self, path: Path) -> None:
-        blob = np.frombuffer("\n".join(self.keys).encode(), dtype=np.uint8)
-        arrays = {"keys": blob, "offset": self.offset, "size": self.size, "crc32": self.crc32}
-        facts = {
-            "schema": INDEX_SCHEMA,
-            "shard_bytes": self.shard_bytes,
-            "shard_sha256": self.shard_sha256,
-            "notes": self.notes,
-        }
-        save_table(path, arrays, facts)
+        keys = np.frombuffer("\n".join(self.keys).encode(), dtype=np.uint8)
+        arrays = {"keys": keys, "offset": self.offset, "size": self.size, "crc32": self.crc32}
+        facts = {"shard_bytes": self.shard_bytes, "shard_sha256": self.shard_sha256, "notes": self.notes}
+        save_table(path, arrays, facts | {"schema": INDEX_SCHEMA})
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
-        """Raises UserError for an index of which a byte has changed, and for one of another version."""
-        remedy = f"Build it again: python -m multidomain_cct index {shard_of(path)}"
+        """Raises UserError for an index that has changed by a byte, and for one of another version."""
+        remedy = f"{_BUILD} {path.with_name(path.name.removesuffix('.idx'))}"
         arrays, facts = load_table(path, _ARRAYS, INDEX_SCHEMA, what="index", remedy=remedy)
         keys = tuple(arrays.pop("keys").tobytes().decode().split("\n"))
         if not "".join(keys).isprintable():
-            raise UserError(
-                f"{path}: the index holds keys with control characters, which `index` never writes. {remedy}"
-            )
-        return cls(
-            keys, **arrays, shard_bytes=facts["shard_bytes"], shard_sha256=facts["shard_sha256"], notes=facts["notes"]
-        )
+            raise UserError(f"{path}: the index holds keys with control characters, which are not allowed. {remedy}")
+        columns: dict[str, Any] = arrays | facts
+        del columns["schema"]
+        return cls(keys, **columns)
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
@@ -83,35 +75,44 @@ def shard_paths(folder: Path, split: str) -> list[Path]:
 
 
 def index_path(shard: Path) -> Path:
-    """Where the index of a shard stands."""
+    """The path of a shard's index."""
     return shard.with_name(shard.name + ".idx")
 
 
-def shard_of(index: Path) -> Path:
-    """The shard that an index describes."""
-    return index.with_name(index.name.removesuffix(".idx"))
+def existing_index(shard: Path) -> Path:
+    """The path of a shard's index. Raises UserError when there is none."""
+    if not index_path(shard).is_file():
+        raise UserError(f"{shard} has no index. Build it: python -m multidomain_cct index {shard}")
+    return index_path(shard)
+
+
+def require_indexed_size(shard: Path, size: int, indexed: int) -> None:
+    """Raises UserError when the shard's size is not the one that was indexed."""
+    if size != indexed:
+        raise UserError(f"{shard} has {size} bytes, but its index was made for {indexed}. {_BUILD} {shard}")
+
+
+def checked_index(shard: Path) -> ShardIndex:
+    """The index of a shard. Raises UserError when the shard's size is not the one that was indexed."""
+    index = ShardIndex.load(existing_index(shard))
+    require_indexed_size(shard, shard.stat().st_size, index.shard_bytes)
+    return index
 
 
 def notes_of_same(path: Path, index: ShardIndex) -> dict[str, Any]:
-    """The notes in an earlier index, of any version, of a shard with the same keys and contents; empty when there is
-    none.
-    """
+    """The notes of the index file at `path`, of any version, if it has the same keys and contents; otherwise empty."""
     try:
         with safe_open(path, framework="numpy") as file:
-            same = file.get_tensor("keys").tobytes().decode().split("\n") == list(index.keys) and np.array_equal(
-                file.get_tensor("crc32"), index.crc32
-            )
+            keys, crc32 = file.get_tensor("keys").tobytes().decode(), file.get_tensor("crc32")
             notes = json.loads((file.metadata() or {}).get("index", "{}")).get("notes", {})
     except (SafetensorError, ValueError, AttributeError, OSError):
         return {}
+    same = keys == "\n".join(index.keys) and np.array_equal(crc32, index.crc32)
     return notes if same and isinstance(notes, dict) else {}
 
 
 def save_table(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
-    """Write arrays and facts as one safetensors file with a checksum over both.
-
-    The file appears whole or not at all.
-    """
+    """Write arrays and facts as one safetensors file with a checksum over both; it appears whole or not at all."""
     facts = facts | {"checksum": _checksum(arrays, facts)}
     with replacing(path) as temporary:
         # One entry: safetensors writes several in an order that changes from run to run.
@@ -121,16 +122,16 @@ def save_table(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any])
 def load_table(
     path: Path, names: tuple[str, ...], schema: str, *, what: str, remedy: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """What `save_table` wrote. Raises UserError, ending in the remedy, when it is not that to the last bit."""
+    """Arrays and facts of `save_table`. Raises UserError, ending in the remedy, when a bit differs."""
     try:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads((file.metadata() or {}).get("index", "{}"))
-            found = facts.get("schema")
-            arrays = {name: file.get_tensor(name) for name in names} if found == schema else {}
+            version = facts.get("schema")
+            arrays = {name: file.get_tensor(name) for name in names} if version == schema else {}
     except (SafetensorError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: the {what} is damaged ({' '.join(str(error).split())[:200]}). {remedy}") from None
-    if found != schema:
-        raise UserError(f"{path}: the {what} has the schema {str(found)[:60]!r}, not {schema!r}. {remedy}")
+    if version != schema:
+        raise UserError(f"{path}: the {what} has the schema {str(version)[:60]!r}, not {schema!r}. {remedy}")
     checksum = facts.pop("checksum", None)
     if checksum != _checksum(arrays, facts):
         raise UserError(f"{path}: the {what} is damaged (its checksum differs). {remedy}")

@@ -1,8 +1,8 @@
 """Tar shards, read sample by sample.
 
-Beside each `<shard>.tar` is `<shard>.tar.idx` with the offset, size and crc32 of every member: a sample is one seek and
-one read, and damage is seen. Nothing here grows with the number of samples: indexes are opened when a sample of theirs
-is read, and closed again.
+Beside each `<shard>.tar` is `<shard>.tar.idx` with the offset, size and crc32 of every member: a sample takes one seek
+and one read, and damage is detected. Memory does not grow with the number of samples: indexes are opened when needed
+and closed again.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ class BadSample(UserError):
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
-        """A few words that are the same for all samples with this fault."""
+        """The same words for all samples with this fault, to count by."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """One sample as it lies in its shard."""
+    """The stored bytes of one sample."""
 
     key: str
     shard: str
-    """Where the shard is, for messages."""
+    """The shard's path or address, for messages."""
     image: bytes
     mask: bytes | None
 
@@ -54,9 +54,9 @@ class Record:
 
 
 class Shards:
-    """The samples of one split of one domain, read by their number.
+    """The samples of one split of one domain, read by number.
 
-    Opens files when first read, so it may be built before a loader's workers are forked.
+    Opens files at the first read, so it may be built before a loader's workers are forked.
     """
 
     def __init__(self, source: Source, catalogue: Catalogue) -> None:
@@ -76,42 +76,28 @@ class Shards:
                 f"{folder} has no {split} shards. Make them: python -m multidomain_cct pack {folder.name} --raw "
                 f"FOLDER --split {split} --out {folder.parent}"
             )
-        if not catalogue_path(folder, split).is_file():
+        listed = catalogue_path(folder, split)
+        if not listed.is_file():
             return cls.of(paths)
-        catalogue = Catalogue.load(catalogue_path(folder, split))
-        names = tuple(path.name for path in paths)
-        if names != catalogue.names:
-            different = min(set(names) ^ set(catalogue.names))
+        catalogue = Catalogue.load(listed)
+        if different := {path.name for path in paths} ^ set(catalogue.names):
             raise UserError(
-                f"{catalogue_path(folder, split)} lists other shards than there are ({different}). Restore them, or "
-                "make the catalogue again: python -m"
-                f" multidomain_cct index --catalogue {folder}/{split}-*.tar"
+                f"{listed} lists other shards than there are ({min(different)}). Restore them, or make the catalogue "
+                f"again: python -m multidomain_cct index --catalogue {folder}/{split}-*.tar"
             )
         return cls(LocalFolder(folder), catalogue)
 
     @classmethod
     def of(cls, paths: Sequence[Path]) -> Shards:
-        """These shards of one folder, by their indexes."""
-        opened: list[tuple[int, ShardIndex]] = []
-        room = INDEX_BYTES
-
-        def keep(number: int, index: ShardIndex) -> None:
-            nonlocal room
-            room -= index.num_bytes
-            if room >= 0:
-                opened.append((number, index))
-
-        shards = cls(LocalFolder(paths[0].parent), Catalogue.of(paths, seen=keep))
-        for number, index in opened:
-            shards._keep_index(number, index)
-        return shards
+        """These shards of one folder."""
+        return cls(LocalFolder(paths[0].parent), Catalogue.of(paths))
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     @property
     def keys(self) -> Sequence[str]:
-        """The key of each sample, read when asked for."""
+        """The key of each sample, read on access."""
         return _Keys(self)
 
     @property
@@ -124,19 +110,16 @@ class Shards:
     def numbers(self, *, labelled: bool) -> np.ndarray:
         """(m,) int64, ascending: the samples with a mask, or those without.
 
-        Opens only indexes of shards that have both kinds.
+        Opens only the indexes of shards that hold both.
         """
-        found = [np.empty(0, dtype=np.int64)]
+        parts = [np.empty(0, dtype=np.int64)]
         wanted = self.catalogue.labelled if labelled else self.catalogue.samples - self.catalogue.labelled
         for shard in np.flatnonzero(wanted).tolist():
-            count = int(self.catalogue.samples[shard])
-            rows = (
-                np.arange(count)
-                if wanted[shard] == count
-                else np.flatnonzero((self._index(shard).size[:, MASK] >= 0) == labelled)
-            )
-            found.append(rows + int(self.ends[shard]) - count)
-        return np.concatenate(found)
+            rows = np.arange(self.catalogue.samples[shard])
+            if wanted[shard] < len(rows):
+                rows = rows[(self._index(shard).size[:, MASK] >= 0) == labelled]
+            parts.append(rows + self._start(shard))
+        return np.concatenate(parts)
 
     @property
     def fingerprint(self) -> str:
@@ -144,47 +127,41 @@ class Shards:
         return self.catalogue.fingerprint
 
     def read(self, number: int, *, with_mask: bool = True) -> Record:
-        """The sample's bytes. Raises BadSample, naming shard and key, when they are not those that were indexed."""
-        shard, row = self._place(number)
-        index = self._index(shard)
+        """The sample's bytes. Raises BadSample, naming shard and key, when they differ from the indexed ones."""
+        shard, row = self._locate(number)
+        index, place = self._index(shard), self.source.place(self.catalogue.names[shard])
         mask = self._member(shard, index, row, MASK) if with_mask and index.size[row, MASK] >= 0 else None
-        return Record(
-            index.keys[row],
-            self.source.place(self.catalogue.names[shard]),
-            self._member(shard, index, row, IMAGE),
-            mask,
-        )
+        return Record(index.keys[row], place, self._member(shard, index, row, IMAGE), mask)
 
-    def _place(self, number: int) -> tuple[int, int]:
+    def _start(self, shard: int) -> int:
+        return int(self.ends[shard] - self.catalogue.samples[shard])
+
+    def _locate(self, number: int) -> tuple[int, int]:
         """The shard of a sample, and its row there."""
         if not 0 <= number < len(self):
             raise IndexError(number)
         shard = int(np.searchsorted(self.ends, number, side="right"))
-        return shard, number - int(self.ends[shard] - self.catalogue.samples[shard])
+        return shard, number - self._start(shard)
 
     def _index(self, shard: int) -> ShardIndex:
         if shard not in self._indexes:
-            self._keep_index(shard, self.source.index(self.catalogue, shard))
+            self._indexes[shard] = index = self.source.index(self.catalogue, shard)
+            self._index_bytes += index.num_bytes
+            while self._index_bytes > INDEX_BYTES and len(self._indexes) > 1:
+                _, oldest = self._indexes.popitem(last=False)
+                self._index_bytes -= oldest.num_bytes
         self._indexes.move_to_end(shard)
         return self._indexes[shard]
-
-    def _keep_index(self, shard: int, index: ShardIndex) -> None:
-        self._indexes[shard] = index
-        self._index_bytes += index.num_bytes
-        while self._index_bytes > INDEX_BYTES and len(self._indexes) > 1:
-            _, oldest = self._indexes.popitem(last=False)
-            self._index_bytes -= oldest.num_bytes
 
     def _member(self, shard: int, index: ShardIndex, row: int, column: int) -> bytes:
         size = int(index.size[row, column])
         # pread keeps no file position, so forked workers may share the descriptor.
         content = os.pread(self._descriptor(shard), size, int(index.offset[row, column]))
         if len(content) != size or zlib.crc32(content) != index.crc32[row, column]:
-            path, field = self.source.place(self.catalogue.names[shard]), "image" if column == IMAGE else "mask"
+            place, field = self.source.place(self.catalogue.names[shard]), "image" if column == IMAGE else "mask"
             raise BadSample(
-                f"{path}: key {index.keys[row]!r}: the bytes differ from what was indexed ({field}). Copy the shard "
-                "again, or if it was changed on purpose:"
-                f" python -m multidomain_cct index {path}",
+                f"{place}: key {index.keys[row]!r}: the bytes differ from what was indexed ({field}). Copy the shard "
+                f"again, or if it was changed on purpose: python -m multidomain_cct index {place}",
                 f"{field}: bytes differ from the index",
             )
         return content
@@ -216,7 +193,7 @@ class _Keys(Sequence[str]):
         return len(self._shards)
 
     def __getitem__(self, number: Any) -> Any:
-        shard, row = self._shards._place(number)
+        shard, row = self._shards._locate(number)
         return self._shards._index(shard).keys[row]
 
     def __iter__(self) -> Iterator[str]:

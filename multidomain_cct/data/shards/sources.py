@@ -1,8 +1,7 @@
-"""Where the shards of a split are."""
+"""Local and remote folders of shards."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import tempfile
 from dataclasses import dataclass
@@ -12,23 +11,24 @@ from typing import Protocol
 from multidomain_cct.data.shards.cache import FileCache
 from multidomain_cct.data.shards.catalogue import Catalogue
 from multidomain_cct.data.shards.download import download
-from multidomain_cct.data.shards.index import ShardIndex, index_path
+from multidomain_cct.data.shards.index import ShardIndex, existing_index, index_path, require_indexed_size
 from multidomain_cct.errors import UserError
+from multidomain_cct.files.durable import file_sha256
 
 
 class Source(Protocol):
-    """A folder of shards, wherever it is."""
+    """A folder of shards, local or remote."""
 
     def place(self, name: str) -> str:
-        """What messages call the shard of this name."""
+        """Path or address of the shard of this name, for messages."""
 
     def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:
-        """The index of a shard. Raises UserError when it is not the one that the catalogue counted."""
+        """The index of a shard. Raises UserError when it is not the one in the catalogue."""
 
     def descriptor(self, catalogue: Catalogue, shard: int) -> int:
         """A descriptor of the shard, opened for reading; the caller closes it.
 
-        Raises UserError when the shard has not the size that was indexed.
+        Raises UserError when the shard's size is not the indexed one.
         """
 
 
@@ -43,33 +43,24 @@ class LocalFolder:
 
     def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:
         path = self.folder / catalogue.names[shard]
-        if not index_path(path).is_file():
-            raise UserError(f"{path} has no index. Build it: python -m multidomain_cct index {path}")
-        if hashlib.sha256(index_path(path).read_bytes()).digest() != catalogue.index_sha256[shard].tobytes():
+        index = existing_index(path)
+        if bytes.fromhex(file_sha256(index)) != catalogue.index_sha256[shard].tobytes():
             split = path.name.rpartition("-")[0]
             raise UserError(
-                f"{index_path(path)} is not the index that was counted when the split was opened or catalogued. Begin "
-                "again, or with a catalogue: python -m"
-                f" multidomain_cct index --catalogue {self.folder}/{split}-*.tar"
+                f"{index} is not the index that was counted when the split was opened or catalogued. Start again; if "
+                f"there is a catalogue: python -m multidomain_cct index --catalogue {self.folder}/{split}-*.tar"
             )
-        return ShardIndex.load(index_path(path))
+        return ShardIndex.load(index)
 
     def descriptor(self, catalogue: Catalogue, shard: int) -> int:
-        path, expected = self.folder / catalogue.names[shard], int(catalogue.shard_bytes[shard])
-        descriptor = os.open(path, os.O_RDONLY)
-        found = os.fstat(descriptor).st_size
-        if found != expected:
-            os.close(descriptor)
-            raise UserError(
-                f"{path} has {found} bytes, but its index was made for {expected}. Build it again: python -m "
-                f"multidomain_cct index {path}"
-            )
-        return descriptor
+        path = self.folder / catalogue.names[shard]
+        require_indexed_size(path, path.stat().st_size, int(catalogue.shard_bytes[shard]))
+        return os.open(path, os.O_RDONLY)
 
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """Shards at an http(s) or s3 address. Whole shards are fetched into a cache when a sample of theirs is read."""
+    """Shards at an http(s) or s3 address. A shard is fetched whole into a cache when one of its samples is read."""
 
     address: str
     cache: FileCache
@@ -78,7 +69,7 @@ class RemoteFolder:
         return f"{self.address.rstrip('/')}/{name}"
 
     def catalogue(self, split: str) -> Catalogue:
-        """The split's catalogue, fetched anew: it says what all other files have to be.
+        """The split's catalogue, always fetched: it holds the checksums of all other files.
 
         Raises SourceError when there is none.
         """
@@ -100,8 +91,5 @@ class RemoteFolder:
             os.close(descriptor)
 
     def descriptor(self, catalogue: Catalogue, shard: int) -> int:
-        return self.cache.descriptor(
-            self.place(catalogue.names[shard]),
-            catalogue.shard_sha256[shard].tobytes(),
-            int(catalogue.shard_bytes[shard]),
-        )
+        sha256, size = catalogue.shard_sha256[shard].tobytes(), int(catalogue.shard_bytes[shard])
+        return self.cache.descriptor(self.place(catalogue.names[shard]), sha256, size)

@@ -22,10 +22,10 @@ MAX_SHARD_BYTES = 512 * 1024 * 1024
 
 
 class ShardWriter:
-    """Writes samples into `<folder>/<split>-00000.tar`, `-00001.tar` ...; a shard appears under its name, with its
-    index, only when it is whole.
+    """Writes samples into `<folder>/<split>-00000.tar`, `-00001.tar` ...; a shard appears, with its index, only when it
+    is whole.
 
-    The bytes depend only on the samples, their order and where the caller publishes: modification times are 0.
+    The bytes depend only on the samples, their order and the calls of `publish`: modification times are 0.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class ShardWriter:
         max_bytes: int = MAX_SHARD_BYTES,
         note: Callable[[], dict[str, Any]] = dict,
     ) -> None:
-        """`note` is called when a shard is finished; what it returns is kept in the shard's index."""
+        """`note` is called for each finished shard; its result is stored in the shard's index."""
         self.folder, self.split, self.max_bytes, self.note = folder, split, max_bytes, note
         self.number = first_shard
         self.finished: list[Path] = []
@@ -50,7 +50,7 @@ class ShardWriter:
             left_by_a_crash.unlink()
 
     def is_full(self, more: int) -> bool:
-        """Whether a sample of `more` bytes belongs into the next shard."""
+        """Whether a sample of `more` bytes belongs in the next shard."""
         return self._tar is not None and self._bytes + more > self.max_bytes
 
     def write(self, key: str, *, image: bytes, mask: bytes | None, meta: bytes) -> None:
@@ -66,11 +66,11 @@ class ShardWriter:
         return self.folder / f"{self.split}-{self.number:05d}.tar"
 
     def publish(self) -> None:
-        """Finish the shard in hand and put it, with its index, in place."""
+        """Finish the current shard and its index."""
         with self._shard.pop_all():
             self._tar.close()
             self._file.close()
-            # The index is in place before the shard: whoever sees the shard can read it.
+            # The index comes first, so that a shard that is there can be read.
             scan_shard(self._temporary, notes=self.note()).save(index_path(self._path))
         self.finished.append(self._path)
         self.number, self._bytes, self._tar = self.number + 1, 0, None

@@ -8,7 +8,6 @@ step. Names that begin with a dot are on their way in or out, and belong to the 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.specification import read_domain
 from multidomain_cct.errors import UserError
-from multidomain_cct.files.durable import make_folder, sync, write_tensors, write_text
+from multidomain_cct.files.durable import file_sha256, make_folder, sync, write_tensors, write_text
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.build import build_model
 from multidomain_cct.training.checkpoints.optimiser_state import optimiser_tensors, restore_optimiser
@@ -129,7 +128,7 @@ def _write(
     plain = asdict(state) | {"optimiser": sorted(tensors), "scaler": scaler.state_dict() if scaler else None}
     write_text(folder / _STATE, json.dumps(plain, indent=1))
     manifest = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
         for name in (_MODEL, _OPTIMISER, _STATE)
     }
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=1))
@@ -152,7 +151,7 @@ def damage(checkpoint: Path) -> str | None:
             size = (checkpoint / name).stat().st_size
             if size != manifest[name]["bytes"]:
                 return f"{name} has {size} bytes, not {manifest[name]['bytes']}"
-            if _sha256(checkpoint / name) != manifest[name]["sha256"]:
+            if file_sha256(checkpoint / name) != manifest[name]["sha256"]:
                 return f"the contents of {name} have changed"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
@@ -349,8 +348,3 @@ def _discard(checkpoint: Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(checkpoint, hidden)
     shutil.rmtree(hidden)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

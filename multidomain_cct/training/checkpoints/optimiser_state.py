@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from multidomain_cct.errors import UserError
+from multidomain_cct.files.printable import first_few
 
 _KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
     torch.optim.SGD: {"momentum_buffer"},
@@ -65,7 +66,7 @@ def restore_optimiser(
         ]
     if trouble:
         raise UserError(
-            f"{where}: the optimiser's {_some(trouble)}. Choose another checkpoint, or start another run with "
+            f"{where}: the optimiser's {first_few(trouble)}. Choose another checkpoint, or start another run with "
             "name=OTHER."
         )
     optimiser.state.clear()
@@ -75,7 +76,3 @@ def restore_optimiser(
 
 def _kind(optimiser: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
     return next(kind for kind in _KEYS if isinstance(optimiser, kind))
-
-
-def _some(lines: list[str]) -> str:
-    return ", ".join(lines[:4]) + (f", and {len(lines) - 4} more" if len(lines) > 4 else "")

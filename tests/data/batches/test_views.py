@@ -241,8 +241,7 @@ def test_an_image_whose_pixels_are_not_of_the_size_in_its_header_is_refused(monk
     monkeypatch.setattr("multidomain_cct.data.batches.views.upright_size", lambda image, name: (99, 48))
     monkeypatch.setattr("multidomain_cct.data.batches.views.decode_smaller", lambda image, name, wanted: (99, 48))
     with pytest.raises(
-        UserError,
-        match=r"s.tar: key 'key': .* 99x48 by its header, but 64x48 when decoded. Store it as a JPEG",
+        UserError, match=r"s.tar: key 'key': .* 99x48 by its header, but 64x48 when decoded. Store it as a JPEG"
     ):
         exact_view(picture()[0], None, Augment(), (16, 16))
 

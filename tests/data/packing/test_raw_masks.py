@@ -228,9 +228,7 @@ def test_a_damaged_mask_is_named(tmp_path: Path) -> None:
     flipped = content[:60] + bytes([content[60] ^ 0xFF]) + content[61:]
     for damage in (b"", b"no picture", content[: len(content) // 2], content[:20], flipped):
         broken.write_bytes(damage)
-        with pytest.raises(
-            UserError, match=r"broken.png: the mask cannot be read \(.*Fetch or export it again"
-        ):
+        with pytest.raises(UserError, match=r"broken.png: the mask cannot be read \(.*Fetch or export it again"):
             read(broken)
     with pytest.raises(UserError, match=r"absent.png: the mask cannot be read"):
         read(tmp_path / "absent.png")

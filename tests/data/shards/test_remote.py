@@ -195,14 +195,14 @@ def test_a_run_reads_remote_shards_in_windows_and_sees_every_sample_once(
 @pytest.mark.parametrize(
     ("address", "allowed", "message"),
     [
-        ("pipe:cat /etc/passwd", ["http"], "is no address"),
-        ("file:///etc", ["http"], "is no address"),
-        ("-", ["http"], "is no address"),
-        ("http://", ["http"], "is no address"),
-        ("https://host/a?token=hunter2", ["https"], "is no address"),
+        ("pipe:cat /etc/passwd", ["http"], "is not an address"),
+        ("file:///etc", ["http"], "is not an address"),
+        ("-", ["http"], "is not an address"),
+        ("http://", ["http"], "is not an address"),
+        ("https://host/a?token=hunter2", ["https"], "is not an address"),
         ("https://me:hunter2@host/a", ["https"], "holds a user name or password"),
-        ("https://host/a", ["http"], r"write data.remote=\[https\]"),
-        ("http://host/a", [], r"write data.remote=\[http\]"),
+        ("https://host/a", ["http"], r"allow it: data.remote=\[https\]"),
+        ("http://host/a", [], r"allow it: data.remote=\[http\]"),
     ],
 )
 def test_an_address_that_is_not_plain_or_not_allowed_is_refused_without_repeating_it(
