@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.results.report import write_report
     from multidomain_cct.training.loop import train
     from multidomain_cct.training.processes.failures import RunFailed
-    from multidomain_cct.training.processes.stopping import STOPPED, RunStopped
+    from multidomain_cct.training.processes.stopping import RunStopped
     from multidomain_cct.training.recipe import read_recipe
 
     recipe = read_recipe(options.recipe, options.overrides)
@@ -29,7 +29,7 @@ def run(options: argparse.Namespace) -> int:
         folder = train(recipe, folders, command=f"{program()} {shlex.join(sys.argv[1:])}", named_by=str(options.recipe))
     except (RunFailed, RunStopped) as error:
         report_error(error)
-        return leave(STOPPED if isinstance(error, RunStopped) else FAILED)
+        return leave(error.exit_code if isinstance(error, RunStopped) else FAILED)
     if os.environ.get("RANK", "0") == "0":
         say(f"report: {write_report([folder])}")
     return DONE

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import broadcast, gather_object
-from torch import Tensor
+from accelerate.utils import broadcast
 
-from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
-from multidomain_cct.data.batches.loader import Batch, Skipped, steps
+from multidomain_cct.data.batches.bad_images import BadImages
+from multidomain_cct.data.batches.loader import steps
 from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.training.build import compile_encoder
 from multidomain_cct.training.checkpoints.checkpoint import RunState, save_checkpoint
-from multidomain_cct.training.processes.failures import GO_ON, no_process_left, one_line_errors
 from multidomain_cct.training.processes.failures import RunFailed as RunFailed
+from multidomain_cct.training.processes.failures import no_process_left, one_line_errors
 from multidomain_cct.training.processes.stopping import RunStopped, StopRequest
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.run import Run, build_accelerator, open_run
 from multidomain_cct.training.run_folder import write_run_folder
 from multidomain_cct.training.runlog import RunLog, Window, environment
 from multidomain_cct.training.schedules import learning_rate, set_learning_rate
+from multidomain_cct.training.step import BufferBackup, take_step
 
 
 class _EvaluationStopped(Exception):
@@ -36,8 +33,8 @@ class _EvaluationStopped(Exception):
 def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_by: str = "the recipe") -> Path:
     """Train as the recipe says and return the run's folder.
 
-    Raises UserError, before anything is written, for what the user has to change, RunFailed when the run cannot go on, and RunStopped
-    when SIGTERM asked it to end and it has saved.
+    Raises UserError, before anything is written, for what the user has to change, RunFailed when the run cannot go on,
+    and RunStopped when SIGTERM or Ctrl-C asked it to stop and it has saved.
     """
     accelerator = build_accelerator(recipe)
     with StopRequest(accelerator) as stop, no_process_left():
@@ -73,7 +70,7 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
 
 
 def _compiled(run: Run) -> list[str]:
-    """Compile the encoder on the images of the first step if the recipe asks for it; why it could not be."""
+    """Compile the encoder on the first step's images if the recipe asks for it. Returns why that failed."""
     if not run.recipe.encoder.compile:
         return []
     first = next(steps(run.data, 0, 1, workers=0))
@@ -82,9 +79,10 @@ def _compiled(run: Run) -> list[str]:
 
 def _loop(run: Run, state: RunState, log: RunLog) -> None:
     recipe, settings, device = run.recipe, run.recipe.training, run.accelerator.device
+    run.stop.training = True
     if state.owes_evaluation:
         state = _with_evaluation(run, state, log)
-        _save_or_stop(run, state, save=not state.owes_evaluation)
+        _save_or_stop(run, state, save=not state.owes_evaluation, stopping=state.owes_evaluation)
     micro_batches = steps(
         run.data,
         state.step,
@@ -93,26 +91,23 @@ def _loop(run: Run, state: RunState, log: RunLog) -> None:
         prefetch=recipe.data.prefetch,
         pin_memory=device.type == "cuda",
     )
-    window, skipped, last_finite = Window(run.accelerator.num_processes), 0, state.step
-    bad_images = BadImages(run.data, state.images)
+    window, skips = Window(run.accelerator.num_processes), _Skips(settings.max_skipped, state.step)
+    bad_images, backup = BadImages(run.data, state.images), BufferBackup(run.model)
     run.model.train()
     for step in range(state.step, settings.steps):
-        # Order, augmentation, learning rate and randomness hang on the step alone: this is all that a resume needs.
+        # Order, augmentation, learning rate and randomness depend on the step alone: all that a resume needs.
         torch.manual_seed(seed_from(recipe.seed, step, run.accelerator.process_index, "step"))
         lr = learning_rate(recipe.optimiser, step, settings.steps)
         set_learning_rate(run.optimiser, lr)
-        trouble = _optimise(run, micro_batches, step / settings.steps, window, bad_images)
+        progress = step / settings.steps
+        result = take_step(run, micro_batches, progress, window=window, bad_images=bad_images, backup=backup)
         done, last = step + 1, step + 1 == settings.steps
-        while bad_images.untold:
-            log.notice(f"step {done}: {bad_images.untold.pop(0)}")
-        if trouble is None:
-            skipped, last_finite = 0, done
-        else:
-            skipped, window.skipped = skipped + 1, window.skipped + 1
-            log.notice(f"step {done}: {trouble} (last finite at {last_finite}). The step was skipped.")
-            if skipped > settings.max_skipped:
-                advice = "Lower optimiser.lr, set training.clip, or look at these images."
-                raise RunFailed(f"step {done}: {trouble}; {skipped} steps in a row were skipped. {advice}")
+        for line in bad_images.untold:
+            log.notice(f"step {done}: {line}")
+        bad_images.untold.clear()
+        if result.trouble is not None:
+            window.skipped += 1
+        skips.count(done, result.trouble, log)
         ends_window = last or done % settings.log_every == 0
         log.advance(done, window.text(device), plain=ends_window)
         if ends_window:
@@ -121,12 +116,35 @@ def _loop(run: Run, state: RunState, log: RunLog) -> None:
         state = replace(state, step=done, images=bad_images.counts)
         if run.scored and (last or done % settings.evaluate_every == 0):
             state = _with_evaluation(run, state, log)
-        _save_or_stop(run, state, save=last or state.best_step == done or done % settings.save_every == 0)
+        save = last or state.best_step == done or done % settings.save_every == 0
+        _save_or_stop(run, state, save=save, stopping=result.stopping or state.owes_evaluation)
         window.restart_clock()
 
 
+@dataclass
+class _Skips:
+    """Steps in a row that were skipped because something was not finite."""
+
+    max_skipped: int
+    last_finite: int
+    in_a_row: int = 0
+
+    def count(self, step: int, trouble: str | None, log: RunLog) -> None:
+        """Print what was not finite in a step. Raises RunFailed after too many in a row."""
+        if trouble is None:
+            self.in_a_row, self.last_finite = 0, step
+            return
+        self.in_a_row += 1
+        log.notice(f"step {step}: {trouble} (last finite at {self.last_finite}). The step was skipped.")
+        if self.in_a_row > self.max_skipped:
+            raise RunFailed(
+                f"step {step}: {trouble}; {self.in_a_row} steps in a row were skipped. Lower optimiser.lr, set "
+                "training.clip, or look at these images."
+            )
+
+
 def _with_evaluation(run: Run, state: RunState, log: RunLog) -> RunState:
-    """The state with this step's scores in it; it owes them still when the run is asked to stop before they are complete."""
+    """The state with this step's scores, or one that owes them because the run was asked to stop meanwhile."""
     try:
         mean = _evaluate(run, log, state.step)
     except _EvaluationStopped:
@@ -135,100 +153,28 @@ def _with_evaluation(run: Run, state: RunState, log: RunLog) -> RunState:
     return replace(state, best_step=state.step, best_miou=mean) if mean > state.best_miou else state
 
 
-def _save_or_stop(run: Run, state: RunState, *, save: bool) -> None:
-    """Save when it is time, and always before stopping; all processes stop after the same step. Raises RunStopped."""
-    stopping = run.stop.agreed()
-    folder, keep = run.recipe.folder, run.recipe.training.keep
+def _save_or_stop(run: Run, state: RunState, *, save: bool, stopping: bool) -> None:
+    """Save when it is time, and always before stopping. Raises RunStopped."""
+    accelerator, folder, keep = run.accelerator, run.recipe.folder / "checkpoints", run.recipe.training.keep
     if save or stopping:
-        if run.accelerator.is_main_process:
-            save_checkpoint(
-                folder / "checkpoints",
-                state,
-                run.bare_model,
-                run.optimiser.optimizer,
-                run.accelerator.scaler,
-                keep=keep,
-            )
-        run.accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            save_checkpoint(folder, state, run.bare_model, run.optimiser.optimizer, accelerator.scaler, keep=keep)
+        accelerator.wait_for_everyone()
     if stopping:
-        raise RunStopped(f"stopped after step {state.step}, as SIGTERM asked, and saved. {GO_ON}")
-
-
-def _optimise(
-    run: Run, micro_batches: Iterator[dict[str, Batch]], progress: float, window: Window, bad_images: BadImages
-) -> str | None:
-    """One optimiser step. Returns what was not finite, and then nothing has changed.
-
-    Whether to skip is decided on losses that are summed over the processes, so all of them skip the same step; so is whether bad images are too many.
-    """
-    accelerator, model, accumulation = run.accelerator, run.model, run.recipe.training.accumulation
-    trouble: str | None = None
-    # A forward pass that is not finite has already spoilt the running statistics of batch norms.
-    statistics = [buffer.clone() for buffer in model.buffers()]
-    for micro in range(accumulation):
-        batches = {name: batch.to(accelerator.device) for name, batch in window.timed_next(micro_batches).items()}
-        synchronised = micro == accumulation - 1
-        with nullcontext() if synchronised else accelerator.no_sync(model):
-            losses: dict[str, Tensor] = model(batches, progress=progress)
-            means, bad = _over_processes(accelerator, losses, batches)
-            bad_images.count(batches, bad)
-            broken = [term for term, value in means.items() if not math.isfinite(value)]
-            if not broken:
-                window.add(means, batches)
-            elif trouble is None:
-                trouble = (
-                    f"{broken[0]} is {means[broken[0]]}; keys {', '.join(_broken_keys(broken[0], losses, batches))}"
-                )
-            # Also when the step will be skipped: every forward pass of a wrapped model is answered by a backward pass.
-            accelerator.backward(torch.stack(list(losses.values())).sum() / accumulation)
-    if trouble is None:
-        limit = run.recipe.training.clip or math.inf
-        norm = float(accelerator.clip_grad_norm_(model.parameters(), limit))
-        if not math.isfinite(norm):
-            trouble = f"the gradient's norm is {norm}"
-        # A GradScaler must see such a step too: it leaves it out itself, and lowers its scale.
-        if trouble is None or accelerator.scaler is not None:
-            run.optimiser.step()
-        if trouble is None:
-            run.bare_model.after_step()
-    run.optimiser.zero_grad()
-    if trouble is not None:
-        for buffer, before in zip(model.buffers(), statistics, strict=True):
-            buffer.copy_(before)
-    return trouble
-
-
-def _over_processes(
-    accelerator: Accelerator, losses: Mapping[str, Tensor], batches: Mapping[str, Batch]
-) -> tuple[dict[str, float], list[tuple[str, Skipped]]]:
-    """The losses' means over the processes, and the images that were skipped in any of them, each with its domain.
-
-    Whether there are such images travels with the losses; only then, which is seldom, do the processes tell each other which.
-    """
-    own = skipped_in(batches)
-    numbers = [
-        *(loss.detach().float() for loss in losses.values()),
-        torch.full((), float(len(own)), device=accelerator.device),
-    ]
-    *means, anywhere = accelerator.reduce(torch.stack(numbers), reduction="mean").tolist()
-    return dict(zip(losses, means, strict=True)), gather_object(own) if anywhere else []
-
-
-def _broken_keys(term: str, losses: Mapping[str, Tensor], batches: Mapping[str, Batch]) -> list[str]:
-    """Keys of the images, on whichever processes, whose loss was not finite."""
-    own = [] if math.isfinite(losses[term].item()) else list(batches[term.split("/")[0]].keys)
-    keys: list[str] = gather_object(own)
-    return keys
+        raise run.stop.stopped(state.step)
 
 
 def _evaluate(run: Run, log: RunLog, step: int) -> float:
-    """Score every domain's val split, record the scores, and return their mean mIoU. Raises _EvaluationStopped in all processes when one was asked to stop."""
+    """Score every domain's val split, record the scores, and return their mean mIoU.
+
+    Raises _EvaluationStopped in all processes when one was asked to stop.
+    """
     recipe, accelerator, model = run.recipe, run.accelerator, run.bare_model
     for buffer in model.buffers():
-        # Each process has its own running statistics; what is scored are those that are saved, the first one's.
+        # Each process has its own running statistics; the first process's are scored, because they are saved.
         buffer.copy_(broadcast(buffer.clone()))
     scores: dict[str, Score] = {}
-    # In 32 bits whatever the precision of training, so that `evaluate` finds the same numbers.
+    # In 32 bits whatever the precision of training, so that `evaluate` gives the same numbers.
     for name, shards in run.scored.items():
         scores[name] = score(
             model,

@@ -128,12 +128,12 @@ class Window:
         self.waited += time.perf_counter() - before
         return batches
 
-    def add(self, losses: Mapping[str, float], batches: Mapping[str, Batch]) -> None:
-        """Count the losses and images of a micro-batch."""
+    def add(self, losses: Mapping[str, float], num_images: int) -> None:
+        """Count the losses of a micro-batch, and the images that this process saw in it."""
         for term, value in losses.items():
             self.sums[term] += value
             self.counts[term] += 1
-        self.images += self.world * sum(len(batch.images) + len(batch.unlabelled) for batch in batches.values())
+        self.images += self.world * num_images
 
     def metrics(self, device: torch.device) -> dict[str, float]:
         """What goes into metrics.jsonl: mean losses and the run's speed."""

@@ -11,7 +11,7 @@ import pytest
 from processes import WATCHDOG_SECONDS, Plan, seen, start, start_ranks
 from run_files import logged, state_of, steps_of, tensors_of
 
-from multidomain_cct.training.processes.stopping import REPEATS_SECONDS
+from multidomain_cct.training.processes.stopping import REPEATS_SECONDS, SIGNALS
 
 Words = Callable[..., list[str]]
 Figure = Callable[[str, str], None]
@@ -26,37 +26,39 @@ def finished(words: list[str], tmp_path: Path) -> None:
     assert run.wait() == 0, run.text
 
 
-@pytest.mark.parametrize("to_group", [False, True], ids=["process", "group"])
-def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_to_the_same_bytes(
-    command: Words, tmp_path: Path, figure: Figure, to_group: bool
+@pytest.mark.parametrize(
+    ("number", "to_group"),
+    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
+    ids=["process", "group", "ctrl-c"],
+)
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_bytes(
+    command: Words, tmp_path: Path, figure: Figure, number: signal.Signals, to_group: bool
 ) -> None:
     """In the middle of an epoch, with two loader processes, which a signal to the group reaches too."""
     straight = start(command("straight", **SETTINGS), tmp_path / "straight.txt")
     words = command("stopped", **SETTINGS)
-    run = start(words, tmp_path / "run.txt", Plan(send=(5, signal.SIGTERM), to_group=to_group))
-    assert run.wait() == 143, run.text
-    assert run.errors == [
-        "error: stopped after step 6, as SIGTERM asked, and saved. The run goes on from its last checkpoint with "
-        "resume=auto."
-    ]
+    run = start(words, tmp_path / "run.txt", Plan(send=(5, number), to_group=to_group))
+    assert run.wait() == 128 + number, run.text
+    (line,) = run.errors
+    assert line.startswith(f"error: stopped after step 6, as {SIGNALS[number]} asked, and saved.")
+    assert line.endswith("with resume=auto.")
     assert "Traceback" not in run.text and steps_of(tmp_path / "runs" / "stopped")[-1] == 6
     finished(words, tmp_path)
     assert straight.wait() == 0
     assert tensors_of(tmp_path / "runs" / "stopped") == tensors_of(tmp_path / "runs" / "straight")
     assert logged(tmp_path / "runs" / "stopped") == logged(tmp_path / "runs" / "straight")
-    figure("B13", f"{'group' if to_group else 'process'}: saved at the step it was in")
+    figure("B13", f"{SIGNALS[number]}, {'group' if to_group else 'process'}: saved at the step it was in")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
 def test_two_processes_stop_after_the_same_step_when_one_of_them_is_told(
-    command: Words, tmp_path: Path, figure: Figure
+    command: Words, tmp_path: Path, figure: Figure, number: signal.Signals
 ) -> None:
     settings = {**SETTINGS, "training": SETTINGS["training"] | {"evaluate_every": 100}}
     words = command("stopped", **settings)
     files = [tmp_path / "seen0", tmp_path / "seen1"]
-    ranks = start_ranks(
-        words, tmp_path / "run.txt", [Plan(seen=files[0]), Plan(seen=files[1], send=(5, signal.SIGTERM))]
-    )
-    assert [rank.wait() for rank in ranks] == [143, 143], ranks[0].text + ranks[1].text
+    ranks = start_ranks(words, tmp_path / "run.txt", [Plan(seen=files[0]), Plan(seen=files[1], send=(5, number))])
+    assert [rank.wait() for rank in ranks] == [128 + number] * 2, ranks[0].text + ranks[1].text
     assert len(ranks[0].errors) == 1 and not ranks[1].errors
     assert max(seen(files[0])) >= 5 and steps_of(tmp_path / "runs" / "stopped") == [6]
     again = start_ranks([*words, "resume=auto"], tmp_path / "again.txt", [Plan(), Plan()])
@@ -125,7 +127,27 @@ def test_a_second_signal_ends_a_run_at_once(command: Words, tmp_path: Path, figu
     figure("B13", f"second signal: ended after {time.monotonic() - second:.2f} s")
 
 
-def test_torchrun_passes_the_signal_on_and_both_ranks_save(command: Words, tmp_path: Path, figure: Figure) -> None:
+def test_a_second_ctrl_c_ends_a_run_at_once(command: Words, tmp_path: Path, figure: Figure) -> None:
+    run = start(
+        command("slow", **SETTINGS), tmp_path / "run.txt", Plan(seen=tmp_path / "seen", slow=10 * WATCHDOG_SECONDS)
+    )
+    run.wait_for((tmp_path / "seen").exists)
+    os.kill(run.pid, signal.SIGINT)
+    time.sleep(0.5)
+    assert run.process.is_alive()
+    second = time.monotonic()
+    os.kill(run.pid, signal.SIGINT)
+    assert run.wait(10) == 130
+    assert run.errors == [
+        "error: ended at once by a second Ctrl-C. The run goes on from its last checkpoint with resume=auto."
+    ]
+    figure("B13", f"second Ctrl-C: ended after {time.monotonic() - second:.2f} s")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_torchrun_passes_the_signal_on_and_both_ranks_save(
+    command: Words, tmp_path: Path, figure: Figure, number: signal.Signals
+) -> None:
     words = [
         sys.executable,
         "-m",
@@ -152,14 +174,14 @@ def test_torchrun_passes_the_signal_on_and_both_ranks_save(command: Words, tmp_p
             time.sleep(0.02)
         told = time.monotonic()
         # Launcher and ranks, as srun does; and then the launcher tells its ranks again.
-        os.killpg(launcher.pid, signal.SIGTERM)
+        os.killpg(launcher.pid, number)
         launcher.wait(30 * WATCHDOG_SECONDS / 60)
         seconds = time.monotonic() - told
     finally:
         if launcher.poll() is None:
             os.killpg(launcher.pid, signal.SIGKILL)
     text = printed.read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+    (line,) = [line for line in text.splitlines() if line.startswith("error: stopped")]
     step = int(line.removeprefix("error: stopped after step ").split(",")[0])
     assert steps_of(tmp_path / "runs" / "run")[-1] == step
     # Its own word for a launch that a signal ended.

@@ -185,21 +185,24 @@ def choose_checkpoint(run: Path, which: str) -> Path:
         if not found:
             raise UserError(f"{run} has no checkpoints; train it first.")
         checkpoint = found[-1]
-        if which == "best":
-            _require_whole(checkpoint)
-            step = read_state(checkpoint).best_step
-            checkpoint = run / "checkpoints" / f"step-{step:08d}"
-            if not step:
-                raise UserError(f"{run} has not been evaluated, so no checkpoint is the best. Use --checkpoint last.")
-    else:
-        checkpoint = Path(which)
-        if not checkpoint.is_dir():
-            raise UserError(
-                f"{checkpoint}: there is no such checkpoint; it is `last`, `best` or a folder such as "
-                f"{run / 'checkpoints' / 'step-00000100'}."
-            )
-        if run.resolve() not in checkpoint.resolve().parents:
-            raise UserError(f"{checkpoint} is not a checkpoint of {run}. Name the run that it belongs to.")
+        _require_whole(checkpoint)
+        if which == "last":
+            return checkpoint
+        step = read_state(checkpoint).best_step
+        if not step:
+            raise UserError(f"{run} has not been evaluated, so no checkpoint is the best. Use --checkpoint last.")
+        best = run / "checkpoints" / f"step-{step:08d}"
+        if best != checkpoint:
+            _require_whole(best)
+        return best
+    checkpoint = Path(which)
+    if not checkpoint.is_dir():
+        example = run / "checkpoints" / "step-00000100"
+        raise UserError(
+            f"{checkpoint}: there is no such checkpoint; it is `last`, `best` or a folder such as {example}."
+        )
+    if run.resolve() not in checkpoint.resolve().parents:
+        raise UserError(f"{checkpoint} is not a checkpoint of {run}. Name the run that it belongs to.")
     _require_whole(checkpoint)
     return checkpoint
 
@@ -209,7 +212,10 @@ def read_state(checkpoint: Path) -> RunState:
 
     Raises UserError when it is not of a schema that this version reads, or not complete.
     """
-    plain = _plain_state(checkpoint)
+    return _run_state(_plain_state(checkpoint))
+
+
+def _run_state(plain: Mapping[str, Any]) -> RunState:
     return RunState(**{name: plain[name] for name in _STATE_TYPES if name not in ("optimiser", "scaler")})
 
 
@@ -254,10 +260,10 @@ def load_checkpoint(
 ) -> RunState:
     """Put model and optimiser into the state of a checkpoint, strictly, and return the run's state.
 
-    Raises UserError, with one line that names the item, when one is missing, left over or of another shape.
+    Its files are not verified again: it comes from newest_checkpoint or choose_checkpoint. Raises UserError that names
+    the item which is missing, left over or of another shape.
     """
-    _require_whole(checkpoint)
-    state, plain = read_state(checkpoint), _plain_state(checkpoint)
+    plain = _plain_state(checkpoint)
     load_strictly(model, model_tensors(checkpoint), str(checkpoint))
     entries = [_current_name(entry) for entry in plain["optimiser"]]
     restore_optimiser(model, optimiser, _tensors(checkpoint / _OPTIMISER), entries, str(checkpoint))
@@ -269,7 +275,7 @@ def load_checkpoint(
         )
     if scaler is not None:
         scaler.load_state_dict(saved)
-    return state
+    return _run_state(plain)
 
 
 def model_tensors(checkpoint: Path) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 
+import pytest
 from accelerate import Accelerator
 
 from multidomain_cct.training.processes.stopping import StopRequest
@@ -31,3 +32,29 @@ def test_outside_the_main_thread_signals_are_left_alone() -> None:
     thread.start()
     thread.join()
     assert seen == [(False, True)]
+
+
+def test_ctrl_c_interrupts_until_training_begins() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with StopRequest(Accelerator(cpu=True)) as stop, pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+        signal.pause()
+    assert not stop.agreed()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_ctrl_c_is_noted_while_training() -> None:
+    with StopRequest(Accelerator(cpu=True)) as stop:
+        stop.training = True
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.agreed()
+        assert stop.stopped(7).exit_code == 130
+
+
+def test_processes_agree_on_the_signal_that_one_of_them_received() -> None:
+    asked, other = StopRequest(Accelerator(cpu=True)), StopRequest(Accelerator(cpu=True))
+    asked.signal = signal.SIGINT
+    total = [one + two for one, two in zip(asked.flags, other.flags, strict=True)]
+    assert asked.agree(total)
+    assert other.agree(total)
+    assert other.stopped(3).exit_code == 130
