@@ -90,14 +90,13 @@ class _Plan:
     losses: Sequence[PixelLoss]
     differentiate: bool
 
-    def groups(self, features: Tensor) -> Iterator[tuple[slice, DecoderGroup]]:
-        """As many decoders at once as the budget allows, at least one; their weights are detached."""
+    def groups(self, features: Tensor) -> Iterator[tuple[int, DecoderGroup]]:
+        """As many decoders at once as the budget allows, with the number of the first; their weights are detached."""
         logits = len(features) * self.group.num_classes * self.group.num_pixels(features.shape[2:])
         most = max(1, budget_of(features.device) // logits)
         for start in range(0, len(self.group), most):
-            span = slice(start, min(start + most, len(self.group)))
-            weights = tuple(weight[span].detach().requires_grad_() for weight in self.group.weights)
-            yield span, replace(self.group, weights=weights)
+            weights = (weight[start : start + most].detach().requires_grad_() for weight in self.group.weights)
+            yield start, replace(self.group, weights=tuple(weights))
 
 
 def _losses(features: Tensor, group: DecoderGroup, perturb: Perturb, losses: Sequence[PixelLoss]) -> Tensor:
@@ -116,15 +115,19 @@ class _GradientsOnly(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: _Plan, features: Tensor, *weights: Tensor) -> Tensor:
         still = features.detach().contiguous()
-        totals: list[Tensor] = []
-        kept = [_Gradients.zeros(still, weights) for _ in plan.losses] if plan.differentiate else []
-        for span, group in plan.groups(still):
-            totals.extend(_add_group(plan, group, span, still, kept))
-        ctx.save_for_backward(*(tensor for gradients in kept for tensor in (gradients.features, *gradients.weights)))
+        kept = [_Gradients() for _ in plan.losses]
+        values: list[Tensor] = []
+        for first, group in plan.groups(still):
+            of_pieces, gradients = _group_losses(plan, group, first, still)
+            values += of_pieces
+            for total, new in zip(kept, gradients, strict=False):  # none without a graph
+                total.add(new)
+        if plan.differentiate:
+            ctx.save_for_backward(*(tensor for gradients in kept for tensor in gradients.tensors()))
         ctx.num_decoders, ctx.num_losses, ctx.dtype = len(weights[0]), len(plan.losses), features.dtype
         channels_last = features.is_contiguous(memory_format=torch.channels_last)
         ctx.format = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.stack(totals).view(-1, len(plan.losses)).sum(dim=0) / len(weights[0])
+        return torch.stack(values).view(-1, len(plan.losses)).sum(dim=0) / len(weights[0])
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -137,56 +140,63 @@ class _GradientsOnly(torch.autograd.Function):
         return (None, total[0].to(ctx.dtype, memory_format=ctx.format), *total[1:])
 
 
-@dataclass(frozen=True)
 class _Gradients:
-    """Of one loss, added up over groups and pieces."""
+    """Of one loss: of the features added up over groups, of the weights group by group."""
 
-    features: Tensor
-    """(B, D, h, w), in 32 bits or more."""
-    weights: list[Tensor]
-    """(K, ...) for each parameter of the decoders."""
+    def __init__(self) -> None:
+        self.features: Tensor | None = None
+        self.weights: list[list[Tensor]] = []
 
-    @classmethod
-    def zeros(cls, features: Tensor, weights: Sequence[Tensor]) -> _Gradients:
-        wide = torch.promote_types(features.dtype, torch.float32)
-        return cls(torch.zeros_like(features, dtype=wide), [torch.zeros_like(weight) for weight in weights])
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Those of one group: (B, D, h, w) of the features, (G, ...) of each weight."""
+        of_features, *of_weights = gradients
+        # In 32 bits or more: many are added up.
+        wide = of_features.to(torch.promote_types(of_features.dtype, torch.float32))
+        self.features = wide if self.features is None else self.features.add_(wide)
+        self.weights.append(of_weights)
 
-    def add_weights(self, span: slice, gradients: Sequence[Tensor | None]) -> None:
-        pairs = [(own[span], new) for own, new in zip(self.weights, gradients, strict=True) if new is not None]
-        if pairs:
-            torch._foreach_add_(*map(list, zip(*pairs, strict=True)))
+    def tensors(self) -> list[Tensor]:
+        """Of the features, then (K, ...) of each weight."""
+        assert self.features is not None
+        each = zip(*self.weights, strict=True)
+        return [self.features, *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in each)]
 
 
-def _add_group(
-    plan: _Plan, group: DecoderGroup, span: slice, still: Tensor, kept: Sequence[_Gradients]
-) -> list[Tensor]:
-    """The T losses of each piece of a group, in turn. Their gradients are added to those that are kept for each loss."""
-    found: list[Tensor] = []
+def _group_losses(
+    plan: _Plan, group: DecoderGroup, first: int, still: Tensor
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The T losses of each piece of a group, in turn; and for each loss its gradients, of features and weights."""
     with torch.set_grad_enabled(plan.differentiate):
         features = still.detach().requires_grad_()
-        perturbed = plan.perturb(features, group, span.start)  # (G, B, D, h, w)
+        perturbed = plan.perturb(features, group, first)  # (G, B, D, h, w)
         coarse = group.coarse(perturbed)  # (G, B, C, h, w)
     left = perturbed.detach().flatten(2).any(dim=2)  # (G, B): False where an image is zeroed entirely
-    of_coarse = [torch.zeros_like(coarse) for _ in kept]
+    of_coarse, of_upsampling = group.split_weights()
+    values: list[Tensor] = []
+    sums: list[list[Tensor]] = []
     # The graph of one piece at a time, from the coarse logits on.
     for piece in group.pieces(coarse):
         with torch.set_grad_enabled(plan.differentiate):
-            middle = piece.needed(coarse.detach()).contiguous().requires_grad_()
-            logits = piece.logits(middle)
-            values = [loss.total(logits, left, piece) for loss in plan.losses]
-        for number, gradients in enumerate(kept):
-            own, *of_weights = _gradients(values[number], [middle, *group.weights], more=number + 1 < len(kept))
-            piece.needed(of_coarse[number]).add_(own)
-            gradients.add_weights(span, of_weights)
-        found += [value.detach() for value in values]
-    for number, gradients in enumerate(kept):
-        inputs = [features, *group.weights]
-        own, *of_weights = _gradients(coarse, inputs, of_coarse[number], more=number + 1 < len(kept))
-        gradients.features.add_(own)
-        gradients.add_weights(span, of_weights)
-    return found
+            part = piece.needed(coarse.detach()).contiguous().requires_grad_()
+            logits = piece.logits(part)
+            losses = [loss.total(logits, left, piece) for loss in plan.losses]
+        values += [loss.detach() for loss in losses]
+        if plan.differentiate:
+            new = _gradients(losses, [part, *of_upsampling])
+            new = [[piece.whole(of_part, coarse), *others] for of_part, *others in new]
+            sums = [list(torch._foreach_add(*pair)) for pair in zip(sums, new, strict=True)] if sums else new
+    if not plan.differentiate:
+        return values, []
+    before = _gradients([coarse] * len(sums), [features, *of_coarse], [own for own, *_ in sums])
+    return values, [[*own, *others] for own, (_, *others) in zip(before, sums, strict=True)]
 
 
-def _gradients(output: Tensor, inputs: Sequence[Tensor], given: Tensor | None = None, *, more: bool) -> tuple[Any, ...]:
-    """None for inputs that the output does not depend on. `more`: the graph is used again."""
-    return torch.autograd.grad(output, inputs, given, retain_graph=more, allow_unused=True)
+def _gradients(
+    outputs: Sequence[Tensor], inputs: Sequence[Tensor], factors: Sequence[Tensor | None] | None = None
+) -> list[list[Tensor]]:
+    """For each output, on the same graph, its gradients with respect to the inputs."""
+    last = len(outputs) - 1
+    return [
+        list(torch.autograd.grad(output, inputs, factor, retain_graph=number < last))
+        for number, (output, factor) in enumerate(zip(outputs, factors or [None] * len(outputs), strict=True))
+    ]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from multidomain_cct.errors import UserError
 
 DECODERS = ("pixelshuffle", "bilinear")
-LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**25}
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
 """What a group of decoders may hold, by device. More would leave a CPU's caches; on a GPU (not measured) it bounds the
 memory."""
 
@@ -129,6 +129,11 @@ class DecoderGroup:
         """(G, B, C, h, w) logits of each position, for (G, B, D, h, w) features, or (1, B, D, h, w) that all share."""
         return self.kind.coarse(features, self.weights)
 
+    def split_weights(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Those that `coarse` reads, and those of the upsampling."""
+        number = len(list(self.kind.classify.parameters()))
+        return self.weights[:number], self.weights[number:]
+
     @property
     def num_classes(self) -> int:
         return self.kind.classify.out_channels
@@ -167,6 +172,14 @@ class Piece:
     def needed(self, coarse: Tensor) -> Tensor:
         """The part of (G, B, C, h, w) coarse logits that the piece's logits depend on, a view."""
         return self.group.kind.needed(coarse[:, self.images], self.pixels)
+
+    def whole(self, needed: Tensor, coarse: Tensor) -> Tensor:
+        """What `needed` returned as (G, B, C, h, w) maps that are 0 elsewhere."""
+        if needed.numel() == coarse.numel():
+            return needed.view_as(coarse)
+        maps = torch.zeros_like(coarse)
+        self.needed(maps).copy_(needed)
+        return maps
 
     def logits(self, needed: Tensor) -> Tensor:
         """(G, b, C, u, v) logits."""
@@ -215,13 +228,14 @@ class PixelShuffleDecoder(Decoder):
 
     def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
         maps, positions = coarse, coarse.shape[-1]  # (G, B, C, V)
-        for number, (weight, bias) in enumerate(zip(weights[1::2], weights[2::2], strict=True)):
-            reach = self.stride >> (number + 1)  # width of this doubling's sub-pixels in pixels of the image
+        doublings = list(zip(weights[1::2], weights[2::2], strict=True))
+        for number, (weight, bias) in enumerate(doublings, start=1):
+            reach = self.stride >> number  # width of this doubling's sub-pixels in pixels of the image
             if reach < grid.step:
                 # Only one of the four sub-pixels is in the grid.
                 wanted = slice(2 * (grid.row // reach % 2) + grid.column // reach % 2, None, 4)
                 weight, bias = weight[:, wanted], bias[:, wanted]
-            maps = _at_each_position(weight, maps.relu_() if number else maps, bias).view(*coarse.shape[:3], -1)
+            maps = _at_each_position(weight, maps, bias, relu=number < len(doublings)).view(*coarse.shape[:3], -1)
         return maps.view(*coarse.shape[:3], -1, positions)
 
     def needed(self, coarse: Tensor, piece: slice) -> Tensor:
@@ -288,24 +302,26 @@ class BilinearDecoder(Decoder):
         return size[0] * self.stride // grid.step
 
 
-def _at_each_position(weight: Tensor, maps: Tensor, bias: Tensor | None = None) -> Tensor:
+def _at_each_position(weight: Tensor, maps: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
     """1x1 convolutions with (G, C', C, 1, 1) weights and (G, C') biases of (1 or G, B, C, ...) maps.
 
     One matrix product per decoder and image is several times faster on a CPU than torch's convolution where a matrix
     has few rows or columns, and on a GPU a whole group is one launch.
     """
-    group, images = len(weight), maps.shape[1]
-    flat = maps.expand(group, *maps.shape[1:]).flatten(0, 1).flatten(2)  # (G B, C, n)
+    images = maps.shape[1]
+    flat = maps.expand(len(weight), *maps.shape[1:]).flatten(0, 1).flatten(2)  # (G B, C, n)
     weights = weight.flatten(2)[:, None].expand(-1, images, -1, -1).flatten(0, 1)  # (G B, C', C)
     if bias is None:
         products = torch.bmm(weights, flat)
     else:
         biases = bias[:, None, :, None].expand(-1, images, -1, -1).flatten(0, 1)  # (G B, C', 1)
         products = torch.baddbmm(biases, weights, flat)
-    return products.view(group, images, -1, *maps.shape[3:])
+    if relu:
+        # Before the view: in place behind it, autograd would copy everything twice.
+        products = products.relu_()
+    return products.view(len(weight), images, -1, *maps.shape[3:])
 
 
-# Kept for later steps: what is made in inference mode could not take part in training.
 @lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
 def _interpolation(length: int, factor: int, dtype: torch.dtype, device: torch.device) -> Tensor:

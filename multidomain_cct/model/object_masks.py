@@ -64,7 +64,9 @@ def components(mask: Tensor) -> Tensor:
     inside = mask.float()
     labels = inside * torch.arange(1, count + 1, device=mask.device, dtype=torch.float32).view(1, *mask.shape[1:])
     while True:
-        spread = F.max_pool2d(labels.unsqueeze(1), 3, stride=1, padding=1).squeeze(1) * inside
+        spread = labels
+        for _ in range(2):
+            spread = F.max_pool2d(spread.unsqueeze(1), 3, stride=1, padding=1).squeeze(1) * inside
         pointers = F.pad(spread.flatten(1), (1, 0))
         spread = pointers.gather(1, spread.flatten(1).long()).view_as(labels)
         if torch.equal(spread, labels):
