@@ -1,7 +1,7 @@
 """A domain: one data set with one label space, read from one YAML file.
 
-The class table is the only source of label facts. Number of classes, palette, and the lookup from raw ids or colours to
-train ids are computed from it. A train id is a class's position in the table.
+Number of classes, palette and the lookups from raw ids or colours to train ids are computed from the class table. A
+train id is a class's position in the table.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 
 IGNORE = 255
-"""Train id of a pixel that has no class: never trained on, never scored."""
+"""Train id of pixels without a class, which are neither trained on nor scored."""
 
 LAYOUTS = ("folder", "cityscapes", "camvid", "sun_rgbd", "voc", "toy")
 
@@ -27,9 +27,9 @@ class LabelClass:
 
     name: str
     color: tuple[int, int, int]
-    """RGB colour of the class in pictures; also its raw colour unless `colors` says otherwise."""
+    """RGB colour of the class in pictures; also its raw colour unless `colors` is set."""
     ids: tuple[int, ...] | None = None
-    """Raw ids in single-channel masks. Absent for every class: the position in the table."""
+    """Raw ids in single-channel masks. If no class has any: the position in the table."""
     colors: tuple[tuple[int, int, int], ...] = ()
     """Raw colours in RGB masks. Empty: `color`."""
     thing: bool = False
@@ -56,25 +56,21 @@ class Domain:
     splits: dict[str, Split]
     classes: tuple[LabelClass, ...]
     labels_of: str = ""
-    """Another domain whose label space this one has: it is trained and predicted with that domain's head. Empty: its
-    own.
-    """
+    """Another domain whose label space and head this one shares. Empty: its own."""
     title: str = ""
     licence: str = ""
     source: str = ""
     """Where the data set is published."""
     size: tuple[int, int] | None = None
-    """Box (width, height) into which `pack` fits the images, keeping their aspect ratio and never enlarging; None keeps
-    the original size.
-    """
+    """Box (width, height) into which `pack` shrinks images, keeping their aspect ratio; None: the original size."""
     score_at_full_size: tuple[str, ...] = ("val", "test")
-    """Splits whose masks keep their own resolution when packed, so that scores are at the labels' resolution."""
+    """Splits whose masks are packed at their own resolution, at which they are then scored."""
     unknown: str = "ignore"
-    """What `pack` does with raw values that nothing names: `ignore` (becomes 255, counted) or `error`."""
+    """How `pack` treats raw values outside the table: `ignore` (they become 255 and are counted) or `error`."""
     ignore_ids: tuple[int, ...] = (IGNORE,)
-    """Raw ids that are known to mean "no class"."""
+    """Raw ids that mean "no class"."""
     ignore_colors: tuple[tuple[int, int, int], ...] = ()
-    """Raw colours that are known to mean "no class"."""
+    """Raw colours that mean "no class"."""
 
     @property
     def num_classes(self) -> int:
@@ -90,9 +86,7 @@ class Domain:
 
     @cached_property
     def id_lookup(self) -> tuple[np.ndarray, np.ndarray]:
-        """Two arrays of length 65536 over raw ids: uint8 train ids (255 where none), and bool, whether the table knows
-        the id.
-        """
+        """(65536,) uint8 train ids by raw id, 255 where none, and (65536,) bool: whether the table has the id."""
         train = np.full(65536, IGNORE, dtype=np.uint8)
         known = np.zeros(65536, dtype=bool)
         known[list(self.ignore_ids)] = True
@@ -114,26 +108,18 @@ class Domain:
 
     @property
     def class_fingerprint(self) -> str:
-        """Hex digest of what gives a train id its meaning: the names, in order."""
+        """Hex digest of the class names in order, which define the train ids."""
         return hashlib.sha256(json.dumps([label.name for label in self.classes]).encode()).hexdigest()[:16]
 
     def to_yaml(self) -> str:
         """The specification as YAML; reading it back gives an equal Domain."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        # Through JSON, because YAML has no tuples.
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
         plain["size"] = plain["size"] or "original"
         for row in plain["classes"]:
-            # No ids at all (null) and an empty list differ: the first means the position in the table.
+            # No ids (null) means the position in the table, an empty list means none.
             if row["ids"] is None:
                 del row["ids"]
             if not row["colors"]:
                 del row["colors"]
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=160)
-
-
-def _plain(value: Any) -> Any:
-    """Tuples as lists, for YAML."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

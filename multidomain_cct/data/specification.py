@@ -1,7 +1,4 @@
-"""A domain's YAML file -> Domain, and where such files are found.
-
-Everything a person can get wrong in one is refused here, by file and field.
-"""
+"""A domain's YAML file -> Domain, and the folders of such files. Mistakes in a file are refused by file and field."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from multidomain_cct.data.domain import IGNORE, LAYOUTS, Domain, LabelClass, Split
-from multidomain_cct.errors import UserError, did_you_mean
+from multidomain_cct.errors import UserError, did_you_mean, require_choice
 from multidomain_cct.files.strict_yaml import read_yaml
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -21,12 +18,11 @@ _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 def read_domain(path: Path) -> Domain:
     """The domain that a YAML file describes.
 
-    Raises UserError, naming file and field, when there is no such file and for anything in it that cannot be used.
+    Raises UserError, naming file and field, when the file is absent and for anything in it that cannot be used.
     """
     raw = read_yaml(path)
     where = str(path)
-    allowed = [f.name for f in fields(Domain)]
-    _refuse_unknown_keys(raw, allowed, where)
+    _refuse_unknown_keys(raw, [f.name for f in fields(Domain)], where)
     for required in ("layout", "splits", *(() if raw.get("labels_of") else ("classes",))):
         if required not in raw:
             raise UserError(
@@ -34,45 +30,26 @@ def read_domain(path: Path) -> Domain:
                 "docs/own_data.md shows one."
             )
     name = str(raw.get("name", path.stem))
-    if not _NAME.fullmatch(name):
-        raise UserError(
-            f"{where}: name is {name!r}; a name starts with a letter and holds letters, digits, - and _ only."
-        )
+    _require_name(name, f"{where}: name is")
     if name != path.stem:
-        raise UserError(
-            f'{where}: name is "{name}", but the file is named {path.name}. A domain is found by its file name: make '
-            "them equal."
-        )
-    if raw["layout"] not in LAYOUTS:
-        raise UserError(
-            f"{where}: layout is {raw['layout']!r}. Known: "
-            f"{', '.join(LAYOUTS)}.{did_you_mean(str(raw['layout']), LAYOUTS)}"
-        )
-    if raw.get("unknown", "ignore") not in ("ignore", "error"):
-        raise UserError(
-            f"{where}: unknown is {raw['unknown']!r}; it is `ignore` (such pixels become {IGNORE} and are counted) or "
-            "`error`."
-        )
+        raise UserError(f'{where}: name is "{name}", but the file is named {path.name}. Make them equal.')
+    require_choice(f"{where}: layout", raw["layout"], LAYOUTS)
+    require_choice(f"{where}: unknown", raw.get("unknown", "ignore"), ("ignore", "error"))
     domain = Domain(
         name=name,
         layout=raw["layout"],
         splits=_read_splits(raw["splits"], raw["layout"], where),
-        # Borrowed classes are filled in by `find_domain`, which knows where other domains are; a run's folder keeps
-        # them.
+        # `find_domain`, which knows where other domains are, fills in borrowed classes; a run's folder stores them.
         classes=_read_classes(raw["classes"], where) if "classes" in raw else (),
         size=_read_size(raw.get("size", "original"), where),
         score_at_full_size=tuple(
-            str(s)
-            for s in _list(raw.get("score_at_full_size", Domain.score_at_full_size), f"{where}: score_at_full_size")
+            map(
+                str, _sequence(raw.get("score_at_full_size", Domain.score_at_full_size), f"{where}: score_at_full_size")
+            )
         ),
         unknown=raw.get("unknown", "ignore"),
-        ignore_ids=tuple(
-            _raw_id(v, f"{where}: ignore_ids")
-            for v in _list(raw.get("ignore_ids", Domain.ignore_ids), f"{where}: ignore_ids")
-        ),
-        ignore_colors=tuple(
-            _color(v, f"{where}: ignore_colors") for v in _list(raw.get("ignore_colors", ()), f"{where}: ignore_colors")
-        ),
+        ignore_ids=_raw_ids(raw.get("ignore_ids", Domain.ignore_ids), f"{where}: ignore_ids"),
+        ignore_colors=_colors(raw.get("ignore_colors", ()), f"{where}: ignore_colors"),
         **{key: str(raw.get(key, "")) for key in ("labels_of", "title", "licence", "source")},
     )
     _refuse_ambiguous_values(domain, where)
@@ -80,10 +57,7 @@ def read_domain(path: Path) -> Domain:
 
 
 def domain_folders(extra: Sequence[Path] = (), recipe: Path | None = None) -> list[Path]:
-    """The folders in which domains are looked for, first match first.
-
-    Raises UserError for an extra one that is not there.
-    """
+    """The folders in which domains are searched, in order. Raises UserError for an extra one that is absent."""
     for folder in extra:
         if not folder.is_dir():
             raise UserError(f"--domains: {folder}: there is no such folder.")
@@ -95,7 +69,7 @@ def domain_folders(extra: Sequence[Path] = (), recipe: Path | None = None) -> li
 
 
 def known_domains(folders: Iterable[Path]) -> dict[str, Path]:
-    """The specification file of every domain that can be found, by name."""
+    """The specification file of every known domain, by name."""
     found: dict[str, Path] = {}
     for folder in folders:
         for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
@@ -104,7 +78,7 @@ def known_domains(folders: Iterable[Path]) -> dict[str, Path]:
 
 
 def find_domain(name: str, folders: Sequence[Path], named_by: str = "the command") -> Domain:
-    """The domain called `name`, from the first folder that has it, with the classes that it borrows (`labels_of`)."""
+    """The domain called `name`, from the first folder that has it, with the classes it borrows (`labels_of`)."""
     known = known_domains(folders)
     if name not in known:
         raise UserError(
@@ -144,29 +118,17 @@ def _read_splits(raw: Any, layout: str, where: str) -> dict[str, Split]:
         )
     splits = {}
     for name, value in raw.items():
-        if not _NAME.fullmatch(str(name)):
-            raise UserError(
-                f"{where}: splits has the name {name!r}; a name starts with a letter and holds letters, digits, - and "
-                "_ only."
-            )
-        value = value or {}
+        _require_name(str(name), f"{where}: splits has the name")
+        here, value = f"{where}: splits.{name}", value or {}
         if not isinstance(value, dict):
-            raise UserError(
-                f"{where}: splits.{name} is {value!r}; it is a mapping with `images` and, for a labelled split, "
-                "`masks`."
-            )
-        _refuse_unknown_keys(value, [f.name for f in fields(Split)], f"{where}: splits.{name}")
+            raise UserError(f"{here} is {value!r}; it is a mapping with `images` and, for a labelled split, `masks`.")
+        _refuse_unknown_keys(value, [f.name for f in fields(Split)], here)
         for key, text in value.items():
             if not isinstance(text, (str, type(None))):
-                raise UserError(
-                    f"{where}: splits.{name}.{key} is {text!r}; it is one glob, such as {key}/{name}/*.png."
-                )
+                raise UserError(f"{here}.{key} is {text!r}; it is one glob, such as {key}/{name}/*.png.")
         split = Split(**{key: text or "" for key, text in value.items()})
         if layout == "folder" and not split.images:
-            raise UserError(
-                f"{where}: splits.{name}.images is missing; the layout `folder` needs a glob such as "
-                f"images/{name}/*.jpg."
-            )
+            raise UserError(f"{here}.images is missing; the layout `folder` needs a glob such as images/{name}/*.jpg.")
         splits[str(name)] = split
     return splits
 
@@ -187,17 +149,15 @@ def _read_classes(raw: Any, where: str) -> tuple[LabelClass, ...]:
         if not isinstance(row, dict) or row.get("name") in (None, "") or "color" not in row:
             raise UserError(f"{here} is {row!r}; a row needs at least name and color.")
         _refuse_unknown_keys(row, [f.name for f in fields(LabelClass)], here)
-        ids = row.get("ids")
-        if isinstance(ids, int):
-            ids = [ids]
         if not isinstance(row.get("thing", False), bool):
             raise UserError(f"{here}.thing is {row['thing']!r}; it is true (countable object) or false (stuff).")
+        ids = row.get("ids")
         rows.append(
             LabelClass(
                 name=str(row["name"]),
                 color=_color(row["color"], f"{here}.color"),
-                ids=None if ids is None else tuple(_raw_id(v, f"{here}.ids") for v in _list(ids, f"{here}.ids")),
-                colors=tuple(_color(v, f"{here}.colors") for v in _list(row.get("colors", ()), f"{here}.colors")),
+                ids=None if ids is None else _raw_ids([ids] if isinstance(ids, int) else ids, f"{here}.ids"),
+                colors=_colors(row.get("colors", ()), f"{here}.colors"),
                 thing=row.get("thing", False),
             )
         )
@@ -205,9 +165,6 @@ def _read_classes(raw: Any, where: str) -> tuple[LabelClass, ...]:
 
 
 def _refuse_ambiguous_values(domain: Domain, where: str) -> None:
-    names: dict[str, int] = {}
-    ids: dict[int, str] = {}
-    colors: dict[tuple[int, int, int], str] = {}
     with_ids = [label.ids is not None for label in domain.classes]
     if any(with_ids) and not all(with_ids):
         position = with_ids.index(False)
@@ -215,38 +172,40 @@ def _refuse_ambiguous_values(domain: Domain, where: str) -> None:
             f"{where}: classes[{position}] ({domain.classes[position].name}) has no ids but other classes do. Give "
             "every class its ids, or none."
         )
+    positions: dict[str, int] = {}
+    owners: dict[int | tuple[int, int, int], str] = {}
+    """By raw id or raw colour, the class."""
     for position, label in enumerate(domain.classes):
-        if label.name in names:
+        if label.name in positions:
             raise UserError(
-                f'{where}: classes[{position}].name "{label.name}" is also the name of classes[{names[label.name]}]; '
-                "names must differ."
+                f'{where}: classes[{position}].name "{label.name}" is also the name of classes'
+                f"[{positions[label.name]}]; names must differ."
             )
-        names[label.name] = position
-        for raw_id in label.ids if label.ids is not None else (position,):
-            if raw_id in ids:
+        positions[label.name] = position
+        values: list[int | tuple[int, int, int]] = [*((position,) if label.ids is None else label.ids)]
+        for value in values + [*(label.colors or (label.color,))]:
+            if value in owners:
                 raise UserError(
-                    f'{where}: raw id {raw_id} belongs to both "{ids[raw_id]}" and "{label.name}"; a raw id has one '
-                    "class."
+                    f'{where}: {_in_print(value)} belongs to both "{owners[value]}" and "{label.name}"; a raw '
+                    f"{'id' if isinstance(value, int) else 'colour'} has one class."
                 )
-            ids[raw_id] = label.name
-        for color in label.colors or (label.color,):
-            if color in colors:
-                raise UserError(
-                    f'{where}: raw color {list(color)} belongs to both "{colors[color]}" and "{label.name}"; a raw '
-                    "colour has one class."
-                )
-            colors[color] = label.name
-    for raw_id in domain.ignore_ids:
-        if raw_id in ids:
+            owners[value] = label.name
+    ignored: list[int | tuple[int, int, int]] = [*domain.ignore_ids, *domain.ignore_colors]
+    for value in ignored:
+        if value in owners:
+            field = "ignore_ids" if isinstance(value, int) else "ignore_colors"
             raise UserError(
-                f'{where}: raw id {raw_id} is in ignore_ids and in class "{ids[raw_id]}"; it can only be one.'
+                f'{where}: {_in_print(value)} is in {field} and in class "{owners[value]}"; it can only be one.'
             )
-    for color in domain.ignore_colors:
-        if color in colors:
-            raise UserError(
-                f'{where}: raw color {list(color)} is in ignore_colors and in class "{colors[color]}"; it can only be '
-                "one."
-            )
+
+
+def _in_print(value: int | tuple[int, int, int]) -> str:
+    return f"raw id {value}" if isinstance(value, int) else f"raw color {list(value)}"
+
+
+def _require_name(name: str, what: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise UserError(f"{what} {name!r}; a name starts with a letter and holds letters, digits, - and _ only.")
 
 
 def _read_size(raw: Any, where: str) -> tuple[int, int] | None:
@@ -257,7 +216,7 @@ def _read_size(raw: Any, where: str) -> tuple[int, int] | None:
     raise UserError(f"{where}: size is {raw!r}; it is `original` or [width, height] in pixels.")
 
 
-def _list(raw: Any, where: str) -> Sequence[Any]:
+def _sequence(raw: Any, where: str) -> Sequence[Any]:
     if isinstance(raw, (list, tuple)):
         return raw
     raise UserError(f"{where} is {raw!r}; it is a list, written [...].")
@@ -269,14 +228,19 @@ def _color(raw: Any, where: str) -> tuple[int, int, int]:
     raise UserError(f"{where} is {raw!r}; a colour is three integers from 0 to 255.")
 
 
-def _raw_id(raw: Any, where: str) -> int:
-    if type(raw) is int and 0 <= raw <= 65535:
-        return raw
-    raise UserError(f"{where} holds {raw!r}; a raw id is an integer from 0 to 65535.")
+def _colors(raw: Any, where: str) -> tuple[tuple[int, int, int], ...]:
+    return tuple(_color(color, where) for color in _sequence(raw, where))
 
 
-def _refuse_unknown_keys(found: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
-    for key in found:
+def _raw_ids(raw: Any, where: str) -> tuple[int, ...]:
+    for value in _sequence(raw, where):
+        if type(value) is not int or not 0 <= value <= 65535:
+            raise UserError(f"{where} holds {value!r}; a raw id is an integer from 0 to 65535.")
+    return tuple(raw)
+
+
+def _refuse_unknown_keys(given: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
+    for key in given:
         if key not in allowed:
             raise UserError(
                 f'{where}: unknown key "{key}". Allowed: {", ".join(allowed)}.{did_you_mean(str(key), allowed)}'

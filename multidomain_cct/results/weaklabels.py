@@ -6,7 +6,6 @@ Shapes: C classes of the domain, K classified classes, H W image size.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
 from multidomain_cct.data.batches.loader import TrainingSet, steps
 from multidomain_cct.data.batches.views import decode, image_tensor
 from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.packing.encode import mask_png
 from multidomain_cct.data.shards.index import index_path, shard_paths
 from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.data.specification import find_domain
@@ -263,7 +263,7 @@ def write_pseudo_labels(
                 scores.append(made.logits)
                 if len(rows) < SHEET_ROWS:
                     rows.append(_sheet_row(made, domain))
-                mask = _png(made.ids)
+                mask = mask_png(Image.fromarray(made.ids.cpu().numpy()))
                 if writer.is_full(len(made.stored) + len(mask)):
                     writer.publish()
                 names = [domain.classes[train_id].name for train_id in sorted(images.classes[key])]
@@ -326,12 +326,6 @@ def _pseudo_labelled(
         ids=pseudo_labels(activations, pixels, present, settings, background=background),
         truth=truth,
     )
-
-
-def _png(ids: Tensor) -> bytes:
-    blob = io.BytesIO()
-    Image.fromarray(ids.cpu().numpy()).save(blob, "PNG")
-    return blob.getvalue()
 
 
 def _move_into_place(temporary: Path, folder: Path, split: str) -> tuple[Path, ...]:

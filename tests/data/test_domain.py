@@ -251,7 +251,7 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
         (
             "layout: folder",
             "layout: folders",
-            "layout is 'folders'. Known: folder, cityscapes, camvid, sun_rgbd, voc, toy. Did you mean \"folder\"?",
+            "layout is 'folders'; it is one of folder, cityscapes, camvid, sun_rgbd, voc, toy. Did you mean",
         ),
         ("layout: folder\n", "", "layout is missing"),
         ("images: more/*.jpg", "masks: more/*.png", "splits.extra.images is missing"),
@@ -264,7 +264,7 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
         ("extra: {images: more/*.jpg}", "1st: {images: more/*.jpg}", "splits has the name '1st'"),
         ("extra: {images: more/*.jpg}", "extra: more/*.jpg", "splits.extra is 'more/*.jpg'; it is a mapping"),
         ("size: [64, 48]", "size: 64", "size is 64; it is `original` or [width, height] in pixels."),
-        ("unknown: error", "unknown: fail", "unknown is 'fail'; it is `ignore`"),
+        ("unknown: error", "unknown: fail", "unknown is 'fail'; it is one of ignore, error."),
         ("ignore_ids: [0, 255]", "ignore_ids: 255", "ignore_ids is 255; it is a list"),
         ("ignore_colors: [[0, 0, 0]]", "ignore_colors: [0, 0, 0]", "ignore_colors is 0; a colour is three integers"),
         ("unknown: error", "score_at_full_size: val", "score_at_full_size is 'val'; it is a list"),

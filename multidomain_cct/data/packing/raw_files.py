@@ -1,7 +1,6 @@
-"""Raw files: which are images, what they are called as samples, and which mask belongs to which image.
+"""Raw files: which are images, their sample keys, and which mask belongs to which image.
 
-Images and masks are paired by name, never by listing order: two listings that differ by one file would shift every pair
-behind it without a sign.
+Images and masks are paired by name, never by listing order: one missing file would silently shift all later pairs.
 """
 
 from __future__ import annotations
@@ -18,24 +17,24 @@ from multidomain_cct.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 MASK_ENDINGS = ("_mask", "-mask", "_label", "_gt")
-"""What a mask's name may add to its image's name in the layout `folder`."""
+"""Endings that a mask's name may add to its image's name in the layout `folder`."""
 LONGEST_KEY = 200
-"""File systems hold names of 255 bytes; the key shares them with a suffix."""
+"""File systems allow names of 255 bytes, which include a suffix."""
 
 
 class MissingRawFiles(UserError):
-    """What a split needs is not in the raw folder: the data set may have been fetched in part."""
+    """Files of a split are not in the raw folder; the data set may be incomplete."""
 
 
 @dataclass(frozen=True)
 class MaskFile:
-    """Where the labels of one image are, and in which values."""
+    """Where the labels of one image are, and which values they have."""
 
     path: Path
     cell: int | None = None
     """Position in the label table of SUNRGBD2Dseg.mat; None for an image file."""
     train_ids: bool = False
-    """True when the file holds train ids already, and the class table's raw ids do not apply."""
+    """True when the file holds train ids, not raw ids."""
 
 
 @dataclass(frozen=True)
@@ -43,15 +42,15 @@ class RawSample:
     """One image of a raw data set."""
 
     key: str
-    """Name of the sample in shards and logs: flat, unique in its split."""
+    """Name of the sample in shards and logs: flat, and unique in its split."""
     image: Path
     mask: MaskFile | None
     """None in an unlabelled split."""
 
 
 def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list[RawSample]:
-    """The images and masks that two globs find; pairs share the path below each glob's fixed leading folder, without
-    the ending that the glob names.
+    """The images and masks that two globs match. Pairs have the same path below the fixed leading folder of their glob,
+    without the glob's ending.
     """
     images = _globbed(raw, globs.images, f"{domain.name}: splits.{split}.images")
     if not images:
@@ -76,20 +75,18 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
 def paired_samples(
     images: Mapping[str, Path], masks: Mapping[str, MaskFile], expected: Callable[[str], str]
 ) -> list[RawSample]:
-    """One sample for each name; both sides must have the same names."""
-    lonely = [stem for stem in images if stem not in masks]
-    if lonely:
+    """One sample for each name; images and masks must have the same names."""
+    if lonely := [stem for stem in images if stem not in masks]:
         more = f" ({len(lonely)} of {len(images)} images have none)" if len(lonely) > 1 else ""
         raise UserError(
             f"{images[lonely[0]]}: has no mask; expected {expected(lonely[0])}{more}. Add the masks, or take the "
             "images out of the split."
         )
-    orphans = [stem for stem in masks if stem not in images]
-    if orphans:
-        more = f" ({len(orphans)} of {len(masks)} masks have none)" if len(orphans) > 1 else ""
+    if lonely := [stem for stem in masks if stem not in images]:
+        more = f" ({len(lonely)} of {len(masks)} masks have none)" if len(lonely) > 1 else ""
         raise UserError(
-            f"{masks[orphans[0]].path}: has no image; expected the name {orphans[0]}{more}. Add the images, or take "
-            "the masks out of the split."
+            f"{masks[lonely[0]].path}: has no image; expected the name {lonely[0]}{more}. Add the images, or take the "
+            "masks out of the split."
         )
     return [RawSample(sample_key(stem), image, masks[stem]) for stem, image in images.items()]
 
@@ -97,16 +94,13 @@ def paired_samples(
 def listed_samples(
     images: Mapping[str, Path], masks: Mapping[str, Path], stems: list[str], where: str, expected: Callable[[str], str]
 ) -> list[RawSample]:
-    """The samples that a list names; files that it does not name belong to other splits."""
-    absent = next((stem for stem in stems if stem not in images), None)
-    if absent:
-        raise UserError(
-            f"{where} {absent}, and {next(iter(images.values())).parent} has no such image. Add the image, or take "
-            "the name out."
-        )
-    twice, count = Counter(stems).most_common(1)[0] if stems else ("", 0)
-    if count > 1:
-        raise UserError(f"{where} {twice} {count} times; keep one.")
+    """The samples of a list; other files belong to other splits."""
+    for stem, count in Counter(stems).items():
+        if stem not in images:
+            folder = next(iter(images.values())).parent
+            raise UserError(f"{where} {stem}, and {folder} has no such image. Add the image, or take the name out.")
+        if count > 1:
+            raise UserError(f"{where} {stem} {count} times; keep one.")
     chosen = {stem: images[stem] for stem in stems}
     return paired_samples(chosen, {stem: MaskFile(masks[stem]) for stem in chosen if stem in masks}, expected)
 
@@ -116,14 +110,12 @@ def unlabelled_samples(images: Mapping[str, Path]) -> list[RawSample]:
 
 
 def sample_key(stem: str) -> str:
-    """The path as a flat name:
-
-    ASCII letters, digits, - and _ stay, every other byte becomes =XX, so different paths have different keys.
+    """The path as a flat name: ASCII letters, digits, - and _ stay, every other byte becomes =XX. Different paths have
+    different keys.
     """
-    # surrogateescape: a file name on Linux is bytes, and need not be UTF-8.
-    key = re.sub(
-        rb"[^A-Za-z0-9_-]", lambda byte: b"=%02X" % byte.group()[0], stem.encode("utf-8", "surrogateescape")
-    ).decode("ascii")
+    # surrogateescape: a file name on Linux need not be UTF-8.
+    path = stem.encode("utf-8", "surrogateescape")
+    key = re.sub(rb"[^A-Za-z0-9_-]", lambda byte: b"=%02X" % byte.group()[0], path).decode("ascii")
     if len(key) > LONGEST_KEY:
         raise UserError(
             f"{stem}: gives a sample key of {len(key)} characters; at most {LONGEST_KEY} fit. Shorten the names of "
@@ -133,12 +125,9 @@ def sample_key(stem: str) -> str:
 
 
 def image_files(folder: Path, pattern: str) -> list[Path]:
-    """The image files below a folder that match a glob, sorted.
-
-    Hidden ones (also a Mac's ._ copies) and other files do not count.
-    """
-    found = (path for path in folder.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """The image files below a folder that match a glob, sorted; no hidden ones, such as a Mac's ._ copies."""
+    files = (path for path in folder.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
+    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def images_in(folder: Path, pattern: str, domain: Domain, split: str) -> dict[str, Path]:
@@ -156,8 +145,8 @@ def by_stem(paths: Iterable[Path], ending: str = "") -> dict[str, Path]:
 
 
 def _globbed(raw: Path, pattern: str, where: str) -> dict[str, Path]:
-    """The image files that a glob matches, by path below its fixed leading folder and without its fixed ending (else
-    without the suffix).
+    """The image files that a glob matches, by path below its fixed leading folder, without its fixed ending or, if it
+    has none, without the suffix.
     """
     *folders, name = PurePosixPath(pattern).parts or ("",)
     if not name or PurePosixPath(pattern).is_absolute() or ".." in folders or re.search(r"[^/]\*\*|\*\*[^/]", pattern):
@@ -166,7 +155,7 @@ def _globbed(raw: Path, pattern: str, where: str) -> dict[str, Path]:
             "Write it as in images/**/*.jpg."
         )
     home = raw.joinpath(*takewhile(lambda part: not re.search(r"[*?[]", part), folders))
-    # *_rgb.png names an ending that is no part of what a pair shares; *.[jp]* names none.
+    # *_rgb.png has an ending that its masks need not share; *.[jp]* has none.
     ending = re.split(r"[*?\]]", name)[-1].removeprefix(name)
     below = ((path.relative_to(home).as_posix(), path) for path in image_files(raw, pattern))
     return unique_names(
@@ -185,7 +174,7 @@ def unique_names(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 
 def listed_stems(path: Path) -> list[str]:
-    """The stems in a list file: one sample a line, a bare stem or paths of which the first counts."""
+    """The stems in a list file: one sample a line, as a stem or as paths, of which the first counts."""
     if not path.is_file():
         raise MissingRawFiles(f"{path}: there is no such file. It names the images of a split, one a line.")
     try:

@@ -20,13 +20,13 @@ _COLOR_MODES = ("RGB", "RGBA")
 
 
 def read_mask(mask: MaskFile, domain: Domain) -> tuple[np.ndarray, dict[str, int]]:
-    """The (H, W) uint8 train ids of a mask, and the pixel count of each raw value that the class table does not name,
-    by the value in print ("12", "#ff0080").
+    """The (H, W) uint8 train ids of a mask, and the pixel count of each raw value that the class table lacks, by the
+    printed value ("12", "#ff0080").
 
     Single-channel images hold raw ids; palette images hold them as indices, whatever the palette; RGB images hold raw
-    colours, and transparency is ignored. Values without a class become IGNORE. Those in the domain's ignore_ids and
-    ignore_colors are expected, and not counted. Raises UserError, naming the file, when it cannot be read, when its
-    format has changed the labels, and when the domain says `unknown: error` and there are such values.
+    colours, and transparency is ignored. Values without a class become IGNORE; those in the domain's ignore_ids and
+    ignore_colors are not counted. Raises UserError, naming the file, when it cannot be read, when its format alters
+    labels, and for unknown values when the domain has `unknown: error`.
     """
     values = _read_pixels(mask.path) if mask.cell is None else _read_cell(mask.path, mask.cell)
     if values.ndim == 3:
@@ -43,7 +43,7 @@ def _ids_to_train_ids(ids: np.ndarray, domain: Domain) -> tuple[np.ndarray, np.n
     """Train ids, and whether the table knows the id, both (H, W)."""
     train, known = domain.id_lookup
     if ids.dtype == np.uint8:
-        # The usual case, and where packing spends its time: short tables stay in the fastest cache.
+        # The usual case, in which packing spends its time: a short table stays in the fastest cache.
         return train[:256].take(ids), known[:256].take(ids)
     if ids.dtype.itemsize <= 2 and ids.dtype.kind == "u":
         return train[ids], known[ids]
@@ -70,27 +70,24 @@ def _count_unknown(values: np.ndarray, mask: MaskFile, domain: Domain) -> dict[s
     }
     if domain.unknown == "error":
         value, count = max(unknown.items(), key=lambda item: item[1])
-        kind, field = ("colour", "ignore_colors") if is_color else ("id", "ignore_ids")
+        what, field = ("colour", "ignore_colors") if is_color else ("id", "ignore_ids")
         others = f", and {len(unknown) - 1} more such values" if len(unknown) > 1 else ""
         raise UserError(
-            f"{mask.path}: {count} pixels have the {kind} {value}, which no class of {domain.name} names{others}. Add "
+            f"{mask.path}: {count} pixels have the {what} {value}, which no class of {domain.name} names{others}. Add "
             f"it to a class or to {field}."
         )
     return unknown
 
 
 def _codes(colors: np.ndarray) -> np.ndarray:
-    """Colours (..., 3) as the integers by which `Domain.color_lookup` is sorted."""
+    """(..., 3) colours as the integer codes of `Domain.color_lookup`."""
     red, green, blue = np.moveaxis(colors.astype(np.int64), -1, 0)
     codes: np.ndarray = red << 16 | green << 8 | blue
     return codes
 
 
 def mask_picture(mask: MaskFile, domain: Domain) -> tuple[Image.Image, dict[str, int]]:
-    """What `read_mask` gives, with the ids as an 8-bit picture.
-
-    Grey 8-bit masks whose ids are all known stay in Pillow, which is where packing saves its time.
-    """
+    """As `read_mask`, with the ids as an 8-bit picture. Grey masks of known ids stay in Pillow, which is faster."""
     if mask.cell is None and not mask.train_ids:
         image, step = _open(mask.path)
         train, known = domain.id_lookup
@@ -130,7 +127,7 @@ def _read_cell(path: Path, cell: int) -> np.ndarray:
     """Raw ids (H, W) of one image in SUNRGBD2Dseg.mat."""
     import h5py
 
-    # Opened anew for every mask: an HDF5 file that is open does not survive the fork of a worker.
+    # Opened for every mask: an open HDF5 file does not survive the fork of a worker.
     try:
         with h5py.File(path, "r") as table:
             ids: np.ndarray = table[table["SUNRGBD2Dseg"]["seglabel"][cell][0]][()]
