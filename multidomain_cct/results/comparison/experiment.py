@@ -1,24 +1,26 @@
-"""Experiments: recipes x seeds read from one YAML file, the runs that they mean, and what became of those."""
+"""Experiments: recipes x seeds read from one YAML file, their runs, and the scores of those that are finished."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
+from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import yaml
 
-from multidomain_cct.errors import UserError, did_you_mean
+from multidomain_cct.errors import UserError, did_you_mean, require_choice
 from multidomain_cct.files.strict_yaml import read_yaml
+from multidomain_cct.results.records import recorded_environment, recorded_metrics, scores_by_class
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe, read_run_recipe
-from multidomain_cct.training.runlog import read_metrics
 
 OWN_KEYS = ("seed", "name", "runs", "resume")
 """Recipe keys that the comparison itself decides."""
@@ -66,15 +68,11 @@ class Experiment:
             raise UserError("rows is empty; name at least one, for example `rows: {cct: {}}`.")
         for name in self.rows:
             if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]*", name):
-                raise UserError(
-                    f"rows has the name {name!r}; it holds letters, digits, _ and - only, and does not start with a -."
-                )
-        own = [(f"rows.{name}.baseline", row.baseline) for name, row in self.rows.items()]
-        for key, name in (("baseline", self.baseline), ("ceiling", self.ceiling), *own):
-            if name and name not in self.rows:
-                raise UserError(
-                    f"{key} is {name!r}, which is no row. Rows: {', '.join(self.rows)}.{did_you_mean(name, self.rows)}"
-                )
+                raise UserError(f"rows has the name {name!r}; it holds letters, digits, _ and -, and starts with no -.")
+        named = {f"rows.{name}.baseline": row.baseline for name, row in self.rows.items()}
+        for key, name in {"baseline": self.baseline, "ceiling": self.ceiling, **named}.items():
+            if name:
+                require_choice(key, name, self.rows)
         if self.ceiling and self.ceiling == self.baseline:
             raise UserError(f"baseline and ceiling are both {self.ceiling!r}; the gap lies between two rows.")
         if self.ceiling and not self.baseline:
@@ -82,26 +80,26 @@ class Experiment:
 
 
 @dataclass(frozen=True)
-class Run:
+class PlannedRun:
     """One training of a comparison."""
 
     row: str
     seed: int
     source: Path
-    """The recipe's file, as the command `train` is told it."""
+    """The recipe's file."""
     overrides: tuple[str, ...]
     recipe: Recipe
-    """What the two make, with name, folder and seed of this run."""
+    """The recipe with the overrides, with name, folder and seed of this run."""
 
     @property
     def log(self) -> Path:
-        """What the training printed. It lies beside the run's folder, which must not exist before the run."""
+        """What the training printed, beside the run's folder, which must not exist before the run."""
         return self.recipe.folder.with_name(f"{self.recipe.name}.log")
 
 
 @dataclass(frozen=True)
 class RunScores:
-    """What a finished run reached on the val splits, at its last step."""
+    """The scores of a finished run on the val splits, at its last step."""
 
     row: str
     seed: int
@@ -134,95 +132,82 @@ def read_experiment(path: Path) -> Experiment:
 
     Raises UserError, with one line that names the file and the key, for anything that cannot be used.
     """
-    plain = read_yaml(path)
     try:
-        values = _values(plain, Experiment, "")
-        rows = plain.get("rows") or {}
-        if not isinstance(rows, dict):
-            raise UserError(f"rows is {rows!r}; it is a mapping of names to rows, for example `rows: {{cct: {{}}}}`.")
-        values["rows"] = {
-            str(name): Row(**_values({} if row is None else row, Row, f"rows.{name}")) for name, row in rows.items()
-        }
-        return Experiment(**{"title": path.stem} | values)
+        return Experiment(**{"rows": {}, "title": path.stem} | _values(read_yaml(path), Experiment, ""))
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise UserError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
 
 
-def _values(section: Any, kind: type, where: str) -> dict[str, Any]:
-    """A section's values with the types of the dataclass's fields, `rows` aside."""
-    kinds = {each.name: str(each.type) for each in fields(kind)}
+def _values(section: Any, kind: type[Experiment] | type[Row], where: str) -> dict[str, Any]:
+    """A section's values with the types of the dataclass's fields."""
+    known = [each.name for each in fields(kind)]
     if not isinstance(section, dict):
-        raise UserError(f"{where} is {section!r}; it is a section with the keys {', '.join(kinds)}.")
+        raise UserError(f"{where} is {section!r}; it is a section with the keys {', '.join(known)}.")
     values: dict[str, Any] = {}
     for key, value in section.items():
         here = f"{where}.{key}" if where else str(key)
-        if key not in kinds:
+        if key not in known:
             raise UserError(
                 f'unknown key "{here}". Allowed {f"in {where}" if where else "at the top"}: '
-                f"{', '.join(kinds)}.{did_you_mean(str(key), list(kinds))}"
+                f"{', '.join(known)}.{did_you_mean(str(key), known)}"
             )
-        if kinds[key] == "str":
-            if not isinstance(value, str) or not value.strip() or "\n" in value.strip():
-                raise UserError(f"{here} is {value!r}; it is text on one line.")
-            values[key] = value.strip()
+        if key == "rows":
+            if value and not isinstance(value, dict):
+                raise UserError(f"rows is {value!r}; it is a mapping of names to rows, for example {{cct: {{}}}}.")
+            rows = (value or {}).items()
+            values[key] = {str(name): Row(**_values(row or {}, Row, f"rows.{name}")) for name, row in rows}
         elif key == "seeds":
             values[key] = _seeds(value, here)
-        elif kinds[key] == "tuple[str, ...]":
+        elif key in ("set", "common"):
             values[key] = _overrides(value, here)
+        elif isinstance(value, str) and value.strip() and "\n" not in value.strip():
+            values[key] = value.strip()
+        else:
+            raise UserError(f"{here} is {value!r}; it is text on one line.")
     return values
 
 
 def _seeds(value: Any, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not value or not all(type(seed) is int and seed >= 0 for seed in value):
         raise UserError(f"{where} is {value!r}; it is a list of whole numbers from 0 up, for example [0, 1, 2].")
-    for seed in value:
-        if value.count(seed) > 1:
+    for seed, count in Counter(value).items():
+        if count > 1:
             raise UserError(f"{where} names {seed} twice; keep one.")
     return tuple(value)
 
 
 def _overrides(value: Any, where: str) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(override, str) for override in value):
-        raise UserError(
-            f"{where} is {value!r}; it is a list of key=value, for example [training.steps=600, 'data.crop=[96, 96]']."
-        )
-    for override in value:
-        key = override.partition("=")[0]
+        raise UserError(f"{where} is {value!r}; it is a list of key=value, for example [training.steps=600].")
+    for key in (override.partition("=")[0] for override in value):
         if key in OWN_KEYS:
             raise UserError(
-                f"{where} sets {key}, which the comparison decides itself. Seeds stand in `seeds`, the folder in the "
-                "experiment's `runs`."
+                f"{where} sets {key}, which the comparison decides. Use `seeds`, or the experiment's `runs`."
             )
     return tuple(value)
 
 
-def planned_runs(path: Path, experiment: Experiment) -> list[Run]:
+def planned_runs(path: Path, experiment: Experiment) -> list[PlannedRun]:
     """Every run of the experiment at `path`, in the order of training: each row's first seed, then each row's second,
     so that a whole table exists early.
 
     Reads every recipe. Raises UserError, with the row's name, for one that cannot be used or compared.
     """
-    turns = max(len(row.seeds or experiment.seeds) for row in experiment.rows.values())
-    order = [
-        (name, turn)
-        for turn in range(turns)
-        for name, row in experiment.rows.items()
-        if turn < len(row.seeds or experiment.seeds)
-    ]
+    turns = zip_longest(*(row.seeds or experiment.seeds for row in experiment.rows.values()))
     return [
-        _planned(path, experiment, name, (experiment.rows[name].seeds or experiment.seeds)[turn])
-        for name, turn in order
+        _planned(path, experiment, name, seed)
+        for seeds in turns
+        for name, seed in zip(experiment.rows, seeds, strict=True)
+        if seed is not None
     ]
 
 
-def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Run:
+def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> PlannedRun:
     row = experiment.rows[name]
     where = f"{path}: rows.{name}"
     written = row.recipe or experiment.recipe
     if not written:
-        raise UserError(
-            f"{where} has no recipe, nor has the experiment. Name one, for example `recipe: recipes/demo.yaml`."
-        )
+        raise UserError(f"{where} has no recipe, nor has the experiment. Name one, for example recipes/demo.yaml.")
     beside = Path(os.path.normpath(path.parent / written))
     source = beside if beside.is_file() else Path(written)
     folder = _as_yaml_text((Path(experiment.runs) / path.stem).as_posix())
@@ -233,11 +218,8 @@ def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Run:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not any(domain.val_split for domain in recipe.domains.values()):
-        raise UserError(
-            f"{where}: no domain has a val_split, so there is nothing to compare. Set domains.NAME.val_split in "
-            f"{source}."
-        )
-    return Run(name, seed, source, overrides, recipe)
+        raise UserError(f"{where}: no domain has a val_split to compare by. Set domains.NAME.val_split in {source}.")
+    return PlannedRun(name, seed, source, overrides, recipe)
 
 
 def _as_yaml_text(value: str) -> str:
@@ -248,44 +230,34 @@ def _as_yaml_text(value: str) -> str:
         return json.dumps(value)
 
 
-def finished_scores(run: Run) -> RunScores | None:
+def finished_scores(run: PlannedRun) -> RunScores | None:
     """The scores of a run that has reached its last step and saved it; None when it has still to be trained, or its
     folder holds another run.
 
     Raises UserError when the recipe asks for another evaluation than the one that was made.
     """
     folder, step = run.recipe.folder, run.recipe.training.steps
-    saved = [checkpoint.name for checkpoint in checkpoints(folder / "checkpoints")]
-    if (
-        f"step-{step:08d}" not in saved
-        or not (folder / "recipe.yaml").is_file()
-        or not (folder / "metrics.jsonl").is_file()
-    ):
+    saved = {checkpoint.name for checkpoint in checkpoints(folder / "checkpoints")}
+    if f"step-{step:08d}" not in saved or _changes(run) != []:
         return None
-    trained = read_run_recipe(folder)
-    metrics = [line for line in read_metrics(folder / "metrics.jsonl") if isinstance(line, dict) and "step" in line]
+    metrics = recorded_metrics(folder)
     scored = [name for name, domain in run.recipe.domains.items() if domain.val_split]
     lines = [line for line in metrics if line["step"] == step and all(f"val/{name}/miou" in line for name in scored)]
-    if not lines or differences(trained, run.recipe):
+    if not lines:
         return None
-    if trained.evaluation != run.recipe.evaluation:
+    if read_run_recipe(folder).evaluation != run.recipe.evaluation:
         raise UserError(
             f"{folder} was scored with other evaluation settings than the recipe now has. Take them back, or remove "
             "the folder to train it again."
         )
-    line = lines[-1]
-    peaks = [value for each in metrics if (value := each.get("sys/peak_mib")) is not None]
-    environment = _environment(folder / "env.json")
+    peaks = [value for line in metrics if (value := line.get("sys/peak_mib")) is not None]
+    environment = recorded_environment(folder)
     return RunScores(
         row=run.row,
         seed=run.seed,
         step=step,
-        miou={name: line[f"val/{name}/miou"] for name in scored},
-        iou={
-            name: {key.removeprefix(start): value for key, value in line.items() if key.startswith(start)}
-            for name in scored
-            if (start := f"val/{name}/iou/")
-        },
+        miou={name: lines[-1][f"val/{name}/miou"] for name in scored},
+        iou={name: scores_by_class(lines[-1], name) for name in scored},
         overrides=run.overrides,
         folder=str(folder),
         environment=environment,
@@ -294,27 +266,24 @@ def finished_scores(run: Run) -> RunScores | None:
     )
 
 
-def state_of(run: Run) -> str:
-    """What training the run would mean:
+def state_of(run: PlannedRun) -> str:
+    """What training the run would do: `finished`, `new`, where it goes on, or `will fail`.
 
-    `finished`, `new`, where it goes on, or that its folder is taken. Raises UserError as finished_scores does.
+    Raises UserError as finished_scores does.
     """
     folder = run.recipe.folder
     if finished_scores(run):
         return "finished"
-    changed = differences(read_run_recipe(folder), run.recipe) if (folder / "recipe.yaml").is_file() else []
-    if changed:
+    if changed := _changes(run):
         return f"will fail: {folder} holds a run of another recipe, {changed[0]}"
     saved = checkpoints(folder / "checkpoints")
     return f"goes on from {saved[-1].name}" if saved else "new"
 
 
-def _environment(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
+def _changes(run: PlannedRun) -> list[str] | None:
+    """How the run in the folder differs from the planned one; None when the folder holds none."""
+    path = run.recipe.folder / "recipe.yaml"
+    return differences(read_run_recipe(run.recipe.folder), run.recipe) if path.is_file() else None
 
 
 def _minutes(environment: Mapping[str, Any], metrics: Path) -> float | None:

@@ -5,14 +5,14 @@ gap to the ceiling.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from multidomain_cct.files.durable import replace_text
-from multidomain_cct.results.comparison.experiment import MEAN, Experiment, Run, RunScores
+from multidomain_cct.results.comparison.experiment import MEAN, Experiment, PlannedRun, RunScores
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,16 @@ class Spread:
     """Sample standard deviation (ddof 1); None of a single value."""
     count: int
 
-    def text(self, factor: float = 100, digits: int = 1) -> str:
-        """The values times `factor`, as `mean ± std (count)`."""
-        std = "" if self.std is None else f" ± {factor * self.std:.{digits}f}"
-        return f"{factor * self.mean:.{digits}f}{std} ({self.count})"
+    @classmethod
+    def of(cls, values: Iterable[float | None]) -> Spread | None:
+        """The spread of the known values; None when there are none."""
+        known = [value for value in values if value is not None]
+        return cls(mean(known), stdev(known) if len(known) > 1 else None, len(known)) if known else None
+
+    def percent(self) -> str:
+        """`mean ± std (count)` in percent."""
+        std = "" if self.std is None else f" ± {100 * self.std:.1f}"
+        return f"{100 * self.mean:.1f}{std} ({self.count})"
 
 
 @dataclass(frozen=True)
@@ -35,8 +41,8 @@ class Comparison:
     """The scores of an experiment's finished runs, and the tables that they make."""
 
     experiment: Experiment
-    runs: Sequence[Run]
-    """All that the experiment means."""
+    runs: Sequence[PlannedRun]
+    """All of the experiment."""
     scores: Sequence[RunScores]
     failures: Mapping[str, str] = field(default_factory=dict)
     """Why a run failed, by the run's name."""
@@ -44,21 +50,19 @@ class Comparison:
     @property
     def columns(self) -> list[str]:
         """The scored domains of all rows, and their mean when there are several."""
-        domains = list(
-            dict.fromkeys(name for run in self.runs for name, domain in run.recipe.domains.items() if domain.val_split)
-        )
+        scored = (name for run in self.runs for name, domain in run.recipe.domains.items() if domain.val_split)
+        domains = list(dict.fromkeys(scored))
         return [*domains, MEAN] if len(domains) > 1 else domains
 
     def spread(self, row: str, column: str) -> Spread | None:
         """The mIoU (0 to 1) of a row over its finished seeds.
 
-        None when no run is finished, or when the column is the mean and the row was not trained on every domain: it
-        would be a mean of other things.
+        None when no run is finished; in the column of the mean also when the row lacks a domain: its mean is of others.
         """
-        finished = [
-            run for run in self.scores if run.row == row and (column != MEAN or len(run.miou) == len(self.columns) - 1)
-        ]
-        return _spread([run.score(column) for run in finished])
+        runs = [run for run in self.scores if run.row == row]
+        if column == MEAN:
+            runs = [run for run in runs if len(run.miou) == len(self.columns) - 1]
+        return Spread.of(run.score(column) for run in runs)
 
     def gain(self, row: str, column: str) -> float | None:
         """The row's mean minus its baseline's, 0 to 1."""
@@ -85,36 +89,23 @@ class Comparison:
         return first.mean - second.mean if first and second else None
 
     def tables(self) -> list[list[list[str]]]:
-        """The tables as rows of cells, headings first: mIoU and cost; then, with a baseline, what each row gained on
-        it.
-        """
+        """The tables as rows of cells, headings first: mIoU and cost; then, with a baseline, the gains over it."""
         scores = [["row", *(f"{column} mIoU %" for column in self.columns), "peak MiB", "minutes"]]
         for name in self.experiment.rows:
-            finished = [run for run in self.scores if run.row == name]
-            cost = [_spread([run.peak_mib for run in finished]), _spread([run.minutes for run in finished])]
-            cells = [spread.text() if (spread := self.spread(name, column)) else "n/a" for column in self.columns]
-            scores.append(
-                [
-                    name,
-                    *cells,
-                    *(
-                        f"{spread.mean:.{digits}f}" if spread else "n/a"
-                        for spread, digits in zip(cost, (0, 1), strict=True)
-                    ),
-                ]
-            )
+            runs = [run for run in self.scores if run.row == name]
+            spreads = [self.spread(name, column) for column in self.columns]
+            peak, minutes = Spread.of(run.peak_mib for run in runs), Spread.of(run.minutes for run in runs)
+            cells = [spread.percent() if spread else "n/a" for spread in spreads]
+            cost = [f"{peak.mean:.0f}" if peak else "n/a", f"{minutes.mean:.1f}" if minutes else "n/a"]
+            scores.append([name, *cells, *cost])
         if not self.experiment.baseline:
             return [scores]
         shared = self.columns if self.experiment.ceiling else []
-        gains = [
-            ["row", *(f"{column} points" for column in self.columns), *(f"{column} gap closed %" for column in shared)]
-        ]
+        titles = [f"{column} points" for column in self.columns] + [f"{column} gap closed %" for column in shared]
+        gains = [["row", *titles]]
         for name in self.experiment.rows:
-            points = [self.gain(name, column) for column in self.columns]
-            shares = [self.gap_share(name, column) for column in shared]
-            gains.append(
-                [name, *("n/a" if gain is None else f"{100 * gain:+.1f}" for gain in points), *_percents(shares)]
-            )
+            points = [_percent(self.gain(name, column), "+.1f") for column in self.columns]
+            gains.append([name, *points, *(_percent(self.gap_share(name, column), ".0f") for column in shared)])
         return [scores, gains]
 
     def missing(self) -> list[str]:
@@ -124,11 +115,9 @@ class Comparison:
 
     def machines(self) -> list[str]:
         """The machines that the finished runs were trained on."""
+        environments = [run.environment for run in self.scores]
         return sorted(
-            {
-                f"{run.environment.get('device', 'unknown')}, {run.environment.get('threads', '?')} thread(s)"
-                for run in self.scores
-            }
+            {f"{each.get('device', 'unknown')}, {each.get('threads', '?')} thread(s)" for each in environments}
         )
 
 
@@ -136,13 +125,14 @@ def write_comparison(comparison: Comparison, out: Path, *, command: str, date: s
     """Write the tables to `out` and every run's numbers beside it, as JSON. Each file is replaced as a whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(out, _markdown(comparison, command, date))
+    experiment = comparison.experiment
     content = {
-        "title": comparison.experiment.title,
+        "title": experiment.title,
         "command": command,
         "date": date,
-        "baseline": comparison.experiment.baseline or None,
-        "ceiling": comparison.experiment.ceiling or None,
-        "rows": {name: _row_numbers(comparison, name) for name in comparison.experiment.rows},
+        "baseline": experiment.baseline or None,
+        "ceiling": experiment.ceiling or None,
+        "rows": {name: _row_numbers(comparison, name) for name in experiment.rows},
         "runs": [asdict(run) for run in comparison.scores],
         "missing": comparison.missing(),
         "failed": dict(comparison.failures),
@@ -161,34 +151,20 @@ def _row_numbers(comparison: Comparison, row: str) -> dict[str, Any]:
 
 def _markdown(comparison: Comparison, command: str, date: str) -> str:
     experiment, missing = comparison.experiment, comparison.missing()
-    lines = [
-        f"# {experiment.title}",
-        "",
-        f"    {command}",
-        "",
-        f"{date}. {'; '.join(comparison.machines()) or 'No run is finished'}.",
-        "",
-    ]
+    made = f"{date}. {'; '.join(comparison.machines()) or 'No run is finished'}."
+    lines = [f"# {experiment.title}", "", f"    {command}", "", made, ""]
     if missing:
-        lines += [
-            f"**Not complete**: {len(comparison.scores)} of {len(comparison.runs)} runs are finished; missing: "
-            f"{', '.join(missing)}.",
-            "",
-        ]
-    explained = [
+        finished = f"{len(comparison.scores)} of {len(comparison.runs)} runs are finished"
+        lines += [f"**Not complete**: {finished}; missing: {', '.join(missing)}.", ""]
+    scores = (
         "Val mIoU in % of the last checkpoint: mean ± sample standard deviation (number of seeds). Peak memory and "
         "wall time of a run: means over seeds."
-    ]
-    if experiment.baseline:
-        others = ", ".join(f"of {name} to `{row.baseline}`" for name, row in experiment.rows.items() if row.baseline)
-        explained.append(
-            f"Difference of the means to `{experiment.baseline}`{f' ({others})' if others else ''} in points."
-        )
+    )
+    others = ", ".join(f"of {name} to `{row.baseline}`" for name, row in experiment.rows.items() if row.baseline)
+    gains = f"Difference of the means to `{experiment.baseline}`{f' ({others})' if others else ''} in points"
     if experiment.ceiling:
-        explained[-1] = (
-            explained[-1][:-1] + f", and the share of the gap from there to `{experiment.ceiling}` that is closed."
-        )
-    for text, (heading, *rows) in zip((explained[0], explained[-1]), comparison.tables(), strict=False):
+        gains += f", and the share of the gap from there to `{experiment.ceiling}` that is closed"
+    for text, (heading, *rows) in zip((scores, f"{gains}."), comparison.tables(), strict=False):
         lines += [text, "", _cells(heading), "|---" + "|---:" * (len(heading) - 1) + "|", *map(_cells, rows), ""]
     lines += [f"- {name} failed: {error}" for name, error in comparison.failures.items()]
     return "\n".join(lines).rstrip() + "\n"
@@ -198,10 +174,5 @@ def _cells(texts: Sequence[str]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
 
 
-def _spread(values: Sequence[float | None]) -> Spread | None:
-    known = [value for value in values if value is not None]
-    return Spread(mean(known), stdev(known) if len(known) > 1 else None, len(known)) if known else None
-
-
-def _percents(shares: Sequence[float | None]) -> list[str]:
-    return ["n/a" if share is None else f"{100 * share:.0f}" for share in shares]
+def _percent(value: float | None, form: str) -> str:
+    return "n/a" if value is None else format(100 * value, form)

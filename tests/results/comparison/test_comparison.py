@@ -16,8 +16,8 @@ import yaml
 from multidomain_cct.__main__ import main
 from multidomain_cct.results.comparison.experiment import (
     Experiment,
+    PlannedRun,
     Row,
-    Run,
     RunScores,
     finished_scores,
     planned_runs,
@@ -155,7 +155,7 @@ def test_a_run_that_was_stopped_goes_on(
         begun = file.tell()
         assert main(words) == 1
     assert (
-        "is being written by a training that is still under way" in capsys.readouterr().err
+        "is being written by a training that is still running" in capsys.readouterr().err
         and log.stat().st_size == begun
     )
 
@@ -195,7 +195,7 @@ def scored(tiny_recipe: Callable[..., Recipe]) -> Callable[..., Comparison]:
                     (name, float(number)) for name, number in zip(domains, numbers, strict=True) if not np.isnan(number)
                 ]
                 recipe = tiny_recipe(name=f"{row}-seed{seed}", domains={name: {} for name, _ in known})
-                runs.append(Run(row, seed, Path("tiny.yaml"), (), recipe))
+                runs.append(PlannedRun(row, seed, Path("tiny.yaml"), (), recipe))
                 scores.append(
                     RunScores(row, seed, 2, dict(known), {}, (), "folder", {"device": "CPU"}, 100.0 + seed, 3.0)
                 )
@@ -329,9 +329,9 @@ def test_a_row_has_its_own_recipe_and_overrides_over_the_common_ones(
             {},
             'unknown key "rows.cct.sets". Allowed in rows.cct: recipe, set, seeds, baseline. Did you mean "set"?',
         ),
-        ({"cct": {}}, {"baseline": "ctc"}, "baseline is 'ctc', which is no row. Rows: cct. Did you mean \"cct\"?"),
-        ({"cct": {}}, {"baseline": "cct", "ceiling": "all"}, "ceiling is 'all', which is no row. Rows: cct."),
-        ({"cct": {"baseline": "cc"}}, {}, "rows.cct.baseline is 'cc', which is no row. Rows: cct. Did you mean"),
+        ({"cct": {}}, {"baseline": "ctc"}, "baseline is 'ctc'; it is one of cct. Did you mean \"cct\"?"),
+        ({"cct": {}}, {"baseline": "cct", "ceiling": "all"}, "ceiling is 'all'; it is one of cct."),
+        ({"cct": {"baseline": "cc"}}, {}, "rows.cct.baseline is 'cc'; it is one of cct. Did you mean"),
         ({"cct": {}}, {"ceiling": "cct"}, "ceiling is 'cct' and baseline is missing; the gap lies between the two."),
         (
             {"cct": {}},
@@ -341,11 +341,7 @@ def test_a_row_has_its_own_recipe_and_overrides_over_the_common_ones(
         ({}, {}, "rows is empty; name at least one, for example `rows: {cct: {}}`."),
         ([], {"title": "no rows"}, "rows is empty; name at least one"),
         (["cct"], {}, "rows is ['cct']; it is a mapping of names to rows"),
-        (
-            {"c c t": {}},
-            {},
-            "rows has the name 'c c t'; it holds letters, digits, _ and - only, and does not start with a -.",
-        ),
+        ({"c c t": {}}, {}, "rows has the name 'c c t'; it holds letters, digits, _ and -, and starts with no -."),
         (
             {"cct": ["method=cct"]},
             {},
@@ -360,18 +356,14 @@ def test_a_row_has_its_own_recipe_and_overrides_over_the_common_ones(
         ({"cct": {}}, {"seeds": [True]}, "seeds is [True]; it is a list of whole numbers from 0 up"),
         ({"cct": {}}, {"title": "two\nlines"}, "title is 'two\\nlines'; it is text on one line."),
         ({"cct": {}}, {"common": "training.steps=2"}, "common is 'training.steps=2'; it is a list of key=value"),
-        (
-            {"cct": {"set": ["seed=3"]}},
-            {},
-            "rows.cct.set sets seed, which the comparison decides itself. Seeds stand in `seeds`",
-        ),
+        ({"cct": {"set": ["seed=3"]}}, {}, "rows.cct.set sets seed, which the comparison decides. Use `seeds`"),
         ({"cct": {}, "typo": {"set": ["training.stepz=3"]}}, {}, "rows.typo: {recipe} training.stepz=3 seed=0"),
         ({"cct": {}, "typo": {"set": ["training.stepz=3"]}}, {}, 'unknown key "training.stepz"'),
         ({"cct": {"recipe": "nothing.yaml"}}, {}, "rows.cct: nothing.yaml: there is no such recipe."),
         (
             {"cct": {"set": ["domains.fields.val_split=''", "domains.shapes.val_split=''"]}},
             {},
-            "rows.cct: no domain has a val_split, so there is",
+            "rows.cct: no domain has a val_split to compare by. Set domains.NAME.val_split",
         ),
     ],
 )

@@ -1,0 +1,30 @@
+"""What a run's folder records besides its checkpoints, read leniently: a run that died at once has records too."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from multidomain_cct.training.runlog import read_metrics
+
+
+def recorded_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that have a step; none when there is no such file."""
+    path = run / "metrics.jsonl"
+    return [line for line in read_metrics(path) if isinstance(line, dict) and "step" in line] if path.is_file() else []
+
+
+def recorded_environment(run: Path) -> dict[str, Any]:
+    """env.json: command, date, device, versions; empty when it cannot be read."""
+    try:
+        content = json.loads((run / "env.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def scores_by_class(line: dict[str, Any], domain: str) -> dict[str, float | None]:
+    """IoU by class of one domain in a line of metrics; None for a class in neither truth nor prediction."""
+    start = f"val/{domain}/iou/"
+    return {key.removeprefix(start): value for key, value in line.items() if key.startswith(start)}
