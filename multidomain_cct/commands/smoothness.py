@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from multidomain_cct.commands.terminal import DONE, SHARDS, Words, domain_options, progress_bar, say, show_table
 from multidomain_cct.data.specification import domain_folders, find_domain
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, did_you_mean, require_number
 
 if TYPE_CHECKING:
     from multidomain_cct.data.domain import Domain
@@ -53,7 +52,9 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.results.smoothness.diagnosis import DiagnosisSettings, diagnose
     from multidomain_cct.results.smoothness.panel import write_panel
 
-    _require_sensible(options)
+    if options.out.suffix.lower() != ".png" or options.out.is_dir():
+        raise UserError(f"--out is {options.out}; it names the picture, a file that ends in .png.")
+    require_number("--images", options.images, at_least=1, at_most=MOST_IMAGES)
     settings = DiagnosisSettings(options.split, options.borders, options.limit, options.images)
     subject, domain, root = _open(options)
     shards = Shards.open(root / domain.name, options.split)
@@ -71,10 +72,8 @@ def run(options: argparse.Namespace) -> int:
 
 def print_diagnosis(diagnosis: Diagnosis) -> None:
     """A row per stage: its grid, and the AUCs of its features and of image patches of the same size."""
-    say(
-        f"{diagnosis.subject} on {diagnosis.domain.name}/{diagnosis.split}: {diagnosis.images} images, borders of the "
-        f"{diagnosis.borders}"
-    )
+    where = f"{diagnosis.subject} on {diagnosis.domain.name}/{diagnosis.split}"
+    say(f"{where}: {diagnosis.images} images, borders of the {diagnosis.borders}")
     rows = []
     for score in diagnosis.stages:
         areas = (_pair(score.auc, score.pooled_auc), _pair(score.patch_auc, score.patch_pooled_auc))
@@ -82,8 +81,8 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
         gain = "none" if score.gain is None else f"{score.gain:+.3f}{error}"
         share = f"{100 * score.border_share:.0f} %"
         rows.append((score.name, str(score.stride), str(score.channels), share, *areas, gain))
-    areas = ("AUC features\n(pooled)", "AUC patches\n(pooled)")
-    show_table(("stage", "stride", "channels", "border\nshare", *areas, "difference"), rows, numbers=True)
+    titles = ("border\nshare", "AUC features\n(pooled)", "AUC patches\n(pooled)", "difference")
+    show_table(("stage", "stride", "channels", *titles), rows, numbers=True)
     say("AUC: mean over images (of all positions together); difference: its mean over images ± standard error")
 
 
@@ -91,17 +90,8 @@ def _pair(mean: float | None, pooled: float | None) -> str:
     return "none" if mean is None or pooled is None else f"{mean:.3f} ({pooled:.3f})"
 
 
-def _require_sensible(options: argparse.Namespace) -> None:
-    if options.out.suffix.lower() != ".png" or options.out.is_dir():
-        raise UserError(f"--out is {options.out}; it names the picture, a file that ends in .png.")
-    if not 1 <= options.images <= MOST_IMAGES:
-        raise UserError(
-            f"--images is {options.images}; it is 1 to {MOST_IMAGES}. More images go into the averages with --limit."
-        )
-
-
 def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
-    """What is diagnosed, the domain, and the folder of shards."""
+    """The encoder to diagnose, the domain, and the folder of shards."""
     import timm
 
     from multidomain_cct.results.smoothness.diagnosis import published_encoder, trained_encoder
@@ -110,26 +100,17 @@ def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:
     named, folder = options.encoder, Path(options.encoder)
     if (folder / "recipe.yaml").is_file():
         if options.weights is not None:
-            raise UserError(
-                f"--weights is {options.weights}, but {named} is a run and has its own. Leave it out, or name an "
-                "encoder."
-            )
+            raise UserError(f"--weights is {options.weights}, but {named} is a run and has its own. Leave it out.")
         trained = TrainedRun.load(folder, options.checkpoint or "last")
         subject = trained_encoder(trained, options.domain)
         return subject, trained.domains[options.domain], options.shards or Path(trained.recipe.data.shards)
     if not timm.is_model(named):
-        near = ", ".join(difflib.get_close_matches(named, timm.list_models(), n=3, cutoff=0.5)) or "none"
         raise UserError(
-            f"{named} is neither a run's folder (it has no recipe.yaml) nor a model of timm. Nearest models: {near}."
+            f"{named} is neither a run's folder (it has no recipe.yaml) nor a model of "
+            f"timm.{did_you_mean(named, timm.list_models())}"
         )
     if options.checkpoint is not None:
-        raise UserError(
-            f"--checkpoint is {options.checkpoint}, but {named} is a model of timm and has none. Leave it out, or "
-            "name a run."
-        )
+        raise UserError(f"--checkpoint is {options.checkpoint}, but {named} is a model of timm. Leave it out.")
     domain = find_domain(options.domain, domain_folders(options.domains))
-    return (
-        published_encoder(named, options.weights or "timm", available_device()),
-        domain,
-        options.shards or Path(SHARDS),
-    )
+    subject = published_encoder(named, options.weights or "timm", available_device())
+    return subject, domain, options.shards or Path(SHARDS)

@@ -132,10 +132,11 @@ def read_experiment(path: Path) -> Experiment:
 
     Raises UserError, with one line that names the file and the key, for anything that cannot be used.
     """
+    plain = read_yaml(path)
     try:
-        return Experiment(**{"rows": {}, "title": path.stem} | _values(read_yaml(path), Experiment, ""))
+        return Experiment(**{"rows": {}, "title": path.stem} | _values(plain, Experiment, ""))
     except UserError as error:
-        raise UserError(str(error) if str(error).startswith(str(path)) else f"{path}: {error}") from error
+        raise UserError(f"{path}: {error}") from error
 
 
 def _values(section: Any, kind: type[Experiment] | type[Row], where: str) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """Where the cluster assumption holds: whether features vary where classes meet (the diagnosis behind CCT, section 3.1
 of the paper).
 
-Each stage of an encoder stands beside the image cut into patches as large as the stage's stride; how well the local
-variation of either finds the class borders is an area under the ROC curve (AUC): the probability that a position at a
-border varies more than one inside a class; 0.5 is chance.
+Each stage of an encoder is compared with the image cut into patches of the stage's stride. How well local variation
+finds class borders is an area under the ROC curve (AUC): the probability that a position at a border varies more than
+one inside a class; 0.5 is chance.
 
 Shapes: D channels, H W image size, H' W' size of the labels, h w grid of whole patches.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from torch import Tensor
 from multidomain_cct.data.batches.views import PAD, decode, image_tensor, mask_tensor
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, require_choice, require_number
 from multidomain_cct.model.encoder import Stages, encoder_stages, model_stages
 from multidomain_cct.results.smoothness.variation import (
     Tally,
@@ -36,11 +36,9 @@ from multidomain_cct.results.trained_run import TrainedRun
 
 BORDERS = ("labels", "prediction")
 OUTPUT = "output"
-"""Name of the last stage of a run: what its context module makes of the backbone's."""
+"""Last stage of a run: the output of its context module."""
 MOSTLY_BORDER = 0.9
-"""Share of border positions from which on a grid has too few others to compare with, so that its stage takes no part in
-the verdict.
-"""
+"""A grid with a larger share of border positions has too few others to compare with: the verdict leaves it out."""
 
 
 @dataclass(frozen=True)
@@ -133,25 +131,22 @@ def measure(subject: Subject, image: Tensor, *, ids: Tensor, num_classes: int) -
 
     Positions whose patch is not whole are left out: they would show the padding.
     """
-    size = (image.shape[-2], image.shape[-1])
+    height, width = image.shape[-2:]
     unit = math.lcm(*(stage.stride for stage in subject.stages))
-    padded = (
-        torch.tensor(PAD, dtype=torch.uint8, device=image.device)
-        .view(3, 1, 1)
-        .repeat(1, *(-(-side // unit) * unit for side in size))
-    )
-    padded[:, : size[0], : size[1]] = image
-    on_grid: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    padded = torch.tensor(PAD, dtype=torch.uint8, device=image.device).view(3, 1, 1)
+    padded = padded.repeat(1, -(-height // unit) * unit, -(-width // unit) * unit)
+    padded[:, :height, :width] = image
+
+    @cache
+    def on_grid(stride: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Variation of the patches, borders, and which positions count."""
+        variation = local_variation(image_patches(image, stride))
+        return variation, *class_borders(ids, (height, width), stride=stride, num_classes=num_classes)
+
     result = []
     for stage, features in zip(subject.stages, subject.features(padded[None]), strict=True):
-        stride = stage.stride
-        if stride not in on_grid:
-            on_grid[stride] = (
-                local_variation(image_patches(image, stride)),
-                *class_borders(ids, size, stride=stride, num_classes=num_classes),
-            )
-        own = local_variation(features[0, :, : size[0] // stride, : size[1] // stride])
-        result.append(Measured(stage, own, *on_grid[stride]))
+        whole = features[0, :, : height // stage.stride, : width // stage.stride]
+        result.append(Measured(stage, local_variation(whole), *on_grid(stage.stride)))
     return result
 
 
@@ -209,49 +204,40 @@ class Diagnosis:
 
     @property
     def best(self) -> StageScore | None:
-        """The stage that gains most over patches of its size, among those whose grid is not MOSTLY_BORDER; None when no
-        such stage has an AUC.
-        """
+        """The stage that gains most over patches of its size; None when no stage can be judged."""
         usable = [score for score in self.stages if score.gain is not None and score.border_share <= MOSTLY_BORDER]
         return max(usable, key=lambda score: score.gain or 0.0, default=None)
 
     @property
     def verdict(self) -> str:
         """On which stage the cluster assumption holds best, in one or two sentences."""
-        best, crowded = self.best, [score for score in self.stages if score.border_share > MOSTLY_BORDER]
+        best = self.best
         left_out = "".join(
             f" Left out: {score.name}, where {100 * score.border_share:.0f} % of the positions are borders."
-            for score in crowded
+            for score in self.stages
+            if score.border_share > MOSTLY_BORDER
         )
         if best is None or best.gain is None:
-            return (
-                "No stage can be judged: on no grid are there enough positions both at borders and inside "
-                f"classes.{left_out}"
-            )
-        place = "the encoder's output" if best.name == OUTPUT else best.name
+            return f"No stage can be judged: no grid has enough positions both at borders and inside classes.{left_out}"
         error = "" if best.gain_error is None else f", standard error {best.gain_error:.3f}"
+        place = "the encoder's output" if best.name == OUTPUT else best.name
         figures = (
-            f"its local variation finds class borders with AUC {best.auc:.3f}, that of {best.stride} x {best.stride} "
-            f"image patches with {best.patch_auc:.3f}"
-            f" (difference {best.gain:+.3f}{error}).{left_out}"
+            f"{place}: its local variation finds class borders "
+            f"with AUC {best.auc:.3f}, that of {best.stride} x {best.stride} image patches with {best.patch_auc:.3f} "
+            f"(difference {best.gain:+.3f}{error}).{left_out}"
         )
         if best.gain > 2 * (best.gain_error or 0.0):
-            return f"The cluster assumption holds best at {place}: {figures}"
-        return (
-            f"At no stage do class borders stand out clearly more than in the image itself; nearest is {place}: "
-            f"{figures}"
-        )
+            return f"The cluster assumption holds best at {figures}"
+        return f"At no stage do class borders stand out clearly more than in the image itself; nearest is {figures}"
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
-        plain = {
+        return {
             "subject": self.subject,
             "domain": self.domain.name,
             "split": self.split,
             "borders": self.borders,
             "images": self.images,
-        }
-        return plain | {
             "stages": [asdict(score) for score in self.stages],
             "best": self.best.name if self.best else None,
             "verdict": self.verdict,
@@ -273,10 +259,10 @@ class DiagnosisSettings:
     """How many of them are kept for a picture."""
 
     def __post_init__(self) -> None:
-        if self.borders not in (None, *BORDERS):
-            raise UserError(f"--borders is {self.borders!r}; it is one of {', '.join(BORDERS)}.")
-        if self.limit is not None and self.limit < 1:
-            raise UserError(f"--limit is {self.limit}; it is at least 1. Leave it out for the whole split.")
+        if self.borders is not None:
+            require_choice("--borders", self.borders, BORDERS)
+        if self.limit is not None:
+            require_number("--limit", self.limit, at_least=1)
 
 
 def diagnose(
@@ -288,52 +274,43 @@ def diagnose(
     progress: Callable[[Iterable[int], int], Iterable[int]] = lambda items, total: items,
 ) -> tuple[Diagnosis, list[Example]]:
     """The figures over the images of a split, one image at a time, and the first of them as examples.
-    `progress(numbers, total)` wraps the iteration.
 
     Raises UserError when there is nothing to take the borders from, and for features that are not finite.
     """
-    borders = _choose_borders(
-        settings, subject, f"{domain.name}/{settings.split}", labelled=bool(shards.labelled.any())
-    )
-    numbers = [number for number in range(len(shards)) if borders == "prediction" or shards.labelled[number]][
-        : settings.limit
-    ]
+    labelled = shards.numbers(labelled=True).tolist()
+    borders = _choose_borders(settings, subject, f"{domain.name}/{settings.split}", labelled=bool(labelled))
+    numbers = (labelled if borders == "labels" else range(len(shards)))[: settings.limit]
     examples: list[Example] = []
-    own, peers = ([Tally(subject.device) for _ in subject.stages] for _ in range(2))
+    of_features, of_patches = ([Tally(subject.device) for _ in subject.stages] for _ in range(2))
     for number in progress(numbers, len(numbers)):
         record = shards.read(number, with_mask=borders == "labels")
         picture, mask = decode(record, domain)
         image = image_tensor(picture).to(subject.device)
         ids = _predicted(subject, image) if mask is None else mask_tensor(mask).to(subject.device)
         measured = measure(subject, image, ids=ids, num_classes=domain.num_classes)
-        _require_finite(measured, f"{record.shard}: key {record.key!r}")
-        for result, features, patches in zip(measured, own, peers, strict=True):
+        for result, features, patches in zip(measured, of_features, of_patches, strict=True):
+            if not bool(result.features.isfinite().all()):
+                raise UserError(
+                    f"{record.shard}: key {record.key!r}: the features of {result.stage.name} are not finite. Use "
+                    "another checkpoint or weights."
+                )
             border = result.border[result.counted]
             features.add(result.features[result.counted], border, result.area)
             patches.add(result.patches[result.counted], border, result.patch_area)
         if len(examples) < settings.examples:
-            examples.append(
-                Example(record.key, np.asarray(picture), ids.cpu().numpy(), tuple(result.cpu() for result in measured))
-            )
-    scores = tuple(
-        _score(stage, features, patches) for stage, features, patches in zip(subject.stages, own, peers, strict=True)
-    )
+            kept = tuple(result.cpu() for result in measured)
+            examples.append(Example(record.key, np.asarray(picture), ids.cpu().numpy(), kept))
+    scores = tuple(map(_score, subject.stages, of_features, of_patches))
     return Diagnosis(subject.name, domain, settings.split, borders, len(numbers), scores), examples
 
 
 def _choose_borders(settings: DiagnosisSettings, subject: Subject, where: str, *, labelled: bool) -> str:
     chosen = settings.borders or ("labels" if labelled else "prediction")
     if chosen == "labels" and not labelled:
-        raise UserError(
-            f"{where} has no masks, so there are no labelled borders. Name a labelled split, or a run with --borders "
-            "prediction."
-        )
+        raise UserError(f"{where} has no masks. Name a labelled split, or a run with --borders prediction.")
     if chosen == "prediction" and subject.predict is None:
         reason = "--borders is prediction" if settings.borders else f"{where} has no masks"
-        raise UserError(
-            f"{reason}, but {subject.name} is an encoder without a head and predicts no borders. Name a run, or a "
-            "labelled split."
-        )
+        raise UserError(f"{reason}, but {subject.name} is an encoder without a head. Name a run, or a labelled split.")
     return chosen
 
 
@@ -341,15 +318,6 @@ def _choose_borders(settings: DiagnosisSettings, subject: Subject, where: str, *
 def _predicted(subject: Subject, image: Tensor) -> Tensor:
     assert subject.predict is not None
     return subject.predict(image[None])
-
-
-def _require_finite(measured: Sequence[Measured], where: str) -> None:
-    for result in measured:
-        if not bool(result.features.isfinite().all()):
-            raise UserError(
-                f"{where}: the features of {result.stage.name} are not finite, so their variation says nothing. Use "
-                "another checkpoint or weights."
-            )
 
 
 def _score(stage: Stage, features: Tally, patches: Tally) -> StageScore:

@@ -1,18 +1,13 @@
-"""One picture of a diagnosis: for each image the local variation of its patches, above that of each stage's features.
-
-Lengths are inches until the figure is drawn.
-"""
+"""One picture of a diagnosis: for each image the local variation of its patches, above that of the features."""
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -24,46 +19,46 @@ from multidomain_cct.results.smoothness.diagnosis import Diagnosis, Example
 
 COLUMNS = 6
 """Stages that a picture shows; of more, as many evenly spaced ones, with the first and the last."""
-_WIDTH, _GAP, _MARGIN, _TITLE, _HEAD = 2.3, 0.16, 0.2, 0.27, 1.65
-_FLATTEST, _TALLEST = 0.4, 1.0
-"""A map's place, height to width; maps of other shapes fill a part of theirs."""
-_DPI = 110
+_WIDTH, _HEAD, _FLATTEST, _TALLEST = 2.3, 0.8, 0.4, 1.0
+"""Inches: a column, the heading. Height to width of a map's place; other shapes fill a part of theirs."""
 _LINE, _OUTLINED = (0.2, 1.0, 1.0, 0.75), 8
 """Colour of class borders, and the stride from which a map shows them; they would hide a finer one."""
 _KEY_LENGTH = 30
 """Characters of a key above its image."""
+_LEGEND = (
+    "Mean Euclidean distance to the 8 neighbours; dark: small, bright: large, each map on its own scale. Above: image "
+    "patches; below: features. Thin lines on coarse maps: class borders."
+)
 
 
 def write_panel(diagnosis: Diagnosis, examples: Sequence[Example], path: Path) -> None:
-    """Write the PNG; it appears whole or not at all."""
-    figure = draw_panel(diagnosis, examples)
-    content = io.BytesIO()
-    with warnings.catch_warnings():
+    """Write the PNG: a column per stage headed by its AUCs over all images, two rows per example."""
+    stages = chosen_stages(len(diagnosis.stages))
+    shapes = [min(_TALLEST, max(_FLATTEST, each.image.shape[0] / each.image.shape[1])) for each in examples]
+    heights = [_HEAD, *(_WIDTH * shape for shape in shapes for _ in range(2))]
+    size = ((len(stages) + 1) * (_WIDTH + 0.16), sum(heights) + 0.3 * len(heights) + 0.6)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    grid = figure.subplots(len(heights), len(stages) + 1, squeeze=False, height_ratios=heights)
+    for axes in grid.flat:
+        axes.set_axis_off()
+        axes.set_anchor("NW")
+    title = f"Local variation: {printable(diagnosis.subject)} on {diagnosis.domain.name}/{diagnosis.split}"
+    # Keys and names are not mathematics, whatever dollar signs they hold.
+    figure.suptitle(title, x=0.01, ha="left", fontsize=14, weight="bold", parse_math=False)
+    figure.supxlabel(_LEGEND, x=0.01, ha="left", fontsize=9, color="0.3")
+    borders = "class borders of the labels" if diagnosis.borders == "labels" else "the model's own borders"
+    _write(grid[0, 0], f"AUC as a detector of\n{borders},\nmean of {diagnosis.images} images")
+    for axes, number in zip(grid[0, 1:], stages, strict=True):
+        score = diagnosis.stages[number]
+        auc = f"AUC {_figure(score.auc)}, patches {_figure(score.patch_auc)}"
+        _write(axes, f"{score.name}\nstride {score.stride}, {score.channels} channels\n{auc}")
+    for rows, example in zip(grid[1:].reshape(len(examples), 2, -1), examples, strict=True):
+        _draw_example(rows, example, stages, diagnosis)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary, warnings.catch_warnings():
         # The font lacks letters that a key or a title may have; it draws a box in their place.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        FigureCanvasAgg(figure).print_png(content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        temporary.write_bytes(content.getvalue())
-
-
-def draw_panel(diagnosis: Diagnosis, examples: Sequence[Example]) -> Figure:
-    """The figure: a column per stage headed by its AUCs over all images, two lines per example."""
-    chosen = chosen_stages(len(diagnosis.stages))
-    heights = [
-        _WIDTH * min(_TALLEST, max(_FLATTEST, example.image.shape[0] / example.image.shape[1])) for example in examples
-    ]
-    width = 2 * _MARGIN + (len(chosen) + 1) * (_WIDTH + _GAP) - _GAP
-    height = _HEAD + sum(2 * (own + _TITLE) + _GAP for own in heights) + _MARGIN
-    figure = Figure(figsize=(width, height), dpi=_DPI)
-    page = _Page(figure, width, height)
-    _write_heading(page, diagnosis, chosen)
-    top = height - _HEAD
-    for example, own in zip(examples, heights, strict=True):
-        lines = (top - _TITLE - own, top - 2 * (_TITLE + own))
-        _draw_example(page, example, chosen, lines, own, diagnosis)
-        top = lines[1] - _GAP
-    return figure
+        figure.savefig(temporary, format="png")
 
 
 def chosen_stages(count: int) -> list[int]:
@@ -71,116 +66,45 @@ def chosen_stages(count: int) -> list[int]:
     return sorted({round(position) for position in np.linspace(0, count - 1, min(count, COLUMNS))})
 
 
-class _Page:
-    """A figure on which things are placed in inches from its lower left corner, so that nothing meets."""
-
-    def __init__(self, figure: Figure, width: float, height: float) -> None:
-        self.figure, self.width, self.height = figure, width, height
-
-    def column(self, number: int) -> float:
-        return _MARGIN + number * (_WIDTH + _GAP)
-
-    def write(self, left: float, bottom: float, text: str, **style: Any) -> None:
-        # Keys and names are not mathematics, whatever dollar signs they hold.
-        self.figure.text(left / self.width, bottom / self.height, text, parse_math=False, **style)
-
-    def show(
-        self,
-        column: int,
-        bottom: float,
-        height: float,
-        values: np.ndarray,
-        *,
-        extent: tuple[float, float, float, float] | None = None,
-        title: str = "",
-    ) -> Any:
-        place = (self.column(column) / self.width, bottom / self.height, _WIDTH / self.width, height / self.height)
-        axes = self.figure.add_axes(place)
-        # Pictures (H, W, 3) have no scale. In a map a few values lie beyond it: one lamp must not darken all else.
-        low, high = (float(np.percentile(values, share)) for share in (2, 98)) if values.ndim == 2 else (None, None)
-        axes.imshow(values, cmap="magma", vmin=low, vmax=high, interpolation="nearest", extent=extent)
-        axes.set_anchor("NW")
-        axes.set_axis_off()
-        self.write(self.column(column), bottom + height + 0.06, title, fontsize=9)
-        return axes
-
-
-def _write_heading(page: _Page, diagnosis: Diagnosis, chosen: Sequence[int]) -> None:
-    title = f"Local variation: {printable(diagnosis.subject)} on {diagnosis.domain.name}/{diagnosis.split}"
-    page.write(_MARGIN, page.height - 0.38, title, fontsize=14, weight="bold")
-    legend = (
-        "Mean Euclidean distance to the 8 neighbours; dark: small, bright: large, each map on its own scale. Above: "
-        "image patches; below: features."
-        " Thin lines on coarse maps: class borders."
-    )
-    page.write(_MARGIN, page.height - 0.66, legend, fontsize=9, color="0.3")
-    borders = "class borders of the labels" if diagnosis.borders == "labels" else "the model's own borders"
-    page.write(
-        _MARGIN,
-        page.height - _HEAD + 0.12,
-        f"AUC as a detector of\n{borders},\nmean of {diagnosis.images} images",
-        fontsize=9.5,
-        linespacing=1.35,
-    )
-    for column, number in enumerate(chosen, start=1):
-        score = diagnosis.stages[number]
-        lines = (
-            f"stride {score.stride}, {score.channels} channels\nAUC {_figure(score.auc)}, patches "
-            f"{_figure(score.patch_auc)}"
-        )
-        page.write(page.column(column), page.height - _HEAD + 0.54, score.name, fontsize=11, weight="bold")
-        page.write(page.column(column), page.height - _HEAD + 0.12, lines, fontsize=9.5, linespacing=1.35)
-
-
-def _draw_example(
-    page: _Page,
-    example: Example,
-    chosen: Sequence[int],
-    lines: tuple[float, float],
-    height: float,
-    diagnosis: Diagnosis,
-) -> None:
-    page.show(0, lines[0], height, example.image, title=_short(example.key))
-    page.show(0, lines[1], height, np.asarray(colored(example.ids, diagnosis.domain)), title=diagnosis.borders)
+def _draw_example(rows: Any, example: Example, stages: Sequence[int], diagnosis: Diagnosis) -> None:
+    key = printable(example.key)
+    _show(rows[0, 0], example.image, key if len(key) <= _KEY_LENGTH else f"...{key[3 - _KEY_LENGTH :]}")
+    _show(rows[1, 0], np.asarray(colored(example.ids, diagnosis.domain)), diagnosis.borders)
     shown = 0
-    for column, number in enumerate(chosen, start=1):
+    for (upper, lower), number in zip(rows[:, 1:].T, stages, strict=True):
         result = example.measured[number]
         stride = result.stage.stride
         # Neighbours of one stride, such as the blocks of a ViT, share one map of the patches.
         if stride != shown:
-            _draw_map(
-                page,
-                (column, lines[0], height),
-                result.patches,
-                stride,
-                example,
-                f"patches {stride} x {stride}, AUC {_figure(result.patch_area)}",
-            )
+            title = f"patches {stride} x {stride}, AUC {_figure(result.patch_area)}"
+            _draw_map(upper, result.patches, stride, example, title)
         shown = stride
-        _draw_map(
-            page,
-            (column, lines[1], height),
-            result.features,
-            stride,
-            example,
-            f"{result.stage.name}, AUC {_figure(result.area)}",
-        )
+        _draw_map(lower, result.features, stride, example, f"{result.stage.name}, AUC {_figure(result.area)}")
 
 
-def _draw_map(
-    page: _Page, place: tuple[int, float, float], variation: Tensor, stride: int, example: Example, title: str
-) -> None:
+def _draw_map(axes: Any, variation: Tensor, stride: int, example: Example, title: str) -> None:
     """A map where its patches lie in the image; what no whole patch covers stays white."""
-    rows, columns = variation.shape
     if not variation.numel():
-        page.write(page.column(place[0]), place[1] + place[2] + 0.06, f"{title}: image too small", fontsize=9)
+        axes.set_title(f"{title}: image too small", loc="left", fontsize=9, parse_math=False)
         return
+    rows, columns = variation.shape
     height, width = example.image.shape[:2]
-    axes = page.show(*place, variation.numpy(), extent=(0, columns * stride, rows * stride, 0), title=title)
+    _show(axes, variation.numpy(), title, extent=(0, columns * stride, rows * stride, 0))
     if stride >= _OUTLINED:
         axes.imshow(outline(example.ids), extent=(0, width, height, 0), interpolation="antialiased")
     axes.set_xlim(0, width)
     axes.set_ylim(height, 0)
+
+
+def _show(axes: Any, values: np.ndarray, title: str, extent: tuple[float, float, float, float] | None = None) -> None:
+    # Pictures (H, W, 3) have no scale. In a map a few values lie beyond it: one lamp must not darken all else.
+    low, high = (float(np.percentile(values, share)) for share in (2, 98)) if values.ndim == 2 else (None, None)
+    axes.imshow(values, cmap="magma", vmin=low, vmax=high, interpolation="nearest", extent=extent)
+    axes.set_title(title, loc="left", fontsize=9, parse_math=False)
+
+
+def _write(axes: Any, text: str) -> None:
+    axes.text(0, 0, text, transform=axes.transAxes, fontsize=9.5, linespacing=1.35, va="bottom", parse_math=False)
 
 
 def outline(ids: np.ndarray) -> np.ndarray:
@@ -188,15 +112,10 @@ def outline(ids: np.ndarray) -> np.ndarray:
     transparent; none towards ignored pixels.
     """
     picture = np.zeros((*ids.shape, 4))
-    for before, after, place in ((ids[:-1], ids[1:], picture[1:]), (ids[:, :-1], ids[:, 1:], picture[:, 1:])):
-        place[(before != after) & (before != IGNORE) & (after != IGNORE)] = _LINE
+    for before, after, part in ((ids[:-1], ids[1:], picture[1:]), (ids[:, :-1], ids[:, 1:], picture[:, 1:])):
+        part[(before != after) & (before != IGNORE) & (after != IGNORE)] = _LINE
     return picture
 
 
 def _figure(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
-
-
-def _short(key: str) -> str:
-    text = printable(key)
-    return text if len(text) <= _KEY_LENGTH else f"...{text[3 - _KEY_LENGTH :]}"
