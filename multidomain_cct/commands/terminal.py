@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -89,9 +90,9 @@ def show_table(
     console = Console(highlight=False)
     if wide and not console.is_terminal:
         console = Console(highlight=False, width=240)
-    table = Table(title=escape(title) or None, title_justify="left")
+    table = Table(title=escape(title) or None, title_justify="left", box=SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
     for position, name in enumerate(heading):
-        table.add_column(escape(name), justify="right" if numbers and position else "left")
+        table.add_column(escape(name), justify="right" if numbers and position else "left", overflow="fold")
     for position, cells in enumerate(rows):
         table.add_row(*(escape(printable(cell)) for cell in cells), end_section=position == len(rows) - sums - 1)
     console.print(table)

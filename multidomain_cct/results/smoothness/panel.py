@@ -44,8 +44,8 @@ def write_panel(diagnosis: Diagnosis, examples: Sequence[Example], path: Path) -
         axes.set_anchor("NW")
     title = f"Local variation: {printable(diagnosis.subject)} on {diagnosis.domain.name}/{diagnosis.split}"
     # Keys and names are not mathematics, whatever dollar signs they hold.
-    figure.suptitle(title, x=0.01, ha="left", fontsize=14, weight="bold", parse_math=False)
-    figure.supxlabel(_LEGEND, x=0.01, ha="left", fontsize=9, color="0.3")
+    figure.suptitle(title, x=0, ha="left", fontsize=14, weight="bold", parse_math=False)
+    figure.supxlabel(_LEGEND, x=0, ha="left", fontsize=9, color="0.3")
     borders = "class borders of the labels" if diagnosis.borders == "labels" else "the model's own borders"
     _write(grid[0, 0], f"AUC as a detector of\n{borders},\nmean of {diagnosis.images} images")
     for axes, number in zip(grid[0, 1:], stages, strict=True):
@@ -58,7 +58,7 @@ def write_panel(diagnosis: Diagnosis, examples: Sequence[Example], path: Path) -
     with replacing(path) as temporary, warnings.catch_warnings():
         # The font lacks letters that a key or a title may have; it draws a box in their place.
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure.savefig(temporary, format="png")
+        figure.savefig(temporary, format="png", bbox_inches="tight", pad_inches=0.2)
 
 
 def chosen_stages(count: int) -> list[int]:
