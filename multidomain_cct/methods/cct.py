@@ -16,14 +16,8 @@ from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.model.auxiliary import auxiliary_losses
 from multidomain_cct.model.decoders import DecoderGroup, Grid
-from multidomain_cct.model.distances import DISTANCES
-from multidomain_cct.model.losses import (
-    ConsistencySettings,
-    PixelLoss,
-    at_least_float32,
-    confident,
-    pixel_cross_entropy,
-)
+from multidomain_cct.model.distances import DISTANCES, at_least_float32
+from multidomain_cct.model.losses import ConsistencySettings, PixelLoss, confident, pixel_cross_entropy
 from multidomain_cct.model.network import Segmenter, labelled_images, unlabelled_images
 from multidomain_cct.model.object_masks import ObjectMasks, objects_of
 

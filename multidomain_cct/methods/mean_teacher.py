@@ -15,8 +15,8 @@ from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.errors import require_number
 from multidomain_cct.methods.teacher import Teacher, warm_decay
 from multidomain_cct.methods.views import draw_strong_view
-from multidomain_cct.model.distances import DISTANCES
-from multidomain_cct.model.losses import at_least_float32, confident, mean_over_valid
+from multidomain_cct.model.distances import DISTANCES, at_least_float32
+from multidomain_cct.model.losses import confident, mean_over_valid
 from multidomain_cct.model.network import Segmenter, labelled_images
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from multidomain_cct.methods.views import CutMix
-from multidomain_cct.model.losses import at_least_float32, mean_over_valid, pixel_cross_entropy
+from multidomain_cct.model.distances import at_least_float32
+from multidomain_cct.model.losses import mean_over_valid, pixel_cross_entropy
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.errors import require_number
 from multidomain_cct.files.seeds import seed_from
-from multidomain_cct.model.losses import at_least_float32, mean_over_valid
+from multidomain_cct.model.distances import at_least_float32
+from multidomain_cct.model.losses import mean_over_valid
 from multidomain_cct.model.network import Segmenter, labelled_images, unlabelled_images
 
 

@@ -1,9 +1,8 @@
-"""The K auxiliary decoders: what they lose, without ever holding the logits of all of them.
+"""Losses of the K auxiliary decoders, without ever holding the logits of all of them.
 
-Decoders are taken in groups of as many as a budget of logits allows, and one that exceeds it alone is taken in pieces
-of its pixels. For each group the losses are computed by ordinary code under autograd, their gradients are taken in the
-same forward pass, and nothing else is kept; the backward pass scales them. The result is exact, and memory does not
-grow with K.
+Decoders are taken in groups of as many as a budget of logits allows; one that exceeds it alone is taken in pieces of
+its pixels. The losses of each group are computed by ordinary code under autograd, and only their gradients are kept,
+which the backward pass scales. The result is exact, and memory does not grow with K.
 
 Shapes: K decoders, G of a group, B images, C classes, D feature channels, h w feature size, T losses, U V pixels in
 the decoders' order.

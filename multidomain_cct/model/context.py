@@ -1,11 +1,12 @@
 """Context modules: the levels of a backbone -> features of one width at the encoder's stride.
 
-Shapes: B images, D feature channels, h w feature size. Levels come finest first.
+Shapes: B images, L channels of the last level, D feature channels, h w feature size. Levels come finest first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,12 +24,11 @@ def _block(channels: int, width: int, kernel: int, normed: Any) -> nn.Sequential
 
 
 class PyramidPooling(nn.Module):
-    """The backbone's last map beside its averages over 1, 2, 3 and 6 bins a side, fused by a 3x3 convolution (PSPNet, as
-    in the authors' code).
+    """The backbone's last map beside its averages over 1, 2, 3 and 6 bins a side, fused by a 3x3 convolution.
 
-    Averages brought to the map's size are half of that convolution's channels, yet hold a few cells each. Convolution
-    and interpolation are linear, so each cell is multiplied by the weights once, and the products are spread over the
-    positions: the same features for half of the multiplications.
+    As in PSPNet and the authors' code. The averages, brought to the map's size, are half of that convolution's
+    channels, yet hold a few cells each. Convolution and interpolation are linear, so each cell is multiplied by the
+    weights once, and the products are spread over the positions: the same features for half of the multiplications.
     """
 
     BINS = (1, 2, 3, 6)
@@ -43,31 +43,35 @@ class PyramidPooling(nn.Module):
         top = levels[-1]
         images, channels, height, width = top.shape
         convolution, norm, activation = self.fuse
-        own, *others = torch.split(
-            convolution.get_parameter("weight"), [channels, *[channels // 4] * len(self.BINS)], dim=1
-        )
+        sizes = [channels, *[channels // 4] * len(self.BINS)]
+        of_top, *of_cells = torch.split(convolution.get_parameter("weight"), sizes, dim=1)
         products = []
-        for bins, branch, weight in zip(self.BINS, self.branches, others, strict=True):
-            cells = branch(F.adaptive_avg_pool2d(top, bins)).flatten(2).transpose(1, 2)  # (B, bins^2, C)
-            taps = (
-                cells @ weight.permute(0, 2, 3, 1).flatten(0, 2).T
-            )  # (B, bins^2, 9 D): with channels last the weights are a view
+        for bins, branch, weight in zip(self.BINS, self.branches, of_cells, strict=True):
+            cells = branch(F.adaptive_avg_pool2d(top, bins)).flatten(2).transpose(1, 2)  # (B, bins^2, L/4)
+            # With channels last the weights are a view.
+            taps = cells @ weight.permute(0, 2, 3, 1).flatten(0, 2).T  # (B, bins^2, 9 D)
             products.append(taps.view(images, bins**2, -1, 9).transpose(2, 3).flatten(1, 2))
-        seen = torch.cat([_seen(bins, (height, width), top) for bins in self.BINS], dim=1)
-        spread = (seen @ torch.cat(products, dim=1)).transpose(1, 2).view(images, -1, height, width)
-        fused: Tensor = activation(norm(F.conv2d(top, own, padding=1) + spread))
+        # torch.compile cannot see through a cache; it folds the constant itself.
+        make = _spread if torch.compiler.is_compiling() else _kept_spread
+        spread = make(self.BINS, height, width, top.dtype, top.device) @ torch.cat(products, dim=1)  # (B, h w, D)
+        fused: Tensor = activation(
+            norm(F.conv2d(top, of_top, padding=1) + spread.transpose(1, 2).view(images, -1, height, width))
+        )
         return fused
 
 
-def _seen(bins: int, size: tuple[int, int], like: Tensor) -> Tensor:
-    """(h w, 9 bins^2): how much of each cell of a map that is interpolated to (h, w) the taps of a 3x3 convolution see
-    at each position.
-    """
-    cells = torch.eye(bins**2, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device).view(
-        -1, 1, bins, bins
-    )
-    maps = F.interpolate(cells, size=size, mode="bilinear", align_corners=False)
-    return F.unfold(maps, 3, padding=1).flatten(0, 1).T.to(like.dtype)
+def _spread(bins: tuple[int, ...], height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(h w, 9 sum(bins^2)): the weight of each cell, interpolated to (h, w), in each tap of a 3x3 convolution there."""
+    taps = []
+    for side in bins:
+        cells = torch.eye(side**2, dtype=torch.promote_types(dtype, torch.float32), device=device)
+        maps = F.interpolate(cells.view(-1, 1, side, side), size=(height, width), mode="bilinear", align_corners=False)
+        taps.append(F.unfold(maps, 3, padding=1).flatten(0, 1).T)
+    return torch.cat(taps, dim=1).to(dtype)
+
+
+# Kept for later steps: what is made in inference mode could not take part in training.
+_kept_spread = lru_cache(maxsize=8)(torch.inference_mode(mode=False)(_spread))
 
 
 class FeaturePyramid(nn.Module):

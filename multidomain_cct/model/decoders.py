@@ -20,12 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, require_choice
 
 DECODERS = ("pixelshuffle", "bilinear")
 LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
-"""What a group of decoders may hold, by device. More would leave a CPU's caches; on a GPU (not measured) it bounds the
-memory."""
+"""What a group of decoders may hold. More would leave a CPU's caches; on a GPU (not measured) it bounds the memory."""
 
 
 def budget_of(device: torch.device) -> int:
@@ -72,9 +71,9 @@ class Decoder(nn.Module, ABC):
         group = DecoderGroup.of([self])
         return self.picture(group.logits(group.coarse(features[None]))[0], features.shape[2:])
 
-    @abstractmethod
     def coarse(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
         """(G, B, C, h, w) logits of each position, for (1 or G, B, D, h, w) features."""
+        return _at_each_position(weights[0], features, None if self.classify.bias is None else weights[1])
 
     @abstractmethod
     def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
@@ -103,7 +102,7 @@ class Decoder(nn.Module, ABC):
 
 @dataclass(frozen=True)
 class DecoderGroup:
-    """Decoders of one kind, applied together."""
+    """Decoders of one class, applied together."""
 
     kind: Decoder
     """Any of them; its own weights are not used."""
@@ -114,8 +113,6 @@ class DecoderGroup:
     @classmethod
     def of(cls, decoders: Sequence[Decoder], grid: Grid = ALL_PIXELS) -> DecoderGroup:
         """Autograd follows the stacked weights back to each decoder's parameters."""
-        if len(decoders) == 1:
-            return cls(decoders[0], tuple(parameter[None] for parameter in decoders[0].parameters()), grid)
         each = zip(*(decoder.parameters() for decoder in decoders), strict=True)
         return cls(decoders[0], tuple(torch.stack(parameters) for parameters in each), grid)
 
@@ -191,19 +188,12 @@ class Piece:
 
 
 def build_decoder(kind: str, channels: int, num_classes: int, stride: int) -> Decoder:
-    """A decoder from (B, D, h, w) features to (B, C, s*h, s*w) logits.
-
-    Raises UserError for a stride that the decoder cannot undo.
-    """
+    """A decoder of (B, D, h, w) features. Raises UserError for a stride that it cannot undo."""
+    require_choice("decoder", kind, DECODERS)
     if kind == "bilinear":
         return BilinearDecoder(channels, num_classes, stride)
-    if kind != "pixelshuffle":
-        raise UserError(f"decoder is {kind!r}; it is one of {', '.join(DECODERS)}.")
     if stride & (stride - 1):
-        raise UserError(
-            f"decoder `pixelshuffle` doubles the resolution step by step, but the encoder's stride is {stride}, not a"
-            " power of two. Use decoder=bilinear."
-        )
+        raise UserError(f"encoder.stride is {stride}; decoder `pixelshuffle` takes powers of 2. Use decoder=bilinear.")
     return PixelShuffleDecoder(channels, num_classes, stride)
 
 
@@ -222,9 +212,6 @@ class PixelShuffleDecoder(Decoder):
         self.stride = stride
         self.classify = nn.Conv2d(channels, num_classes, 1, bias=False)
         self.doublings = nn.ModuleList(_doubling(num_classes) for _ in range(stride.bit_length() - 1))
-
-    def coarse(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        return _at_each_position(weights[0], features)
 
     def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
         maps, positions = coarse, coarse.shape[-1]  # (G, B, C, V)
@@ -275,9 +262,6 @@ class BilinearDecoder(Decoder):
         self.stride = stride
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
-    def coarse(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        return _at_each_position(weights[0], features, weights[1])
-
     def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
         with torch.autocast(coarse.device.type, enabled=False):
             rows, columns = (
@@ -327,8 +311,7 @@ def _at_each_position(weight: Tensor, maps: Tensor, bias: Tensor | None = None, 
 def _interpolation(length: int, factor: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(length, factor*length): the weight of each position in each interpolated one.
 
-    Two products with such matrices give what `F.interpolate` does in mode `bilinear` without aligned corners; its
-    backward pass is much slower on a CPU.
+    Products with two of them are `F.interpolate` in mode `bilinear`, whose backward pass is much slower on a CPU.
     """
     identity = torch.eye(length, device=device, dtype=torch.promote_types(dtype, torch.float32))
     return F.interpolate(identity[None], scale_factor=float(factor), mode="linear")[0].to(dtype)
@@ -344,9 +327,9 @@ def _doubling(num_classes: int) -> nn.Conv2d:
 
 
 def icnr_(weight: Tensor) -> None:
-    """Fill a (4C, D, 1, 1) weight in place so that the four sub-pixels of a position start equal (Aitken et al. 2017).
+    """Fill a (4C, D, 1, 1) weight in place so that the four sub-pixels of a position start equal: no checkerboard.
 
-    No checkerboard at initialisation.
+    Aitken et al. 2017.
     """
     with torch.no_grad():
         kernel = nn.init.kaiming_normal_(torch.empty_like(weight[::4]))

@@ -1,7 +1,7 @@
 """Distances of a decoder's predictions from target probabilities, per pixel.
 
-Each is `(logits, target) -> value per pixel`: (..., B, C, H, W) logits and (B, C, H, W) probabilities give (..., B, H, W)
-values, in 32 bits or more. A distance is a sum over classes. The target is a constant.
+Each is `(logits, target) -> value per pixel`: (..., B, C, H, W) logits and (B, C, H, W) probabilities give
+(..., B, H, W) values, in 32 bits or more. A distance is a sum over classes; the target is a constant.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def squared_distance(logits: Tensor, target: Tensor) -> Tensor:
 
     The authors also average over classes, so that the same weight counts less in a domain of many classes.
     """
-    own = _wide(logits).softmax(dim=-3)
-    return F.mse_loss(own, target.expand_as(own), reduction="none").sum(dim=-3)
+    prediction = at_least_float32(logits).softmax(dim=-3)
+    return F.mse_loss(prediction, target.expand_as(prediction), reduction="none").sum(dim=-3)
 
 
 def kl_divergence(logits: Tensor, target: Tensor) -> Tensor:
@@ -29,8 +29,8 @@ def kl_divergence(logits: Tensor, target: Tensor) -> Tensor:
 
     The authors' masked and unmasked forms differ by a factor C; this is the textbook one.
     """
-    own = _wide(logits).log_softmax(dim=-3)
-    return F.kl_div(own, target.expand_as(own), reduction="none").sum(dim=-3)
+    log_prediction = at_least_float32(logits).log_softmax(dim=-3)
+    return F.kl_div(log_prediction, target.expand_as(log_prediction), reduction="none").sum(dim=-3)
 
 
 def jensen_shannon(logits: Tensor, target: Tensor) -> Tensor:
@@ -39,11 +39,11 @@ def jensen_shannon(logits: Tensor, target: Tensor) -> Tensor:
     It is the mean of both divergences *from* their mixture; the authors' code takes those *of* the mixture, which have
     no bound.
     """
-    own_log = _wide(logits).log_softmax(dim=-3)
-    own = own_log.exp()
+    log_prediction = at_least_float32(logits).log_softmax(dim=-3)
+    prediction = log_prediction.exp()
     # Where both probabilities underflow, the logarithm must stay finite for 0 * log 0 to be 0.
-    mixture_log = ((own + target) / 2).clamp(min=torch.finfo(own.dtype).tiny).log()
-    pixels = own * (own_log - mixture_log) + torch.xlogy(target, target) - target * mixture_log
+    log_mixture = ((prediction + target) / 2).clamp(min=torch.finfo(prediction.dtype).tiny).log()
+    pixels = prediction * (log_prediction - log_mixture) + torch.xlogy(target, target) - target * log_mixture
     return pixels.sum(dim=-3) / 2
 
 
@@ -51,6 +51,6 @@ DISTANCES: dict[str, Distance] = {"mse": squared_distance, "kl": kl_divergence, 
 """By name in the recipe."""
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """In 32 bits or more."""
+def at_least_float32(logits: Tensor) -> Tensor:
+    """The logits in 32 bits or more."""
     return logits.float() if logits.itemsize < 4 else logits

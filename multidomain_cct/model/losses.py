@@ -1,8 +1,8 @@
 """Losses on logits and targets.
 
-Every loss is a mean over the valid pixels of each image, then a mean over the images (CCT equations 1 and 2 are means
-over images). A mean of per-image means is the same number however a batch is cut into processes and accumulated
-micro-batches. An image without a valid pixel contributes 0. All are computed in 32 bits or more.
+Every loss is a mean over the valid pixels of each image, then a mean over the images (CCT equations 1 and 2), so it
+does not depend on how a batch is cut into processes and micro-batches of equal size. An image without a valid pixel
+contributes 0. All are computed in 32 bits or more.
 
 Shapes: G decoders of a group, B images, C classes of the domain, H W image size, or any two axes of its pixels.
 """
@@ -18,12 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import require_choice, require_number
 from multidomain_cct.model.decoders import Piece
-from multidomain_cct.model.distances import DISTANCES
+from multidomain_cct.model.distances import DISTANCES, at_least_float32
 from multidomain_cct.model.ramps import RAMPS, ramp_at
-
-WEIGHT_UNITS = ("pixel", "authors")
 
 
 @dataclass(frozen=True)
@@ -31,18 +29,18 @@ class SupervisedSettings:
     """The loss on labelled images."""
 
     loss: str = "ce"
-    """`ce`: cross-entropy; `ab_ce`: annealed bootstrapped cross-entropy, which leaves out pixels that are already right with confidence (CCT section 3.1)."""
+    """`ce`: cross-entropy; `ab_ce`: annealed bootstrapped cross-entropy, which leaves out pixels that are already right
+    with confidence (CCT section 3.1).
+    """
     ab_fraction: float = 0.4
     """`ab_ce`: share of the run over which its threshold rises, 0 to 1."""
     ab_high: float = 0.9
     """`ab_ce`: the threshold at the end; it starts at 1/C."""
 
     def __post_init__(self) -> None:
-        if self.loss not in ("ce", "ab_ce"):
-            raise UserError(f"supervised.loss is {self.loss!r}; it is `ce` or `ab_ce`.")
-        for name, value in (("ab_fraction", self.ab_fraction), ("ab_high", self.ab_high)):
-            if not 0 <= value <= 1:
-                raise UserError(f"supervised.{name} is {value}; it lies in 0 to 1.")
+        require_choice("supervised.loss", self.loss, ("ce", "ab_ce"))
+        require_number("supervised.ab_fraction", self.ab_fraction, at_least=0, at_most=1)
+        require_number("supervised.ab_high", self.ab_high, at_least=0, at_most=1)
 
 
 @dataclass(frozen=True)
@@ -50,41 +48,48 @@ class ConsistencySettings:
     """The loss on unlabelled images. A domain's own section replaces single keys of it."""
 
     weight: float = 30 / 21
-    """Weight after the ramp; the default is the authors' 30 at 21 classes. 0 trains without unlabelled images; in the recipe's own section, in every domain."""
+    """Weight after the ramp; the default is the authors' 30 at 21 classes. 0 trains without unlabelled images; in the
+    recipe's own section, in every domain.
+    """
     weight_unit: str = "pixel"
-    """`pixel`: the distance is a sum over classes, so a weight means the same in every domain; `authors`: a mean over classes, so 30 there is 30/C here."""
+    """`pixel`: the distance is a sum over classes, so a weight means the same in every domain; `authors`: a mean over
+    classes, so 30 there is 30/C here.
+    """
     distance: str = "mse"
-    """Between the main and an auxiliary decoder's class probabilities: `mse`, `kl` (of the auxiliary from the main one) or `js` (Jensen-Shannon)."""
+    """Between the main and an auxiliary decoder's class probabilities: `mse`, `kl` (of the auxiliary from the main one)
+    or `js` (Jensen-Shannon).
+    """
     confidence: float = 0.0
     """Pixels whose main prediction has a smaller largest probability do not count, 0 to below 1."""
     ramp: str = "exp"
-    """How the weight rises: `exp`, weight * exp(-5 (1 - t/T)^2); `linear`; `cosine`; `log`, weight * (1 - exp(-5 t/T)); `none`."""
+    """How the weight rises: `exp`, weight * exp(-5 (1 - t/T)^2); `linear`; `cosine`; `log`,
+    weight * (1 - exp(-5 t/T)); `none`.
+    """
     ramp_fraction: float = 0.1
     """T as a share of the run, 0 to 1."""
     sample: int = 0
-    """`cct`: auxiliary decoders that are drawn for a step, at most as many as there are; 0: all. An unbiased, noisier estimate of the mean over them."""
+    """`cct`: auxiliary decoders that are drawn for a step, at most as many as there are; 0: all. An unbiased, noisier
+    estimate of the mean over them.
+    """
     stride: int = 1
-    """`cct`: every so-manyth pixel of every so-manyth row is compared, from a random one on; it divides the encoder's stride. Unbiased, noisier."""
+    """`cct`: every `stride`-th pixel and row is compared, at a random offset; it divides the encoder's stride.
+    Unbiased, noisier.
+    """
     weak_weight: float = 0.4
-    """Weight, under the same ramp, of the cross-entropy of the auxiliary decoders on pseudo-labels (of a domain with `weak_split`)."""
+    """Weight, under the same ramp, of the cross-entropy of the auxiliary decoders on pseudo-labels (of a domain with
+    `weak_split`).
+    """
 
     def __post_init__(self) -> None:
-        for name, value in (("weight", self.weight), ("weak_weight", self.weak_weight)):
-            if not value >= 0:
-                raise UserError(f"consistency.{name} is {value}; it is 0 or more.")
-        for name, allowed in (("weight_unit", WEIGHT_UNITS), ("distance", tuple(DISTANCES)), ("ramp", RAMPS)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"consistency.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
-        if not 0 <= self.confidence < 1:
-            raise UserError(
-                f"consistency.confidence is {self.confidence}; a probability that can be exceeded lies in 0 to below 1."
-            )
-        if self.sample < 0:
-            raise UserError(f"consistency.sample is {self.sample}; it is a number of auxiliary decoders, or 0 for all.")
-        if self.stride < 1:
-            raise UserError(f"consistency.stride is {self.stride}; it is at least 1, which compares every pixel.")
-        if not 0 <= self.ramp_fraction <= 1:
-            raise UserError(f"consistency.ramp_fraction is {self.ramp_fraction}; it lies in 0 to 1.")
+        require_number("consistency.weight", self.weight, at_least=0)
+        require_choice("consistency.weight_unit", self.weight_unit, ("pixel", "authors"))
+        require_choice("consistency.distance", self.distance, DISTANCES)
+        require_number("consistency.confidence", self.confidence, at_least=0, below=1)
+        require_choice("consistency.ramp", self.ramp, RAMPS)
+        require_number("consistency.ramp_fraction", self.ramp_fraction, at_least=0, at_most=1)
+        require_number("consistency.sample", self.sample, at_least=0)
+        require_number("consistency.stride", self.stride, at_least=1)
+        require_number("consistency.weak_weight", self.weak_weight, at_least=0)
 
     def ramp_at(self, progress: float) -> float:
         """Factor on the weights when `progress` (0 to 1) of the run is done."""
@@ -96,7 +101,7 @@ class ConsistencySettings:
 
 
 def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """(..., B, H, W) cross-entropy in nats of (..., B, C, H, W) logits with (B, H, W) train ids; 0 at pixels of id 255."""
+    """(..., B, H, W) cross-entropy in nats of (..., B, C, H, W) logits with (B, H, W) train ids; 0 where ignored."""
     flat = at_least_float32(logits).flatten(0, -4)  # (N, C, H, W)
     ids = masks.long().expand(*logits.shape[:-3], *masks.shape[-2:]).reshape(-1, *masks.shape[-2:])
     pixels = F.cross_entropy(flat, ids, ignore_index=IGNORE, reduction="none")
@@ -104,7 +109,7 @@ def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def bootstrapped_cross_entropy(logits: Tensor, masks: Tensor, threshold: float) -> Tensor:
-    """Scalar: cross-entropy over the pixels whose true class has a probability under `threshold` (ab-CE, CCT equation 3).
+    """Scalar: cross-entropy over pixels whose true class has a probability under `threshold` (ab-CE, CCT equation 3).
 
     At least one pixel of each image counts, the one with the smallest probability.
     """
@@ -129,15 +134,10 @@ def confident(target: Tensor, valid: Tensor, threshold: float) -> Tensor:
 
 
 def mean_over_valid(pixels: Tensor, valid: Tensor) -> Tensor:
-    """Scalar: mean over images of the mean of (B, H, W) values over the valid pixels; 0, with a graph, where none is."""
+    """Scalar: mean over images of the mean of (B, H, W) values over the valid pixels; 0, with a graph, without any."""
     # where, not a product: an invalid pixel may be infinite.
     total = pixels.where(valid, pixels.new_zeros(())).sum(dim=(1, 2))
     return (total / valid.sum(dim=(1, 2)).clamp(min=1)).mean()
-
-
-def at_least_float32(logits: Tensor) -> Tensor:
-    """The logits in 32 bits or more."""
-    return logits.float() if logits.itemsize < 4 else logits
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class PixelLoss:
         return self.counted.sum(dim=(1, 2)).clamp(min=1) * len(self.counted)
 
     def total(self, logits: Tensor, left: Tensor, piece: Piece) -> Tensor:
-        """Scalar: the sum over decoders of the loss on a piece of the pixels; the pieces' sums add up to the whole.
+        """Scalar: the loss on a piece of the pixels, summed over decoders. The pieces' totals add up to the whole.
 
         Images that are not `left`, (G, B) bool, contribute 0.
         """

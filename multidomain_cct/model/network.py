@@ -1,6 +1,7 @@
-"""Segmenter: one shared encoder, heads by name. What all methods have in common; a method adds the losses on unlabelled images.
+"""The network that all methods train: a shared encoder and heads by name. A method adds its losses to it.
 
-Shapes: B labelled images, U unlabelled images, C classes of the domain, D feature channels, H W image size, h w feature size.
+Shapes: B labelled images, U unlabelled images, C classes of the domain, D feature channels, H W image size, h w
+feature size.
 """
 
 from __future__ import annotations
@@ -19,32 +20,32 @@ from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.model.auxiliary import AuxiliaryDecoder, decoder_losses
 from multidomain_cct.model.decoders import Decoder, build_decoder
+from multidomain_cct.model.distances import at_least_float32
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
 from multidomain_cct.model.losses import (
     ConsistencySettings,
     PixelLoss,
     SupervisedSettings,
     ab_threshold,
-    at_least_float32,
     bootstrapped_cross_entropy,
     pixel_cross_entropy,
 )
 from multidomain_cct.model.perturbations import Perturbation
 
 Features = Mapping[tuple[str, str], Tensor]
-"""(B, D, h, w) features by domain name and kind of image (`labelled`, `unlabelled`, ...); what a step does not have is not in it."""
+"""(B, D, h, w) features by domain and kind of image (`labelled`, `unlabelled`, ...); empty batches are absent."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one domain asks of the model."""
+    """What the model has to know of one domain."""
 
     things: tuple[bool, ...]
     """For each class, whether it is a countable object."""
     head: str = ""
-    """Whose head the domain uses; empty: its own."""
+    """The domain whose head is used; empty: this one."""
     perturbations: tuple[Perturbation, ...] = ()
-    """One auxiliary decoder of the domain's own head each."""
+    """One for each auxiliary decoder of the domain's own head."""
     weight: float = 1.0
     """Factor on all losses of the domain."""
     supervised: SupervisedSettings = field(default_factory=SupervisedSettings)
@@ -99,9 +100,7 @@ class Segmenter(nn.Module):
         self.settings = settings
         for name in tasks:
             if hasattr(nn.ModuleDict(), name):
-                raise UserError(
-                    f'a domain is named "{name}", which torch reserves for modules. Rename the domain and its YAML file.'
-                )
+                raise UserError(f'a domain is named "{name}", a word that torch reserves. Rename it and its YAML file.')
         self.tasks = dict(tasks)
         # Building draws random numbers; the caller's generator is left as it was.
         with torch.random.fork_rng(devices=[]):
@@ -129,24 +128,22 @@ class Segmenter(nn.Module):
         return head
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses, `<domain>/<term>` -> scalar: their sum is optimised and they are what is logged.
+        """The step's losses, `<domain>/<term>` -> scalar: their sum is optimised, and each is logged.
 
-        `progress` is the share of the run that is done, 0 to 1; ramps hang on it. Here: the supervised losses; methods add theirs.
+        `progress`, the share of the run that is done (0 to 1), sets the ramps. Here: supervised losses only.
         """
         return self.supervised_losses(self.encode(labelled_images(batches)), batches, progress)
 
     def after_step(self) -> None:
-        """What follows an optimiser step that was taken."""
+        """Called after each optimiser step that was not skipped."""
 
     def supervised_losses(self, features: Features, batches: Mapping[str, Batch], progress: float) -> dict[str, Tensor]:
         """`<domain>/supervised` for every domain with labelled images in the step."""
         losses = {}
         for name, batch in batches.items():
             if (name, "labelled") in features:
-                task = self.tasks[name]
-                loss = supervised_loss(
-                    self.head(name).main, features[name, "labelled"], batch.masks, task.supervised, progress
-                )
+                task, main = self.tasks[name], self.head(name).main
+                loss = supervised_loss(main, features[name, "labelled"], batch.masks, task.supervised, progress)
                 losses[f"{name}/supervised"] = task.weight * loss
         return losses
 
@@ -158,17 +155,20 @@ class Segmenter(nn.Module):
     def encode(self, images: Mapping[tuple[str, str], Tensor]) -> Features:
         """The features of (B, 3, H, W) uint8 images by domain and kind; empty batches have none.
 
-        Images of equal crop go through the encoder together: with shared batch statistics, separate passes make training and evaluation disagree.
+        Images of equal crop go through the encoder together: with shared batch norms, separate passes would make
+        training and evaluation disagree.
         """
-        present = {key: batch for key, batch in images.items() if len(batch)}
-        found: dict[tuple[str, str], Tensor] = {}
-        for size in dict.fromkeys(batch.shape[-2:] for batch in present.values()):
-            group = {key: batch for key, batch in present.items() if batch.shape[-2:] == size}
-            joined = self.encoder(
-                torch.cat(list(group.values())), [(domain, len(batch)) for (domain, _), batch in group.items()]
-            )
-            found |= zip(group, torch.split(joined, [len(batch) for batch in group.values()]), strict=True)
-        return found
+        sizes: dict[tuple[int, ...], dict[tuple[str, str], Tensor]] = {}
+        for key, batch in images.items():
+            if len(batch):
+                sizes.setdefault(tuple(batch.shape[-2:]), {})[key] = batch
+        features: dict[tuple[str, str], Tensor] = {}
+        for group in sizes.values():
+            counts = [len(batch) for batch in group.values()]
+            parts = [(domain, count) for (domain, _), count in zip(group, counts, strict=True)]
+            joined = self.encoder(torch.cat(list(group.values())), parts)
+            features |= zip(group, torch.split(joined, counts), strict=True)
+        return features
 
     def logits(self, images: Tensor, domain: str) -> Tensor:
         """(B, C, H, W) logits of the domain's main decoder for (B, 3, H, W) uint8 images of any size."""
@@ -178,9 +178,9 @@ class Segmenter(nn.Module):
 def supervised_loss(
     decoder: Decoder, features: Tensor, masks: Tensor, settings: SupervisedSettings, progress: float
 ) -> Tensor:
-    """Scalar: the chosen loss of (B, D, h, w) features on (B, H, W) train ids when `progress` (0 to 1) of the run is done."""
+    """Scalar: the chosen loss of (B, D, h, w) features on (B, H, W) train ids, at `progress` (0 to 1) of the run."""
     if settings.loss == "ab_ce":
-        # Which pixels count is only known when all are: no pieces.
+        # Not in pieces: which pixels count depends on all of them.
         logits = decoder(features)
         return bootstrapped_cross_entropy(logits, masks, ab_threshold(settings, logits.shape[1], progress))
     ids = decoder.pixels(masks)
@@ -198,16 +198,13 @@ def unlabelled_images(batches: Mapping[str, Batch]) -> dict[tuple[str, str], Ten
 
 
 def whole_image_logits(encoder: nn.Module, decoder: nn.Module, images: Tensor, domain: str) -> Tensor:
-    """(B, C, H, W) logits for (B, 3, H, W) uint8 images of any size, which are padded to the encoder's stride for it."""
+    """(B, C, H, W) logits of (B, 3, H, W) uint8 images of any size, padded to the encoder's stride on the way."""
     assert isinstance(encoder, Encoder)
     height, width = images.shape[-2:]
-    missing = (-height % encoder.stride, -width % encoder.stride)
-    if any(missing):
-        padded = (
-            torch.tensor(PAD, dtype=images.dtype, device=images.device)
-            .view(1, 3, 1, 1)
-            .repeat(len(images), 1, height + missing[0], width + missing[1])
-        )
+    padded_size = [-(-side // encoder.stride) * encoder.stride for side in (height, width)]
+    if padded_size != [height, width]:
+        padding = torch.tensor(PAD, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+        padded = padding.repeat(len(images), 1, *padded_size)
         padded[..., :height, :width] = images
         images = padded
     logits: Tensor = decoder(encoder(images, [(domain, len(images))]))

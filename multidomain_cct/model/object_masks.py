@@ -48,15 +48,15 @@ def objects_of(middles: Tensor, valid: Tensor, things: Sequence[bool], stride: i
     in (B, H, W) `valid` holds no object.
     """
     table = torch.tensor(list(things), device=middles.device)
-    found: Tensor = (table[middles.argmax(dim=1)] & valid[:, stride // 2 :: stride, stride // 2 :: stride]).unsqueeze(1)
-    return found
+    masks = table[middles.argmax(dim=1)] & valid[:, stride // 2 :: stride, stride // 2 :: stride]
+    return masks.unsqueeze(1)
 
 
 def components(mask: Tensor) -> Tensor:
     """(B, h, w) int64 region numbers of a (B, h, w) bool mask, 0 where it is False.
 
-    Positions are connected through edges and corners. The largest position number spreads over its region; following
-    the numbers as pointers makes the steps few.
+    Positions are connected through edges and corners. The largest position number spreads over its region; few steps
+    suffice because each also follows the numbers as pointers.
     """
     count = mask.shape[1] * mask.shape[2]
     # In floats, which max pooling wants; 32 bits hold positions up to 2^24 exactly.
@@ -77,13 +77,14 @@ def components(mask: Tensor) -> Tensor:
 def regions_of(mask: Tensor) -> Regions:
     """The connected regions of a (B, h, w) bool mask, through edges or corners, with their bounding boxes."""
     labels = components(mask)
-    image, *place = mask.nonzero(as_tuple=True)
-    codes = labels[image, *place] + image * (labels[0].numel() + 1)
+    positions = mask.nonzero().T  # (3, P): image, row, column
+    codes = labels[tuple(positions)] + positions[0] * (labels[0].numel() + 1)
     _, member, area = torch.unique(codes, return_inverse=True, return_counts=True)
-    places = torch.stack(place)  # (2, positions)
 
-    def over_region(values: Tensor, reduce: str) -> Tensor:
-        room = values.new_zeros(*values.shape[:-1], len(area))
-        return room.scatter_reduce(-1, member.expand(values.shape), values, reduce, include_self=False)
+    def over_region(reduce: str) -> Tensor:
+        """(3, N): the smallest or largest image, row and column of each region."""
+        zeros = positions.new_zeros(3, len(area))
+        return zeros.scatter_reduce(1, member.expand(3, -1), positions, reduce, include_self=False)
 
-    return Regions(over_region(image, "amax"), area, over_region(places, "amin"), over_region(places, "amax") + 1)
+    first, last = over_region("amin"), over_region("amax")
+    return Regions(first[0], area, first[1:], last[1:] + 1)

@@ -19,12 +19,10 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, require_choice, require_number
 from multidomain_cct.model.decoders import DecoderGroup
 from multidomain_cct.model.object_masks import ObjectMasks
 
-SMALLEST_XI = 1e-2
-"""Below it, adversarial noise loses its direction to rounding."""
 _DRAWN_STEP = 2.0**-15
 
 
@@ -56,9 +54,7 @@ class FeatureNoise:
     needs_objects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("feature_noise", self.count)
-        if not self.amplitude > 0:
-            raise UserError(f"perturbations.feature_noise.amplitude is {self.amplitude}; it is above 0.")
+        require_number("perturbations.feature_noise.amplitude", self.amplitude, above=0)
 
     def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
         return features * _uniform((len(group), *features.shape), features).mul_(self.amplitude).add_(1)
@@ -68,14 +64,17 @@ class FeatureNoise:
 class FeatureDrop:
     """Zero the most active region of each feature map (F-Drop, CCT section 3.2).
 
-    Activity is the mean over channels. The authors' code draws one threshold per batch; here it is one per image. A fraction of the maximum is not a
-    fraction of the area: on features without structure `max` drops nearly every position, which `quantile` avoids.
+    Activity is the mean over channels. The authors' code draws one threshold per batch; here it is one per image. A
+    fraction of the maximum is not a fraction of the area: on features without structure `max` drops nearly every
+    position, which `quantile` avoids.
     """
 
     count: int = 6
     """Auxiliary decoders that use it."""
     mode: str = "max"
-    """`max`: drop where the activity exceeds a random fraction of its maximum; `quantile`: drop a random fraction of the positions, the most active ones."""
+    """`max`: drop where the activity exceeds a random fraction of its maximum; `quantile`: drop a random fraction of
+    the positions, the most active ones.
+    """
     low: float = 0.6
     """`max`: smallest fraction of the maximum that is kept, 0 to 1."""
     high: float = 0.9
@@ -87,13 +86,11 @@ class FeatureDrop:
     needs_objects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("feature_drop", self.count)
-        if self.mode not in ("max", "quantile"):
-            raise UserError(f"perturbations.feature_drop.mode is {self.mode!r}; it is `max` or `quantile`.")
+        require_choice("perturbations.feature_drop.mode", self.mode, ("max", "quantile"))
         for low, high in ((self.low, self.high), (self.area_low, self.area_high)):
             if not 0 <= low <= high <= 1:
                 raise UserError(
-                    f"perturbations.feature_drop has the range {low} to {high}; both lie in 0 to 1, the smaller one first."
+                    f"perturbations.feature_drop has the range {low} to {high}; it is 0 <= low <= high <= 1."
                 )
 
     def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
@@ -120,9 +117,7 @@ class Dropout:
     needs_objects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("dropout", self.count)
-        if not 0 < self.probability < 1:
-            raise UserError(f"perturbations.dropout.probability is {self.probability}; it lies between 0 and 1.")
+        require_number("perturbations.dropout.probability", self.probability, above=0, below=1)
 
     def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
         kept = torch.rand(len(group), *features.shape[:2], 1, 1, device=features.device) >= self.probability
@@ -133,16 +128,13 @@ class Dropout:
 class ObjectMask:
     """Hide the objects: z * (1 - M), with M where the main decoder predicts a `thing` (Obj-Msk, CCT section 3.2).
 
-    It draws nothing at random: a second decoder of this kind is only another initialisation. The authors take class 0 as background, which is right for
-    PASCAL VOC alone.
+    It draws nothing at random: a second decoder that uses it differs only in its initial weights. The authors take
+    class 0 as background, which is right for PASCAL VOC alone.
     """
 
     count: int = 2
     """Auxiliary decoders that use it."""
     needs_objects: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_count("object_mask", self.count)
 
     def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
         return _where(~objects.masks, features).expand(len(group), -1, -1, -1, -1)
@@ -150,14 +142,11 @@ class ObjectMask:
 
 @dataclass(frozen=True)
 class ContextMask:
-    """Hide what surrounds the objects: z * M (Con-Msk, CCT section 3.2). Like the object mask it draws nothing at random."""
+    """Hide what surrounds the objects: z * M (Con-Msk, CCT section 3.2). It draws nothing at random."""
 
     count: int = 2
     """Auxiliary decoders that use it."""
     needs_objects: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_count("context_mask", self.count)
 
     def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
         return _where(objects.masks, features).expand(len(group), -1, -1, -1, -1)
@@ -167,33 +156,29 @@ class ContextMask:
 class GuidedCutout:
     """Zero one rectangle at a random place in the bounding box of each object region (G-Cutout, CCT section 3.2).
 
-    The authors find contours with OpenCV on the CPU and leave out those of fewer than 50 points, so that a plain rectangle, whose contour has 4, is never
-    cut. Here regions are found at feature resolution on the features' device, and small ones are left out by area.
+    The authors find contours with OpenCV on the CPU and leave out those of fewer than 50 points, so that a plain
+    rectangle, whose contour has 4, is never cut. Here regions are found at feature resolution on the features' device,
+    and small ones are left out by area.
     """
 
     count: int = 6
     """Auxiliary decoders that use it."""
     side: float = 0.4
-    """Sides of the rectangle as a share of the box's, above 0 to 1; rounded to whole feature positions, at least one."""
+    """Sides of the rectangle as a share of the box's, above 0 to 1; rounded to feature positions, at least one."""
     min_area: int = 4
     """Smallest region that is cut, in feature positions."""
     needs_objects: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_count("guided_cutout", self.count)
-        if not 0 < self.side <= 1:
-            raise UserError(f"perturbations.guided_cutout.side is {self.side}; it lies above 0 and is at most 1.")
-        if self.min_area < 1:
-            raise UserError(
-                f"perturbations.guided_cutout.min_area is {self.min_area}; it is at least 1 feature position."
-            )
+        require_number("perturbations.guided_cutout.side", self.side, above=0, at_most=1)
+        require_number("perturbations.guided_cutout.min_area", self.min_area, at_least=1)
 
     def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
         regions = objects.regions
         extent = regions.end - regions.start  # (2, N), rows and columns
         size = (extent * self.side).round().long().clamp(min=1) * (regions.area >= self.min_area)
-        places = torch.rand(len(group), extent.shape[1], 2, device=features.device).transpose(1, 2)  # (G, 2, N)
-        first = regions.start + (places * (extent - size + 1)).long()
+        offsets = torch.rand(len(group), extent.shape[1], 2, device=features.device).transpose(1, 2)  # (G, 2, N)
+        first = regions.start + (offsets * (extent - size + 1)).long()
         position = torch.arange(max(features.shape[2:]), device=features.device)
         within = (position >= first[..., None]) & (position < (first + size)[..., None])  # (G, 2, N, max(h, w))
         rows, columns = within[:, 0, :, : features.shape[2], None], within[:, 1, :, None, : features.shape[3]]
@@ -204,10 +189,11 @@ class GuidedCutout:
 
 @dataclass(frozen=True)
 class AdversarialNoise:
-    """Add the noise of a given norm that changes the auxiliary decoder's prediction most (I-VAT; Miyato et al. 2018, CCT section 3.2).
+    """Add the noise of a chosen norm that changes the decoder's prediction most (I-VAT; Miyato et al. 2018, CCT 3.2).
 
-    One power iteration: with d a random direction of unit norm per image, the gradient with respect to d of KL(p(z) || p(z + xi d)) is followed. The authors
-    take xi = 1e-6, at which the difference rounds away in 32 bits and the noise that is left is a thousandth of what was meant.
+    One power iteration: with d a random direction of unit norm per image, the gradient with respect to d of
+    KL(p(z) || p(z + xi d)) is followed. The authors take xi = 1e-6, a difference that 32-bit rounding loses: a
+    thousandth of the intended noise is left.
     """
 
     count: int = 2
@@ -217,18 +203,18 @@ class AdversarialNoise:
     eps_relative: float = 0.1
     """Norm of the noise as a share of the norm of the image's features."""
     eps: float = 0.0
-    """Norm of the noise over the whole map, in place of `eps_relative` when above 0. The authors' is 2; what it does depends on the crop."""
+    """Norm of the noise over the whole map, in place of `eps_relative` when above 0. The authors' is 2; its effect
+    depends on the crop.
+    """
     needs_objects: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_count("adversarial_noise", self.count)
-        if not self.xi >= SMALLEST_XI:
+        require_number("perturbations.adversarial_noise.xi", self.xi, at_least=1e-2)
+        require_number("perturbations.adversarial_noise.eps", self.eps, at_least=0)
+        require_number("perturbations.adversarial_noise.eps_relative", self.eps_relative, at_least=0)
+        if self.eps == self.eps_relative == 0:
             raise UserError(
-                f"perturbations.adversarial_noise.xi is {self.xi}, which 32-bit numbers lose; it is at least {SMALLEST_XI}."
-            )
-        if not (self.eps >= 0 and self.eps_relative >= 0) or self.eps == self.eps_relative == 0:
-            raise UserError(
-                f"perturbations.adversarial_noise has eps {self.eps} and eps_relative {self.eps_relative}; both are 0 or more, and one of them is above 0."
+                "perturbations.adversarial_noise: eps and eps_relative are both 0; set one of them above 0."
             )
 
     def __call__(self, features: Tensor, objects: ObjectMasks, group: DecoderGroup) -> Tensor:
@@ -249,7 +235,7 @@ class AdversarialNoise:
 
 
 def _divergence_gradient(group: DecoderGroup, still: Tensor, moved: Tensor) -> Tensor:
-    """(G, B, D, h, w): gradient of KL(p(still) || p(moved)) with respect to the moved features, but for a factor."""
+    """(G, B, D, h, w): gradient of KL(p(still) || p(moved)) with respect to the moved features, up to a factor."""
     before, after = group.coarse(still), group.coarse(moved)
     total = torch.zeros_like(after)
     for piece in group.pieces(after):
@@ -282,15 +268,16 @@ class Perturbations:
     adversarial_noise: AdversarialNoise = field(default_factory=AdversarialNoise)
     """Noise in the direction that changes the prediction most."""
 
+    def __post_init__(self) -> None:
+        for name, kind in self._kinds().items():
+            require_number(f"perturbations.{name}.count", kind.count, at_least=0)
+
     def each(self, *, objects: bool = True) -> list[Perturbation]:
-        """One entry per auxiliary decoder; without `objects`, those kinds are left out that need to know where objects are."""
-        kinds: list[Perturbation] = [getattr(self, kind.name) for kind in fields(self)]
-        return [kind for kind in kinds if objects or not kind.needs_objects for _ in range(kind.count)]
+        """One entry per auxiliary decoder; without `objects` only of perturbations that do not need object masks."""
+        return [kind for kind in self._kinds().values() if objects or not kind.needs_objects for _ in range(kind.count)]
 
-
-def _check_count(name: str, count: int) -> None:
-    if count < 0:
-        raise UserError(f"perturbations.{name}.count is {count}; it is 0 or more.")
+    def _kinds(self) -> dict[str, Perturbation]:
+        return {kind.name: getattr(self, kind.name) for kind in fields(self)}
 
 
 def _where(kept: Tensor, features: Tensor) -> Tensor:

@@ -603,8 +603,9 @@ def test_vat_adds_up_over_accumulated_micro_batches_as_in_one_plain_sum() -> Non
     ],
 )
 def test_settings_out_of_range_are_refused(kind: type, settings: dict[str, object], key: str, allowed: str) -> None:
+    section = key.split(".")[0]
     with pytest.raises(UserError) as caught:
-        kind(**settings)
+        Perturbations(**{section: kind(**settings)})
     assert f"perturbations.{key}" in str(caught.value)
     assert allowed in str(caught.value)
 
