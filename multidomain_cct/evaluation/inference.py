@@ -42,6 +42,12 @@ class InferenceSettings:
         if not self.scales or min(self.scales) <= 0:
             raise UserError(f"the scales are {self.scales}; at least one, each above 0.")
 
+    @property
+    def described(self) -> str:
+        """The settings that change a score, in words."""
+        view = "whole image" if self.window is None else f"window {self.window[0]}x{self.window[1]}"
+        return view + (f", scales {self.scales}" if self.scales != [1.0] else "") + (", flip" if self.flip else "")
+
 
 def predict_probabilities(
     model: Segmenter, image: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings

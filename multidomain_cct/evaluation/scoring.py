@@ -52,19 +52,11 @@ class Score:
     @property
     def protocol(self) -> str:
         """How the number was made, in one line."""
-        window = (
-            "whole image"
-            if self.settings.window is None
-            else f"window {self.settings.window[0]}x{self.settings.window[1]}"
-        )
-        extras = f", scales {self.settings.scales}" if self.settings.scales != [1.0] else ""
-        extras += ", flip" if self.settings.flip else ""
         counted = sum(value is not None for value in self.iou.values())
         sizes = self.sizes[0] if len(self.sizes) == 1 else f"{len(self.sizes)} sizes"
         return (
-            f"{self.domain.name}/{self.split}: {self.images} images at label resolution ({sizes}), {window}{extras}, "
-            f"mean over {counted} of"
-            f" {self.domain.num_classes} classes"
+            f"{self.domain.name}/{self.split}: {self.images} images at label resolution ({sizes}), "
+            f"{self.settings.described}, mean over {counted} of {self.domain.num_classes} classes"
         )
 
     def as_json(self) -> dict[str, Any]:

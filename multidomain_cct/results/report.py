@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import base64
 import io
-import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -30,9 +31,9 @@ from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import replace_text
 from multidomain_cct.files.printable import printable
 from multidomain_cct.results.pictures import error_map, indexed
+from multidomain_cct.results.records import recorded_environment, recorded_metrics, scores_by_class
 from multidomain_cct.results.trained_run import TrainedRun
 from multidomain_cct.training.recipe import Recipe, read_run_recipe
-from multidomain_cct.training.runlog import read_metrics
 
 RUN_COLORS = ("#2f7fd1", "#e07b1a", "#2f9e62", "#c24a97", "#8468d0", "#a38a00", "#1a9aa8", "#d0525a")
 """One per run, legible on white and on black; they repeat."""
@@ -40,11 +41,21 @@ PANEL_WIDTH = 320
 _CURVE_POINTS = 400
 _INK = "#0b0c0d"
 """Drawn by matplotlib, then replaced by the page's own text colour."""
+_INKED = ("text.color", "xtick.color", "ytick.color", "axes.edgecolor", "axes.labelcolor", "grid.color")
+_CHART_STYLE: dict[str, Any] = dict.fromkeys(_INKED, _INK) | {
+    "font.size": 8.5,
+    "font.sans-serif": ["DejaVu Sans"],
+    "svg.fonttype": "none",
+    "svg.hashsalt": "report",
+    "axes.linewidth": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3,
+}
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run's folder tells, without its checkpoints."""
+    """A run's folder without its checkpoints."""
 
     folder: Path
     label: str
@@ -58,7 +69,7 @@ class RunFacts:
     def series(self, key: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric; a value that was not finite is nan."""
         points = [(line["step"], line[key]) for line in self.metrics if key in line]
-        return [step for step, _ in points], [float("nan") if value is None else float(value) for _, value in points]
+        return [step for step, _ in points], [math.nan if value is None else float(value) for _, value in points]
 
     @property
     def steps(self) -> int:
@@ -74,17 +85,24 @@ class RunFacts:
         """The evaluation at which the checkpoint `best` was saved: the first with the highest mean."""
         return max(self.evaluations, key=lambda line: line["val/mean_miou"])
 
+    def val_shards(self, domain: str) -> Shards:
+        """The shards of the domain's val split. Raises UserError when there are none."""
+        split = self.recipe.domains[domain].val_split
+        if not split:
+            raise UserError("the recipe names no val split")
+        return Shards.open(Path(self.recipe.data.shards) / domain, split)
+
 
 @dataclass(frozen=True)
 class Panel:
-    """One val image beside its truth and what each run says of it."""
+    """One val image beside its truth and each run's prediction."""
 
     key: str
     image: Image.Image
     truth: np.ndarray
     """(h, w) uint8 train ids at the size of the pictures."""
     pictures: list[tuple[str, str, RunFacts | None]]
-    """Caption and data URI of each picture, and the run whose it is."""
+    """Caption and data URI of each picture, and the run that predicted it."""
 
 
 def write_report(
@@ -93,27 +111,22 @@ def write_report(
     """Write the page and return its path: `out`, or report.html in the run's folder, for several runs beside the first
     one's folder.
 
-    Several runs share their charts, one colour each. Pictures need the val shards and the last checkpoint; a line on
-    the page says so where they are missing. `device` None is the GPU when there is one. Raises UserError for a folder
-    that is not a run.
+    Several runs share their charts, one colour each. Pictures need the val shards and the last checkpoint; where they
+    are missing, the page has a remark. Raises UserError for a folder that is not a run.
     """
     facts = _read_runs(list(dict.fromkeys(runs)))
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     out = out or (facts[0].folder if len(facts) == 1 else facts[0].folder.parent) / "report.html"
     out = out / "report.html" if out.is_dir() else out
-    specs = {
-        name: next(run.domains[name] for run in facts if name in run.domains) for each in facts for name in each.domains
-    }
-    pictures, remarks = _panels(facts, specs, device, panels)
+    specs: dict[str, Domain] = {}
+    for run in facts:
+        specs = run.domains | specs
+    names = dict.fromkeys(name for run in facts for name in run.domains)
+    pictures, remarks = _panels(facts, {name: specs[name] for name in names}, device, panels)
     sections = [
-        _domain_section(name, spec, facts) | {"panels": pictures.get(name, []), "remarks": remarks[name]}
-        for name, spec in specs.items()
+        _domain_section(name, specs[name], facts) | {"panels": pictures.get(name, []), "remarks": remarks[name]}
+        for name in names
     ]
-    means = [
-        {"run": run, "last": run.evaluations[-1], "best": run.best}
-        for run in facts
-        if run.evaluations and len(run.domains) > 1
-    ]
+    several = [run for run in facts if run.evaluations and len(run.domains) > 1]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -123,7 +136,10 @@ def write_report(
     )
     environment.filters |= {"shown": printable, "percent": _percent}
     page = environment.get_template("report.html.jinja").render(
-        runs=facts, sections=sections, means=means, speeds=[_speed(run) for run in facts]
+        runs=facts,
+        sections=sections,
+        means=[{"run": run, "last": run.evaluations[-1], "best": run.best} for run in several],
+        speeds=[_speed(run) for run in facts],
     )
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_text(out, page)
@@ -142,113 +158,80 @@ def _read_runs(folders: Sequence[Path]) -> list[RunFacts]:
     for folder in folders:
         if not (folder / "recipe.yaml").is_file():
             raise UserError(f"{folder}: this is not a run's folder (it has no recipe.yaml).")
-    facts, names = [], [folder.resolve().name for folder in folders]
-    for number, (folder, name) in enumerate(zip(folders, names, strict=True)):
-        recipe, metrics = read_run_recipe(folder), folder / "metrics.jsonl"
-        facts.append(
-            RunFacts(
-                folder=folder,
-                label=name if names.count(name) == 1 else str(folder),
-                color=RUN_COLORS[number % len(RUN_COLORS)],
-                recipe=recipe,
-                domains={domain: read_domain(folder / "domains" / f"{domain}.yaml") for domain in recipe.domains},
-                metrics=[line for line in read_metrics(metrics) if isinstance(line, dict) and "step" in line]
-                if metrics.is_file()
-                else [],
-                environment=_environment(folder / "env.json"),
-            )
+    names = [folder.resolve().name for folder in folders]
+    return [
+        RunFacts(
+            folder=folder,
+            label=name if names.count(name) == 1 else str(folder),
+            color=color,
+            recipe=(recipe := read_run_recipe(folder)),
+            domains={domain: read_domain(folder / "domains" / f"{domain}.yaml") for domain in recipe.domains},
+            metrics=recorded_metrics(folder),
+            environment=recorded_environment(folder),
         )
-    return facts
-
-
-def _environment(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
-        return {}
+        for folder, name, color in zip(folders, names, cycle(RUN_COLORS), strict=False)
+    ]
 
 
 def _domain_section(name: str, spec: Domain, facts: Sequence[RunFacts]) -> dict[str, Any]:
     """Scores, curves and class bars of one domain."""
-    own = [run for run in facts if name in run.domains]
+    runs = [run for run in facts if name in run.domains]
     rows = []
-    for run in own:
+    for run in runs:
+        try:
+            images = len(run.val_shards(name))
+        except (UserError, FileNotFoundError):
+            images = None
+        lines = [line for line in run.evaluations if f"val/{name}/miou" in line]
         row: dict[str, Any] = {
             "run": run,
             "choice": run.recipe.domains[name],
-            "images": _num_images(run, name),
+            "images": images,
             "last": None,
             "best": None,
         }
-        lines = [line for line in run.evaluations if f"val/{name}/miou" in line]
         if lines:
             last = _scores(lines[-1], name)
             row |= {"last": last, "best": _scores(run.best, name), "protocol": _protocol(run, name, last)}
         rows.append(row)
     scored = [row for row in rows if row["last"] is not None]
-    names = dict.fromkeys(label.name for run in own for label in run.domains[name].classes)
+    labels = dict.fromkeys(label.name for run in runs for label in run.domains[name].classes) if scored else ()
     bars = [
-        {"name": label, "values": [(row["run"], row["last"]["iou"].get(label)) for row in scored]} for label in names
+        {"name": label, "values": [(row["run"], row["last"]["iou"].get(label)) for row in scored]} for label in labels
     ]
-    return {
-        "name": name,
-        "spec": spec,
-        "rows": rows,
-        "charts": list(_charts(name, own)),
-        "bars": bars if scored else [],
-    }
+    return {"name": name, "spec": spec, "rows": rows, "charts": list(_charts(name, runs)), "bars": bars}
 
 
-def _scores(line: Mapping[str, Any], name: str) -> dict[str, Any]:
-    prefix = f"val/{name}/iou/"
-    iou = {key.removeprefix(prefix): value for key, value in line.items() if key.startswith(prefix)}
+def _scores(line: dict[str, Any], name: str) -> dict[str, Any]:
     return {
         "step": line["step"],
         "miou": line.get(f"val/{name}/miou"),
         "accuracy": line.get(f"val/{name}/pixel_accuracy"),
-        "iou": iou,
+        "iou": scores_by_class(line, name),
     }
 
 
 def _protocol(run: RunFacts, name: str, score: Mapping[str, Any]) -> str:
     """How the numbers of the last evaluation were made, in one line."""
-    settings = run.recipe.evaluation
-    view = "whole image" if settings.window is None else f"window {settings.window[0]}x{settings.window[1]}"
-    view += (f", scales {settings.scales}" if settings.scales != [1.0] else "") + (", flip" if settings.flip else "")
     counted = sum(value is not None for value in score["iou"].values())
     split = run.recipe.domains[name].val_split
     return (
-        f"{run.label}, step {score['step']}: {split} split at label resolution, {view}, mean over {counted} of "
-        f"{len(score['iou'])} classes."
+        f"{run.label}, step {score['step']}: {split} split at label resolution, {run.recipe.evaluation.described}, "
+        f"mean over {counted} of {len(score['iou'])} classes."
     )
 
 
 def _speed(run: RunFacts) -> dict[str, Any]:
-    def values(key: str) -> list[float]:
-        return [value for value in run.series(f"sys/{key}")[1] if value == value]
-
-    rates, peaks, waits = values("images_per_s"), values("peak_mib"), values("data_wait_fraction")
+    rates, peaks, waits = (
+        [value for value in run.series(f"sys/{key}")[1] if not math.isnan(value)]
+        for key in ("images_per_s", "peak_mib", "data_wait_fraction")
+    )
     return {
         "run": run,
         "images_per_s": median(rates) if rates else None,
         "peak_mib": max(peaks, default=None),
         "data_wait": mean(waits) if waits else None,
     }
-
-
-def _num_images(run: RunFacts, name: str) -> int | None:
-    try:
-        return len(_val_shards(run, name))
-    except (UserError, FileNotFoundError):
-        return None
-
-
-def _val_shards(run: RunFacts, name: str) -> Shards:
-    split = run.recipe.domains[name].val_split
-    if not split:
-        raise UserError("the recipe names no val split")
-    return Shards.open(Path(run.recipe.data.shards) / name, split)
 
 
 def _charts(name: str, runs: Sequence[RunFacts]) -> Iterator[tuple[str, str]]:
@@ -262,41 +245,22 @@ def _charts(name: str, runs: Sequence[RunFacts]) -> Iterator[tuple[str, str]]:
 
 def _chart(key: str, runs: Sequence[RunFacts], *, factor: float = 1) -> str:
     """An inline SVG of one metric over the steps, a line per run."""
-    style = {
-        "font.size": 8.5,
-        "font.sans-serif": ["DejaVu Sans"],
-        "svg.fonttype": "none",
-        "svg.hashsalt": "report",
-        "axes.linewidth": 0.6,
-    }
-    style |= {f"{part}.color": _INK for part in ("text", "xtick", "ytick")} | {
-        "axes.edgecolor": _INK,
-        "axes.labelcolor": _INK,
-        "grid.color": _INK,
-    }
-    with matplotlib.rc_context(style):
+    with matplotlib.rc_context(_CHART_STYLE):
         figure = Figure(figsize=(3.5, 2.1), layout="constrained")
         axes = figure.add_subplot()
         for run in runs:
             steps, values = _thinned(*run.series(key))
-            axes.plot(
-                steps,
-                np.array(values) * factor,
-                color=run.color,
-                linewidth=1.4,
-                marker="o" if len(steps) < 25 else "",
-                markersize=3,
-                clip_on=False,
-            )
+            marker = "o" if len(steps) < 25 else ""
+            axes.plot(steps, np.array(values) * factor, color=run.color, marker=marker, clip_on=False)
         end = max(max(run.steps, run.recipe.training.steps) for run in runs)
         axes.set(xlabel="step", xlim=(0, end), ylim=(0, 1.05 * max(axes.get_ylim()[1], 1e-6)))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.grid(alpha=0.15, linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
         buffer = io.StringIO()
-        figure.savefig(
-            buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        )
+        # Without a date and names of software, equal runs give equal pages.
+        none = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, metadata=none)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor").replace("'DejaVu Sans'", "system-ui")
 
@@ -308,62 +272,53 @@ def _thinned(*series: Sequence[float]) -> list[list[float]]:
 
 
 def _panels(
-    facts: Sequence[RunFacts], specs: Mapping[str, Domain], device: torch.device, count: int
+    facts: Sequence[RunFacts], specs: Mapping[str, Domain], device: torch.device | None, count: int
 ) -> tuple[dict[str, list[Panel]], dict[str, list[str]]]:
-    """Panels by domain, the same images for every run, and what has to be said where there are none."""
+    """Panels by domain, the same images for every run, and a remark wherever pictures are missing."""
     panels: dict[str, list[Panel]] = {}
     remarks: dict[str, list[str]] = {name: [] for name in specs}
+
+    def same_classes(run: RunFacts, name: str) -> bool:
+        return run.domains[name].class_fingerprint == specs[name].class_fingerprint
+
     for name, spec in specs.items():
         for run in facts:
-            if (
-                name in run.domains
-                and name not in panels
-                and run.domains[name].class_fingerprint == spec.class_fingerprint
-            ):
+            if name in run.domains and name not in panels and same_classes(run, name):
                 try:
-                    panels[name] = _chosen_images(_val_shards(run, name), spec, count)
+                    panels[name] = _chosen_images(run.val_shards(name), spec, count)
                 except (UserError, FileNotFoundError) as error:
                     remarks[name].append(f"No pictures from {run.label}: {error}")
     for run in facts:
         wanted = [name for name in panels if name in run.domains]
         try:
-            loaded = TrainedRun.load(run.folder, device=device)
+            trained = TrainedRun.load(run.folder, device=device)
         except (UserError, FileNotFoundError) as error:
             for name in wanted:
                 remarks[name].append(f"No predictions of {run.label}: {error}")
             continue
         for name in wanted:
-            if run.domains[name].class_fingerprint != specs[name].class_fingerprint:
+            if not same_classes(run, name):
                 remarks[name].append(f"No predictions of {run.label}: its {name} has other classes.")
                 continue
             for panel in panels[name]:
-                ids = loaded.predict(panel.image, name).ids
-                panel.pictures.extend(_answer(run, panel, ids, specs[name]))
+                panel.pictures.extend(_answer(run, panel, trained.predict(panel.image, name).ids, specs[name]))
     return panels, remarks
 
 
 def _chosen_images(shards: Shards, domain: Domain, count: int) -> list[Panel]:
-    """Images spread evenly over the split's keys in alphabetical order, so that every run and every packing shows the
-    same ones.
-    """
+    """Images spread evenly over the split's keys in alphabetical order: every run and every packing shows the same."""
     by_key = sorted(range(len(shards)), key=lambda number: shards.keys[number])
     panels = []
-    for place in dict.fromkeys(np.linspace(0, len(by_key) - 1, min(count, len(by_key))).round().astype(int).tolist()):
-        record = shards.read(by_key[place])
+    for position in sorted({round(each) for each in np.linspace(0, len(by_key) - 1, min(count, len(by_key)))}):
+        record = shards.read(by_key[position])
         image, mask = decode(record, domain)
         if mask is None:
             raise UserError(f"{record.shard}: key {record.key!r} has no mask.")
         size = (min(PANEL_WIDTH, image.width), max(1, round(image.height * min(1, PANEL_WIDTH / image.width))))
         truth = np.asarray(mask.resize(size, Image.Resampling.NEAREST))
         photo = _data_uri(image.resize(size, Image.Resampling.LANCZOS), "JPEG")
-        panels.append(
-            Panel(
-                record.key,
-                image,
-                truth,
-                [("image", photo, None), ("truth", _data_uri(indexed(truth, domain), "PNG"), None)],
-            )
-        )
+        labels = _data_uri(indexed(truth, domain), "PNG")
+        panels.append(Panel(record.key, image, truth, [("image", photo, None), ("truth", labels, None)]))
     return panels
 
 

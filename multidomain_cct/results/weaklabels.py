@@ -1,5 +1,5 @@
-"""Image-level labels -> shards of pseudo-labels: train a classifier on the shared encoder, write what its activation
-maps are sure of, and say how good it is.
+"""Image-level labels -> shards of pseudo-labels: a classifier on the shared encoder is trained, the confident part of
+its activation maps is written, and compared with true masks where there are any.
 
 Shapes: C classes of the domain, K classified classes, H W image size.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
@@ -28,7 +28,7 @@ from multidomain_cct.data.packing.encode import mask_png
 from multidomain_cct.data.shards.index import index_path, shard_paths
 from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.data.specification import find_domain
-from multidomain_cct.errors import UserError, did_you_mean
+from multidomain_cct.errors import UserError, require_choice
 from multidomain_cct.evaluation.scoring import confusion_of, mean_iou
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.results.pictures import legend, overlay, with_legend
@@ -39,13 +39,19 @@ from multidomain_cct.weak.cams import Classifier, activation_maps, confident_lab
 from multidomain_cct.weak.image_labels import TaggedImages, background_class, classified, open_tagged
 
 Progress = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Wraps an iteration of known length."""
 SHEET_ROWS, SHEET_CELL = 10, 260
 """Images on a contact sheet, and the longer side of each picture there in pixels."""
 
 
+def unwatched(items: Iterable[Any], total: int) -> Iterable[Any]:
+    """The progress of an iteration that nobody watches."""
+    return items
+
+
 @dataclass(frozen=True)
 class Quality:
-    """How pseudo-labels compare with the true masks, over the pixels that have both."""
+    """Pseudo-labels against true masks, over the pixels that have both."""
 
     confusion: np.ndarray
     """(C, C) int64 pixels; rows are the truth, columns the pseudo-label."""
@@ -72,9 +78,9 @@ class _Tally:
     def add(self, ids: Tensor, truth: Tensor | None) -> None:
         self.pixels += np.bincount(ids.cpu().numpy().ravel(), minlength=256)
         if truth is not None:
-            sure = torch.where(ids == IGNORE, IGNORE, truth)
-            found = confusion_of(sure, ids, self.domain.num_classes).cpu().numpy()
-            self.confusion = found if self.confusion is None else self.confusion + found
+            both = torch.where(ids == IGNORE, IGNORE, truth)
+            added = confusion_of(both, ids, self.domain.num_classes).cpu().numpy()
+            self.confusion = added if self.confusion is None else self.confusion + added
 
     @property
     def labelled(self) -> float:
@@ -115,11 +121,8 @@ class WeakSummary:
 
 def too_common(images: TaggedImages, most_common: float) -> frozenset[int]:
     """Train ids of the classes that more than this share of the images show."""
-    return frozenset(
-        train_id
-        for train_id, share in zip(classified(images.domain), images.shares(), strict=True)
-        if share > most_common
-    )
+    shares = zip(classified(images.domain), images.shares(), strict=True)
+    return frozenset(train_id for train_id, share in shares if share > most_common)
 
 
 def weak_split(train_split: str) -> str:
@@ -132,36 +135,28 @@ def tagged_domains(
 ) -> list[TaggedImages]:
     """The images with image-level labels of the named domains, or of all that have such labels.
 
-    Raises UserError for domains without image-level labels, for lists that do not fit, and, unless `force`, when their
-    pseudo-labels are there already.
+    Raises UserError for domains without image-level labels, for lists that do not fit, and, unless `force`, when
+    pseudo-labels exist already.
     """
     for name in names:
-        if name not in recipe.domains:
-            raise UserError(
-                f'--domain is "{name}". {named_by} has: '
-                f"{', '.join(recipe.domains)}.{did_you_mean(name, recipe.domains)}"
-            )
+        require_choice("--domain", name, recipe.domains)
     chosen = list(dict.fromkeys(names)) or [name for name, choice in recipe.domains.items() if choice.image_labels]
-    without = [name for name in chosen or recipe.domains if not recipe.domains[name].image_labels]
-    if without:
-        raise UserError(
-            f"{named_by}: domains.{without[0]}.image_labels is empty. Name a text or JSON list of image-level labels, "
-            "or `masks`."
-        )
+    for name in chosen or recipe.domains:
+        if not recipe.domains[name].image_labels:
+            raise UserError(
+                f"{named_by}: domains.{name}.image_labels is empty. Name a text or JSON list of image-level labels, or "
+                "`masks`."
+            )
     domains = {name: find_domain(name, folders, named_by=named_by) for name in chosen}
     for name, domain in domains.items():
         split = weak_split(recipe.domains[name].train_split)
-        there = shard_paths(Path(recipe.data.shards) / name, split)
-        if there and not force:
+        existing = shard_paths(Path(recipe.data.shards) / name, split)
+        if existing and not force:
             raise UserError(
-                f"{there[0]} is there already. Train with it: domains.{name}.weak_split={split}; or make it anew with "
-                "--force."
+                f"{existing[0]} exists. Train with it: domains.{name}.weak_split={split}; or replace it with --force."
             )
         if not classified(domain):
-            raise UserError(
-                f"{name} has no class beside its background, so image-level labels tell nothing. Add classes to the "
-                "domain."
-            )
+            raise UserError(f"{name} has no class beside its background. Add classes to the domain.")
     least_share = recipe.pseudo_labels.least_share
     return [
         open_tagged(domain, recipe.domains[name], recipe.data, least_share=least_share)
@@ -170,50 +165,35 @@ def tagged_domains(
 
 
 def train_classifier(
-    recipe: Recipe, tagged: Sequence[TaggedImages], *, device: torch.device, progress: Progress | None = None
+    recipe: Recipe, tagged: Sequence[TaggedImages], *, device: torch.device, progress: Progress = unwatched
 ) -> tuple[Classifier, list[float]]:
     """The classifier, trained in 32 bits on the images of all these domains, and its loss at each step.
 
-    Order, augmentation and initial weights hang on the recipe's seed alone. Raises RunFailed when the loss is not
-    finite.
+    The recipe's seed decides order, augmentation and initial weights. Raises RunFailed when the loss is not finite.
     """
     settings = recipe.pseudo_labels
     optimisation = replace(recipe.optimiser, name="sgd", lr=settings.lr, schedule="poly", warmup=0)
     streams = [images.streams(recipe.data, recipe.domains[images.domain.name], settings.batch) for images in tagged]
     data = TrainingSet(streams, seed=seed_from(recipe.seed, "weaklabels"), augment=recipe.data.augment)
     targets = {images.domain.name: _targets(images, device) for images in tagged}
-    model = (
-        Classifier(
-            recipe.encoder, {images.domain.name: images.shares().tolist() for images in tagged}, seed=recipe.seed
-        )
-        .to(device)
-        .train()
-    )
+    shares = {images.domain.name: images.shares().tolist() for images in tagged}
+    model = Classifier(recipe.encoder, shares, seed=recipe.seed).to(device).train()
     optimiser = build_optimiser(optimisation, model.encoder.backbone, model)
     losses: list[float] = []
-    batches = steps(
-        data,
-        0,
-        settings.steps,
-        workers=recipe.data.workers,
-        prefetch=recipe.data.prefetch,
-        pin_memory=device.type == "cuda",
-    )
+    pin = device.type == "cuda"
+    batches = steps(data, 0, settings.steps, workers=recipe.data.workers, prefetch=recipe.data.prefetch, pin_memory=pin)
     bad_images = BadImages(data)
-    for step, batch in enumerate(batches if progress is None else progress(batches, settings.steps)):
+    for step, batch in enumerate(progress(batches, settings.steps)):
         bad_images.count(batch, skipped_in(batch))
         torch.manual_seed(seed_from(recipe.seed, step, "weaklabels"))
         set_learning_rate(optimiser, learning_rate(optimisation, step, settings.steps))
-        here = {name: part.to(device) for name, part in batch.items()}
+        parts = {name: part.to(device) for name, part in batch.items()}
         logits = model(
-            {name: part.unlabelled for name, part in here.items()}, {name: part.valid for name, part in here.items()}
+            {name: part.unlabelled for name, part in parts.items()}, {name: part.valid for name, part in parts.items()}
         )
-        loss = torch.stack(
-            [
-                multilabel_loss(logits[name], torch.stack([targets[name][key] for key in part.keys]))
-                for name, part in here.items()
-            ]
-        ).sum()
+        loss = torch.zeros((), device=device)
+        for name, part in parts.items():
+            loss = loss + multilabel_loss(logits[name], torch.stack([targets[name][key] for key in part.keys]))
         losses.append(float(loss.detach()))
         if not math.isfinite(losses[-1]):
             raise RunFailed(f"step {step + 1}: the classifier's loss is {losses[-1]}. Lower pseudo_labels.lr.")
@@ -233,30 +213,25 @@ def _targets(images: TaggedImages, device: torch.device) -> dict[str, Tensor]:
 
 
 def write_pseudo_labels(
-    recipe: Recipe, images: TaggedImages, model: Classifier, *, progress: Progress | None = None
+    recipe: Recipe, images: TaggedImages, model: Classifier, *, progress: Progress = unwatched
 ) -> WeakSummary:
-    """Write a labelled sample for every image with image-level labels, and a contact sheet; `progress(keys, total)`
-    wraps the iteration.
+    """Write a labelled sample for every image with image-level labels, and a contact sheet.
 
-    Everything is written beside its place and moved there at the end, so what was there stays until the new is whole.
+    Everything is written to a temporary folder first: earlier shards stay until the new ones are whole.
     """
     domain, split = images.domain, weak_split(recipe.domains[images.domain.name].train_split)
     folder = Path(recipe.data.shards) / domain.name
-    temporary = folder / f".{split}.tmp"
+    temporary, sheet = folder / f".{split}.tmp", f"{domain.name}-{split}.png"
     left_out = too_common(images, recipe.pseudo_labels.most_common)
     shutil.rmtree(temporary, ignore_errors=True)
     maps, refined = _Tally(domain), _Tally(domain)
     scores: list[np.ndarray] = []
     rows: list[list[Image.Image]] = []
-    notes = {
-        "total": len(images.listed),
-        "pseudo_labels": asdict(recipe.pseudo_labels),
-        "recipe": recipe.name,
-        "seed": recipe.seed,
-    }
+    settings = asdict(recipe.pseudo_labels)
+    notes = {"total": len(images.listed), "pseudo_labels": settings, "recipe": recipe.name, "seed": recipe.seed}
     try:
         with ShardWriter(temporary, split, note=lambda: notes) as writer:
-            for key in images.listed if progress is None else progress(images.listed, len(images.listed)):
+            for key in progress(images.listed, len(images.listed)):
                 made = _pseudo_labelled(recipe, images, key, model, left_out=left_out)
                 maps.add(made.from_maps, made.truth)
                 refined.add(made.ids, made.truth)
@@ -268,30 +243,21 @@ def write_pseudo_labels(
                     writer.publish()
                 names = [domain.classes[train_id].name for train_id in sorted(images.classes[key])]
                 writer.write(key, image=made.stored, mask=mask, meta=json.dumps({"image_labels": names}).encode())
-        contact_sheet(rows, domain, refined.pixels).save(temporary / f"{domain.name}-{split}.png")
+        _contact_sheet(rows, domain, refined.pixels).save(temporary / sheet)
         shards = _move_into_place(temporary, folder, split)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    truth = np.array([[train_id in images.classes[key] for train_id in classified(domain)] for key in images.listed])
+    ids = list(classified(domain))
+    truth = np.array([[train_id in images.classes[key] for train_id in ids] for key in images.listed])
     shown, precision = np.zeros(domain.num_classes, dtype=np.int64), np.full(domain.num_classes, np.nan)
-    shown[list(classified(domain))] = truth.sum(axis=0)
-    precision[list(classified(domain))] = average_precision(np.stack(scores), truth)
-    return WeakSummary(
-        domain,
-        split,
-        len(images.listed),
-        shown,
-        precision,
-        maps,
-        refined,
-        shards,
-        folder / f"{domain.name}-{split}.png",
-    )
+    shown[ids] = truth.sum(axis=0)
+    precision[ids] = average_precision(np.stack(scores), truth)
+    return WeakSummary(domain, split, len(images.listed), shown, precision, maps, refined, shards, folder / sheet)
 
 
 @dataclass(frozen=True)
 class _Made:
-    """One image and what became of it; labels are (H, W) uint8 train ids."""
+    """One image and its labels, (H, W) uint8 train ids."""
 
     stored: bytes
     picture: Image.Image
@@ -311,9 +277,9 @@ def _pseudo_labelled(
     picture, mask = decode(record, domain)
     pixels = image_tensor(picture).to(device)
     present = sorted(images.classes[key] - left_out)
-    places = [classified(domain).index(train_id) for train_id in present]
-    activations, logits = activation_maps(model, pixels, domain.name, present=places, scales=settings.scales)
-    # A class that has no map would pass for background where it stands: there, what is no other class is unsure.
+    columns = [classified(domain).index(train_id) for train_id in present]
+    activations, logits = activation_maps(model, pixels, domain.name, present=columns, scales=settings.scales)
+    # A class without a map would pass for background; in its images, pixels of no other class are unsure.
     background = None if images.classes[key] & left_out else background_class(domain)
     truth = None
     if mask is not None:
@@ -331,7 +297,7 @@ def _pseudo_labelled(
 def _move_into_place(temporary: Path, folder: Path, split: str) -> tuple[Path, ...]:
     """Replace the split's shards and contact sheet.
 
-    Old shards go first: an index that counts on more shards than there are is refused, a mixture is not.
+    Old shards are removed first: readers refuse an index that counts missing shards, but not a mixture of two sets.
     """
     for path in shard_paths(folder, split):
         path.unlink()
@@ -347,11 +313,10 @@ def _move_into_place(temporary: Path, folder: Path, split: str) -> tuple[Path, .
 
 
 def average_precision(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """(K,) average precision, 0 to 1, of (n, K) scores against (n, K) bool truth: the mean, over the positives, of the
-    precision at their rank.
+    """(K,) average precision, 0 to 1, of (n, K) scores against (n, K) bool truth: the mean of the precision at the rank
+    of each positive.
 
-    nan for a class with no positive or no negative. Of equal scores the positive stands last, so that a constant score
-    earns nothing.
+    nan for a class with no positive or no negative. Of equal scores the positive ranks last.
     """
     found = np.full(truth.shape[1], np.nan)
     for column, (score, positive) in enumerate(zip(scores.T, truth.T, strict=True)):
@@ -362,25 +327,20 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
 
 def _sheet_row(made: _Made, domain: Domain) -> list[Image.Image]:
-    """The image, its labels from the maps, after the random field, and true ones if there are any."""
+    """The image, its labels from the maps, after the random field, and the true ones if there are any."""
     labels = [made.from_maps, made.ids, *([] if made.truth is None else [made.truth])]
-    row = [made.picture, *(overlay(made.picture, ids.cpu().numpy(), domain, opacity=0.65) for ids in labels)]
-    factor = SHEET_CELL / max(made.picture.size)
-    return [cell.resize((max(1, round(cell.width * factor)), max(1, round(cell.height * factor)))) for cell in row]
+    cells = [made.picture, *(overlay(made.picture, ids.cpu().numpy(), domain, opacity=0.65) for ids in labels)]
+    return [ImageOps.contain(cell, (SHEET_CELL, SHEET_CELL)) for cell in cells]
 
 
-def contact_sheet(rows: Sequence[Sequence[Image.Image]], domain: Domain, pixels: np.ndarray) -> Image.Image:
-    """The rows under each other, with a title over each column and a legend below; `pixels` counts those of each train
-    id. Unsure pixels show the image.
-    """
+def _contact_sheet(rows: Sequence[Sequence[Image.Image]], domain: Domain, pixels: np.ndarray) -> Image.Image:
+    """The rows under each other, a title over each column, and a legend of the train ids that have `pixels`."""
     titles = ("image", "activation maps", "pseudo-labels", "truth")[: max(len(row) for row in rows)]
     gap, head = 6, 24
-    widths = [max(row[column].width for row in rows if column < len(row)) for column in range(len(titles))]
-    lefts = [gap + sum(widths[:column]) + gap * column for column in range(len(titles))]
-    sheet = Image.new(
-        "RGB", (sum(widths) + gap * (len(titles) + 1), head + sum(row[0].height + gap for row in rows)), "white"
-    )
+    size = (gap + (SHEET_CELL + gap) * len(titles), head + sum(row[0].height + gap for row in rows))
+    sheet = Image.new("RGB", size, "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
+    lefts = [gap + (SHEET_CELL + gap) * column for column in range(len(titles))]
     for left, title in zip(lefts, titles, strict=True):
         draw.text((left, head // 2), title, fill="black", font=font, anchor="lm")
     top = head
@@ -388,7 +348,7 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], domain: Domain, pixels:
         for left, cell in zip(lefts, row, strict=False):
             sheet.paste(cell, (left, top))
         top += row[0].height + gap
-    present = [int(train_id) for train_id in np.flatnonzero(pixels[: domain.num_classes])]
+    present = np.flatnonzero(pixels[: domain.num_classes]).tolist()
     return with_legend(sheet, legend(domain, present, width=sheet.width))
 
 
