@@ -16,8 +16,8 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from multidomain_cct.data.batches.streams import WEAK_ENDING, DataSettings, DomainSettings
-from multidomain_cct.errors import UserError, did_you_mean, require_choice
+from multidomain_cct.data.batches.streams import DataSettings, DomainSettings
+from multidomain_cct.errors import UserError, did_you_mean, require_choice, require_number
 from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.files.strict_yaml import StrictLoader, read_yaml
 from multidomain_cct.methods import METHODS
@@ -32,6 +32,7 @@ from multidomain_cct.training.schedules import OptimiserSettings
 from multidomain_cct.weak.cams import PseudoLabelSettings
 
 PRECISIONS = ("no", "bf16", "fp16")
+RESUME = ("never", "auto", "force")
 INHERITED = ("consistency", "perturbations")
 """Sections that a domain may have too: its keys replace those of the recipe's section, the others stay."""
 RENAMED = {"optimiser.trunk_factor": "optimiser.backbone_factor"}
@@ -64,13 +65,10 @@ class TrainingSettings:
     """Trackers of Accelerate that also receive the metrics, for example tensorboard."""
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise UserError(f"training.precision is {self.precision!r}; it is one of {', '.join(PRECISIONS)}.")
+        require_choice("training.precision", self.precision, PRECISIONS)
+        require_number("training.clip", self.clip, at_least=0)
         for name in ("steps", "accumulation", "log_every", "evaluate_every", "save_every", "keep", "max_skipped"):
-            if getattr(self, name) < 1:
-                raise UserError(f"training.{name} is {getattr(self, name)}; it is at least 1.")
-        if self.clip < 0:
-            raise UserError(f"training.clip is {self.clip}; it is 0 or more.")
+            require_number(f"training.{name}", vars(self)[name], at_least=1)
 
 
 @dataclass(frozen=True)
@@ -139,56 +137,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if not self.domains:
             raise UserError("domains is empty; name at least one, for example `domains: {camvid: {labelled: 50}}`.")
-        if not re.fullmatch(r"[\w.+-]*", self.name) or self.name.startswith("."):
+        if not re.fullmatch(r"[\w+-][\w.+-]*|", self.name):
             raise UserError(
-                f"name is {self.name!r}; a run's name holds letters, digits, and . _ + - only, and does not start "
-                "with a dot."
+                f"name is {self.name!r}; it holds letters, digits and . _ + - only, and starts without a dot."
             )
-        if self.resume not in ("never", "auto", "force"):
-            raise UserError(f"resume is {self.resume!r}; it is `never`, `auto` or `force`.")
+        require_choice("resume", self.resume, RESUME)
         require_choice("method", self.method, METHODS)
-        if self.decoder not in DECODERS:
-            raise UserError(f"decoder is {self.decoder!r}; it is one of {', '.join(DECODERS)}.")
-        for name, choice in self.domains.items():
-            if choice.val_split == "test":
-                raise UserError(
-                    f"domains.{name}.val_split is `test`; `best` is chosen on it, and nothing is chosen on a test "
-                    "split. Use `val`, or leave it empty."
-                )
-            extra = [*choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
-            if choice.train_split in choice.unlabelled_splits or len(set(extra)) < len(extra):
-                raise UserError(
-                    f"domains.{name}.unlabelled_splits names a split twice, or the train_split or weak_split, which "
-                    "have their own keys."
-                )
-            if choice.val_split and choice.val_split in extra:
-                raise UserError(
-                    f"domains.{name} trains on its val_split {choice.val_split!r}; what is scored is not trained on. "
-                    "Name another split."
-                )
-            if choice.weak_split and not choice.weak_split.endswith(WEAK_ENDING):
-                raise UserError(
-                    f"domains.{name}.weak_split is {choice.weak_split!r}; it names pseudo-labels that `weaklabels` "
-                    f"made, whose splits end in {WEAK_ENDING}."
-                )
-        for name in self.domains:
-            if self.encoder.stride % self.consistency_of(name).stride:
-                raise UserError(
-                    f"domains.{name}: consistency.stride is {self.consistency_of(name).stride}, which does not divide "
-                    f"encoder.stride {self.encoder.stride}."
-                )
-        crops = {"data.crop": self.data.crop} | {
-            f"domains.{name}.crop": d.crop for name, d in self.domains.items() if d.crop is not None
-        }
-        for where, crop in crops.items():
-            if len(crop) != 2 or min(crop) < 1:
-                raise UserError(f"{where} is {crop}; it is [width, height] in pixels.")
-            if any(side % self.encoder.stride for side in crop):
-                nearest = [max(1, round(side / self.encoder.stride)) * self.encoder.stride for side in crop]
-                raise UserError(
-                    f"{where} is {crop}, which encoder.stride {self.encoder.stride} does not divide. Use for example "
-                    f"{nearest}."
-                )
+        require_choice("decoder", self.decoder, DECODERS)
 
     @property
     def folder(self) -> Path:

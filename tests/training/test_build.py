@@ -7,13 +7,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.errors import UserError
 from multidomain_cct.methods import METHODS
 from multidomain_cct.methods.cct import CCT
 from multidomain_cct.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
@@ -28,8 +26,7 @@ from multidomain_cct.model.perturbations import (
     GuidedCutout,
     ObjectMask,
 )
-from multidomain_cct.training.build import build_model, notices, require_lenders, require_training_data, uses_unlabelled
-from multidomain_cct.training.loop import train
+from multidomain_cct.training.build import build_model, uses_unlabelled
 from multidomain_cct.training.recipe import Recipe, recipe_from
 
 TINY: dict[str, Any] = {
@@ -45,13 +42,6 @@ TINY: dict[str, Any] = {
         "guided_cutout": {"count": 3},
         "adversarial_noise": {"count": 1},
     },
-}
-
-ONE_STEP: dict[str, Any] = {
-    "name": "once",
-    "domains": {"shapes": {"labelled": "4", "val_split": ""}},
-    "data": {"crop": [64, 64], "labelled_batch": 2, "unlabelled_batch": 2, "workers": 0},
-    "training": {"steps": 1},
 }
 
 
@@ -171,9 +161,7 @@ def test_pseudo_labels_are_used_without_consistency_unless_they_are_turned_off_t
 
 
 @pytest.mark.parametrize("name", ["room", "walls"])
-def test_a_domain_without_objects_or_without_context_loses_three_kinds_and_says_so_once(
-    domains: dict[str, Domain], name: str
-) -> None:
+def test_a_domain_without_objects_or_without_context_loses_three_kinds(domains: dict[str, Domain], name: str) -> None:
     made = recipe(domains={"yard": {}, name: {}})
     chosen = some(domains, "yard", name)
     assert kinds(build_model(made, chosen, unlabelled=seen("yard", name)), name) == {
@@ -181,22 +169,6 @@ def test_a_domain_without_objects_or_without_context_loses_three_kinds_and_says_
         Dropout: 1,
         AdversarialNoise: 1,
     }
-    (line,) = notices(made, chosen)
-    assert line == (
-        f"{name}: its class table marks no class, or every class, as `thing`, so 5 auxiliary decoders with object "
-        "masks, context masks and guided cutout are"
-        " left out."
-    )
-
-
-def test_nothing_is_said_of_kinds_that_are_not_asked_for(domains: dict[str, Domain]) -> None:
-    off = {kind: {"count": 0} for kind in ("object_mask", "context_mask", "guided_cutout")}
-    chosen = some(domains, "yard", "room")
-    assert notices(recipe(domains={"yard": {}, "room": {"perturbations": off}}), chosen) == []
-    assert (
-        notices(recipe(method="mean_teacher"), chosen) == []
-        and notices(recipe(consistency={"weight": 0}), chosen) == []
-    )
 
 
 def test_a_domain_whose_decoders_are_all_left_out_does_not_use_its_unlabelled_images(
@@ -207,9 +179,6 @@ def test_a_domain_whose_decoders_are_all_left_out_does_not_use_its_unlabelled_im
         | {kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")}
     )
     assert not uses_unlabelled(made, domains["room"]) and uses_unlabelled(made, domains["yard"])
-    assert notices(made, some(domains, "yard", "room"))[0].endswith(
-        "None is left, so its unlabelled images are not used."
-    )
 
 
 def test_a_borrower_is_asked_for_the_mix_of_its_lender(domains: dict[str, Domain]) -> None:
@@ -217,36 +186,6 @@ def test_a_borrower_is_asked_for_the_mix_of_its_lender(domains: dict[str, Domain
     lender_without = recipe(domains={"yard": {"perturbations": nothing}, "dusk": {}})
     assert not uses_unlabelled(lender_without, domains["dusk"])
     assert uses_unlabelled(recipe(domains={"yard": {}, "dusk": {"perturbations": nothing}}), domains["dusk"])
-
-
-def test_image_labels_that_are_not_used_and_mixing_that_cannot_be_are_noticed(domains: dict[str, Domain]) -> None:
-    yard = some(domains, "yard")
-    (line,) = notices(recipe(domains={"yard": {"image_labels": "masks"}}), yard)
-    assert "image_labels is not read in training" in line and "domains.yard.weak_split" in line
-    assert notices(recipe(domains={"yard": {"image_labels": "masks", "weak_split": "train_weak"}}), yard) == []
-    for method in ("mean_teacher", "unimatch"):
-        alone = recipe(method=method, domains={"yard": {"unlabelled_batch": 4}})
-        assert "cutmix does nothing" in notices(alone, yard, parts=4)[0] and notices(alone, yard, parts=2) == []
-
-
-def test_a_run_prints_which_decoders_it_leaves_out(
-    two_domains: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settings = ONE_STEP | {"runs": str(tmp_path), "data": ONE_STEP["data"] | {"shards": str(two_domains)}}
-    run = train(recipe(**settings), [two_domains / "domains"])
-    assert (
-        capsys.readouterr().out.count(
-            "shapes: its class table marks no class, or every class, as `thing`, so 5 auxiliary decoders"
-        )
-        == 1
-    )
-    assert (run / "checkpoints" / "step-00000001").is_dir()
-
-
-def test_norms_that_can_never_be_trained_are_noticed(domains: dict[str, Domain]) -> None:
-    frozen = TINY["encoder"] | {"norm": "frozen"}
-    assert "freezes norms that were never trained" in notices(recipe(encoder=frozen), some(domains, "yard"))[0]
-    assert notices(recipe(encoder=frozen, init_from="runs/other"), some(domains, "yard")) == []
 
 
 def test_a_head_that_sees_no_unlabelled_images_has_no_auxiliary_decoders(domains: dict[str, Domain]) -> None:
@@ -273,18 +212,3 @@ def test_a_borrower_has_its_lenders_head_and_brings_it_auxiliary_decoders(domain
 def test_lender_and_borrower_may_stand_in_any_order(domains: dict[str, Domain], order: tuple[str, str]) -> None:
     model = build_model(recipe(domains={name: {} for name in order}), some(domains, *order), unlabelled=seen(*order))
     assert list(model.heads) == ["yard"] and len(model.tasks) == 2
-
-
-def test_a_lender_that_is_not_in_the_recipe_is_named_with_what_to_add(domains: dict[str, Domain]) -> None:
-    with pytest.raises(UserError) as caught:
-        require_lenders(some(domains, "dusk"))
-    assert (
-        str(caught.value)
-        == 'domains.dusk borrows the labels of "yard", which is not in the recipe. Add it: domains.yard.'
-    )
-
-
-def test_two_domains_of_one_label_space_cannot_be_compared(domains: dict[str, Domain]) -> None:
-    made, chosen = recipe(method="usss", domains={"yard": {}, "dusk": {}}), some(domains, "yard", "dusk")
-    with pytest.raises(UserError, match="method is `usss`, which compares label spaces.* Add a domain"):
-        require_training_data(made, chosen, [], taught=chosen)

@@ -112,10 +112,7 @@ class TrainingSet(Dataset[Any]):
         self.seed, self.augment, self.schedule = seed, augment, schedule
         self.rank, self.world, self.accumulation = rank, world, accumulation
         if not self.streams:
-            raise UserError(
-                "domains: none has images to train on. Set `labelled` of one, or choose a method that uses unlabelled "
-                "images."
-            )
+            raise ValueError("no stream has images")
         self._orders = {
             (stream.domain.name, subset): stream.order(subset, seed)
             for stream in self.streams
@@ -125,10 +122,7 @@ class TrainingSet(Dataset[Any]):
         for stream in self.streams:
             for subset in ("labelled", "unlabelled"):
                 if stream.samples(subset) and stream.batch(subset) % parts:
-                    raise UserError(
-                        f"{stream.domain.name}: {subset}_batch is {stream.batch(subset)}, which {world} process(es) x "
-                        f"{accumulation} accumulated micro-batches do not divide. Use a multiple of {parts}."
-                    )
+                    raise ValueError(f"{stream.domain.name}: {parts} parts do not divide {subset}_batch")
 
     def __getitem__(self, micro_batch: int) -> dict[str, Batch] | _Refused:
         turn, part = divmod(micro_batch, self.accumulation)

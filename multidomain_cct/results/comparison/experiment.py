@@ -19,6 +19,7 @@ import yaml
 from multidomain_cct.errors import UserError, did_you_mean, require_choice
 from multidomain_cct.files.strict_yaml import read_yaml
 from multidomain_cct.results.records import recorded_environment, recorded_metrics, scores_by_class
+from multidomain_cct.training.check import check_recipe, require
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe, read_run_recipe
 
@@ -216,6 +217,7 @@ def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Planne
     overrides = (*chosen, f"seed={seed}", f"name={name}-seed{seed}", f"runs={folder}", "resume=auto")
     try:
         recipe = read_recipe(source, overrides)
+        require(check_recipe(recipe))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     if not any(domain.val_split for domain in recipe.domains.values()):

@@ -1,0 +1,266 @@
+"""Whether a recipe can be trained: the one place that decides about recipe, domains and data together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from accelerate.tracking import get_available_trackers
+
+from multidomain_cct.data.batches.streams import WEAK_ENDING, DomainStreams, open_streams
+from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.shards.reader import Shards
+from multidomain_cct.data.specification import find_domain
+from multidomain_cct.errors import UserError
+from multidomain_cct.methods import METHODS
+from multidomain_cct.training.build import auxiliary_decoders, decoders_by_head, uses_unlabelled, wants_unlabelled
+from multidomain_cct.training.checkpoints.initial_weights import matching_heads
+from multidomain_cct.training.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something to know about a recipe before it is trained."""
+
+    severity: Literal["error", "warning", "notice"]
+    """An error stops the training; a warning is a likely mistake; a notice tells what the run will not do."""
+    key: str
+    """The setting or section that it is about."""
+    message: str
+    """One line: what was found, and what to do."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the recipe's domains have on disk. Nothing is decoded yet."""
+
+    domains: dict[str, Domain] = field(default_factory=dict)
+    streams: list[DomainStreams] = field(default_factory=list)
+    """Of each domain, also of those without training images."""
+    scored: dict[str, Shards] = field(default_factory=dict)
+    """Val shards by domain."""
+
+
+def check(
+    recipe: Recipe, folders: Sequence[Path], *, named_by: str = "the recipe", parts: int = 1
+) -> tuple[list[Finding], TrainingData]:
+    """Everything to know before training, and the opened data, which is complete unless a finding is an error.
+
+    `parts`: micro-batches of a step, over all processes. Raises SourceError or OSError for data that cannot be read.
+    """
+    findings, data = [*check_recipe(recipe), *check_machine(recipe)], TrainingData()
+    for name in recipe.domains:
+        with _noted(findings, f"domains.{name}"):
+            data.domains[name] = find_domain(name, folders, named_by=named_by)
+    findings += _check_domains(recipe, data.domains)
+    if _fails(findings):
+        return findings, data
+    for name, choice in recipe.domains.items():
+        with _noted(findings, f"domains.{name}"):
+            used = uses_unlabelled(recipe, data.domains[name])
+            data.streams.append(open_streams(data.domains[name], choice, recipe.data, use_unlabelled=used))
+        if choice.val_split:
+            with _noted(findings, f"domains.{name}.val_split"):
+                data.scored[name] = Shards.open(Path(recipe.data.shards) / name, choice.val_split)
+    if not _fails(findings):
+        with _noted(findings, "init_from"):
+            findings += _check_images(recipe, data)
+        findings += _check_batches(recipe, data, parts)
+    return findings, data
+
+
+def require(findings: Iterable[Finding]) -> list[str]:
+    """The messages of warnings and notices. Raises UserError with the first error."""
+    findings = list(findings)
+    if errors := [finding.message for finding in findings if finding.severity == "error"]:
+        raise UserError(errors[0])
+    return [finding.message for finding in findings]
+
+
+def check_recipe(recipe: Recipe) -> Iterator[Finding]:
+    """What settings say about each other."""
+    for name, choice in recipe.domains.items():
+        key = f"domains.{name}"
+        further = [*choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
+        if choice.val_split == "test":
+            yield _error(
+                f"{key}.val_split",
+                "is `test`; `best` is chosen on it, and nothing is chosen on a test split. Use `val`, or none.",
+            )
+        if choice.train_split in choice.unlabelled_splits or len(set(further)) < len(further):
+            yield _error(
+                f"{key}.unlabelled_splits",
+                "names a split twice, or the train_split or weak_split, which have their own keys.",
+            )
+        if choice.val_split and choice.val_split in further:
+            yield _error(
+                key, f"trains on its val_split {choice.val_split!r}, which is scored. Name another split to train on."
+            )
+        if choice.weak_split and not choice.weak_split.endswith(WEAK_ENDING):
+            yield _error(
+                f"{key}.weak_split",
+                f"is {choice.weak_split!r}; it names pseudo-labels made by `weaklabels`, which end in {WEAK_ENDING}.",
+            )
+        if choice.image_labels and not choice.weak_split:
+            yield Finding(
+                "notice",
+                f"{key}.image_labels",
+                f"{name}: image_labels is not read in training; make pseudo-labels with `weaklabels` and name them in "
+                f"{key}.weak_split.",
+            )
+        stride = recipe.consistency_of(name).stride
+        if recipe.encoder.stride % stride:
+            yield _error(
+                f"{key}.consistency.stride",
+                f"is {stride}, which does not divide encoder.stride {recipe.encoder.stride}.",
+            )
+    yield from _check_crops(recipe)
+    if (recipe.encoder.norm, recipe.encoder.weights, recipe.init_from) == ("frozen", "none", None):
+        yield Finding(
+            "warning",
+            "encoder.norm",
+            "encoder.norm=frozen with encoder.weights=none freezes norms that were never trained; norm=shared, or "
+            "pretrained weights, train better.",
+        )
+
+
+def _check_crops(recipe: Recipe) -> Iterator[Finding]:
+    stride = recipe.encoder.stride
+    crops = {"data.crop": recipe.data.crop} | {
+        f"domains.{name}.crop": choice.crop for name, choice in recipe.domains.items() if choice.crop is not None
+    }
+    for key, crop in crops.items():
+        if len(crop) != 2 or min(crop) < 1:
+            yield _error(key, f"is {crop}; it is [width, height] in pixels.")
+        elif any(side % stride for side in crop):
+            nearest = [max(1, round(side / stride)) * stride for side in crop]
+            yield _error(key, f"is {crop}, which encoder.stride {stride} does not divide. Use for example {nearest}.")
+
+
+def check_machine(recipe: Recipe) -> Iterator[Finding]:
+    """What Accelerate would leave out in silence on this machine."""
+    available = [str(tracker) for tracker in get_available_trackers()]
+    for name in recipe.training.trackers:
+        if name not in available:
+            yield _error(
+                "training.trackers",
+                f"names {name!r}. Installed: {', '.join(available) or 'none'}. For example: pip install tensorboard",
+            )
+    if recipe.training.precision == "fp16" and not torch.accelerator.is_available():
+        yield _error("training.precision", "is `fp16`, which a CPU does not train in. Use `bf16` or `no` there.")
+
+
+def _check_domains(recipe: Recipe, domains: dict[str, Domain]) -> Iterator[Finding]:
+    """Label spaces, and the auxiliary decoders that they allow."""
+    method = METHODS[recipe.method]
+    for name, domain in domains.items():
+        lender = domain.labels_of
+        if lender and lender not in recipe.domains:
+            yield _error(
+                f"domains.{name}",
+                f'borrows the labels of "{lender}", which is not in the recipe. Add it: domains.{lender}.',
+            )
+        if method.has_auxiliaries and not lender and wants_unlabelled(recipe, name):
+            usable, asked = len(auxiliary_decoders(recipe, domain)), len(recipe.perturbations_of(name).each())
+            if usable < asked:
+                yield Finding(
+                    "notice",
+                    f"domains.{name}.perturbations",
+                    f"{name}: its class table marks no class, or every class, as `thing`, so {asked - usable} "
+                    "auxiliary decoders with object masks, context masks and guided cutout are left out."
+                    f"{'' if usable else ' None is left, so its unlabelled images are not used.'}",
+                )
+    spaces = {domain.labels_of or name for name, domain in domains.items()}
+    if domains.keys() == recipe.domains.keys() and len(spaces) < method.min_label_spaces:
+        yield _error(
+            "method",
+            f"is `{recipe.method}`, which compares label spaces, and the recipe has one. Add a domain, or use another "
+            "method.",
+        )
+
+
+def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
+    """Parts of the model that no image would train. Raises UserError when init_from is not a run."""
+    taught = set(matching_heads(Path(recipe.init_from), data.domains)) if recipe.init_from is not None else set()
+    taught |= {stream.domain.labels_of or stream.domain.name for stream in data.streams if stream.labelled}
+    if not any(stream.labelled or stream.unlabelled for stream in data.streams):
+        yield Finding(
+            "error",
+            "domains",
+            "domains: none has images to train on. Set `labelled` of one, or use a method for unlabelled images.",
+        )
+    for stream in data.streams:
+        name = stream.domain.name
+        if (stream.domain.labels_of or name) not in taught:
+            yield _error(
+                f"domains.{name}",
+                "has no labelled image, and no other domain with its classes has one, so its main decoder cannot "
+                f"learn. Give it some (domains.{name}.labelled), name its pseudo-labels as train_split, or start "
+                "from a run that has its head (init_from).",
+            )
+        if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
+            yield _error(
+                f"domains.{name}",
+                "has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded. Leave the "
+                "domain out, or use norm=shared or norm=frozen.",
+            )
+    if METHODS[recipe.method].needs_unlabelled and not any(stream.unlabelled for stream in data.streams):
+        yield _error(
+            "method",
+            f"is `{recipe.method}`, which learns from unlabelled images, and no domain has any. Add some, or use "
+            "method=supervised.",
+        )
+
+
+def _check_batches(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[Finding]:
+    """Batches that cannot be cut into parts, mixed, or seen by the decoders drawn."""
+    method = METHODS[recipe.method]
+    decoders = decoders_by_head(recipe, data.domains, {s.domain.name: bool(s.unlabelled) for s in data.streams})
+    for stream in data.streams:
+        name = stream.domain.name
+        for key, size, samples in (
+            ("labelled_batch", stream.labelled_batch, stream.labelled),
+            ("unlabelled_batch", stream.unlabelled_batch, stream.unlabelled),
+        ):
+            if samples and size % parts:
+                processes = parts // recipe.training.accumulation
+                yield Finding(
+                    "error",
+                    f"domains.{name}.{key}",
+                    f"{name}: {key} is {size}, which {processes} process(es) x {recipe.training.accumulation} "
+                    f"accumulated micro-batches do not divide. Use a multiple of {parts}.",
+                )
+        if stream.unlabelled and method.cutmix(recipe.method_settings) > 0 and stream.unlabelled_batch == parts:
+            yield Finding(
+                "warning",
+                f"domains.{name}.unlabelled_batch",
+                f"{name}: one unlabelled image per process and micro-batch has no other to be mixed with, so cutmix "
+                "does nothing.",
+            )
+        drawn, available = recipe.consistency_of(name).sample, len(decoders.get(stream.domain.labels_of or name, []))
+        if stream.unlabelled and 0 < available < drawn:
+            yield _error(
+                f"domains.{name}.consistency.sample",
+                f"is {drawn}, but there are {available} auxiliary decoders. Draw at most that many; 0 takes all.",
+            )
+
+
+def _error(key: str, text: str) -> Finding:
+    return Finding("error", key, f"{key} {text}")
+
+
+def _fails(findings: Iterable[Finding]) -> bool:
+    return any(finding.severity == "error" for finding in findings)
+
+
+@contextmanager
+def _noted(findings: list[Finding], key: str) -> Iterator[None]:
+    """A UserError becomes a finding."""
+    try:
+        yield
+    except UserError as error:
+        findings.append(Finding("error", key, str(error)))

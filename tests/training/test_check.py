@@ -1,0 +1,236 @@
+"""What is found out about a recipe before it is trained: each finding has a severity, a key and a remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multidomain_cct.data.domain import Domain
+from multidomain_cct.errors import UserError
+from multidomain_cct.training.check import Finding, check, check_recipe, require
+from multidomain_cct.training.loop import train
+from multidomain_cct.training.recipe import Recipe, read_recipe
+
+TinyRecipe = Callable[..., Recipe]
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+OBJECTS = {"object_mask": {"count": 1}, "context_mask": {"count": 1}, "guided_cutout": {"count": 3}}
+WITHOUT_OBJECTS = {"dropout": {"count": 2}} | {kind: {"count": 0} for kind in OBJECTS}
+NONE_OF_THE_REST = {kind: {"count": 0} for kind in ("feature_noise", "feature_drop", "dropout", "adversarial_noise")}
+
+
+def only(findings: list[Finding], severity: str) -> Finding:
+    """The one finding, of this severity."""
+    (finding,) = findings
+    assert finding.severity == severity
+    return finding
+
+
+@pytest.fixture
+def findings(two_domains: Path, tiny_recipe: TinyRecipe) -> Callable[..., list[Finding]]:
+    """A function that checks a tiny recipe with these changes, and with domains of its own if some are given."""
+
+    def run(own: Mapping[str, Domain] | None = None, parts: int = 1, **changes: Any) -> list[Finding]:
+        recipe = tiny_recipe(**{"perturbations": WITHOUT_OBJECTS} | changes)
+        folder = Path(recipe.runs).parent / "own_domains"
+        folder.mkdir()
+        for domain in (own or {}).values():
+            (folder / f"{domain.name}.yaml").write_text(domain.to_yaml(), encoding="utf-8")
+        return check(recipe, [folder, two_domains / "domains"], parts=parts)[0]
+
+    return run
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=[path.stem for path in SHIPPED])
+def test_the_settings_of_shipped_recipes_have_no_errors(path: Path) -> None:
+    require(check_recipe(read_recipe(path)))
+
+
+def test_a_recipe_that_can_be_trained_has_no_findings_and_its_data_are_open(
+    two_domains: Path, tiny_recipe: TinyRecipe
+) -> None:
+    found, data = check(tiny_recipe(perturbations=WITHOUT_OBJECTS), [two_domains / "domains"])
+    assert found == []
+    assert list(data.domains) == ["fields", "shapes"]
+    assert [len(stream.labelled) for stream in data.streams] == [4, 4]
+    assert {name: len(shards) for name, shards in data.scored.items()} == {"fields": 3, "shapes": 5}
+
+
+def test_the_first_error_is_raised_and_the_rest_is_returned() -> None:
+    notice, error = Finding("notice", "a", "a is left out"), Finding("error", "b", "b is wrong")
+    assert require([notice]) == ["a is left out"]
+    with pytest.raises(UserError, match="^b is wrong$"):
+        require([notice, error, Finding("error", "c", "c is wrong")])
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("domain", "key", "remedy"),
+    [
+        ({"crop": [100, 100]}, "crop", r"Use for example \[96, 96\]"),
+        ({"crop": [64]}, "crop", r"it is \[width, height\]"),
+        ({"val_split": "test"}, "val_split", "Use `val`"),
+        ({"unlabelled_splits": ["train"]}, "unlabelled_splits", "which have their own keys"),
+        ({"weak_split": "x_weak", "unlabelled_splits": ["x_weak"]}, "unlabelled_splits", "names a split twice"),
+        ({"weak_split": "train"}, "weak_split", "which end in _weak"),
+        ({"unlabelled_splits": ["val"]}, "", "Name another split"),
+        ({"consistency": {"stride": 3}}, "consistency.stride", "does not divide encoder.stride 8"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_an_error_with_key_and_remedy(
+    findings: Callable[..., list[Finding]], domain: dict[str, Any], key: str, remedy: str
+) -> None:
+    finding = only(findings(domains={"shapes": domain}), "error")
+    assert finding.key == f"domains.shapes.{key}".removesuffix(".")
+    assert finding.message.startswith(finding.key)
+    pytest.raises(UserError, require, [finding]).match(remedy)
+
+
+def test_all_errors_are_found_at_once(findings: Callable[..., list[Finding]]) -> None:
+    found = findings(domains={"feilds": {"val_split": "test"}, "shapes": {"crop": [60, 60]}}, data__crop=[1])
+    assert [finding.key for finding in found] == [
+        "domains.feilds.val_split",
+        "data.crop",
+        "domains.shapes.crop",
+        "domains.feilds",
+    ]
+
+
+def test_norms_that_can_never_be_trained_are_a_warning(tiny_recipe: TinyRecipe) -> None:
+    frozen = {"name": "test_resnet", "stride": 8, "context": "none", "width": 32, "weights": "none", "norm": "frozen"}
+    assert only(list(check_recipe(tiny_recipe(encoder=frozen))), "warning").key == "encoder.norm"
+    assert list(check_recipe(tiny_recipe(encoder=frozen, init_from="runs/other"))) == []
+
+
+def test_image_labels_that_training_does_not_read_are_noticed(tiny_recipe: TinyRecipe) -> None:
+    finding = only(list(check_recipe(tiny_recipe(domains={"shapes": {"image_labels": "masks"}}))), "notice")
+    assert "domains.shapes.weak_split" in finding.message
+    both = {"image_labels": "masks", "weak_split": "train_weak"}
+    assert list(check_recipe(tiny_recipe(domains={"shapes": both}))) == []
+
+
+# Domains
+
+
+def test_a_domain_that_is_not_known_is_named_by_the_recipe(findings: Callable[..., list[Finding]]) -> None:
+    finding = only(findings(domains={"feilds": {}}), "error")
+    assert finding.key == "domains.feilds"
+    assert 'Did you mean "fields"' in finding.message
+
+
+@pytest.mark.parametrize("thing", [False, True], ids=["no_objects", "no_context"])
+def test_auxiliary_decoders_that_a_class_table_does_not_allow_are_noticed_once(
+    findings: Callable[..., list[Finding]], tiny_domain: Callable[..., Domain], thing: bool
+) -> None:
+    shapes = tiny_domain("shapes")
+    shapes = replace(shapes, classes=tuple(replace(label, thing=thing) for label in shapes.classes))
+    finding = only(findings({"shapes": shapes}, domains={"shapes": {}}, perturbations=OBJECTS), "notice")
+    assert finding.key == "domains.shapes.perturbations"
+    assert "5 auxiliary decoders" in finding.message
+    assert "None is left" not in finding.message
+
+
+def test_a_domain_without_auxiliary_decoders_does_not_use_its_unlabelled_images(
+    findings: Callable[..., list[Finding]],
+) -> None:
+    finding = only(findings(domains={"shapes": {}}, perturbations=OBJECTS | NONE_OF_THE_REST), "notice")
+    assert finding.message.endswith("None is left, so its unlabelled images are not used.")
+
+
+@pytest.mark.parametrize("changes", [{"method": "mean_teacher"}, {"consistency": {"weight": 0}}])
+def test_decoders_that_would_not_be_used_are_not_noticed(
+    findings: Callable[..., list[Finding]], changes: dict[str, Any]
+) -> None:
+    assert findings(perturbations=OBJECTS, **changes) == []
+
+
+def test_a_lender_that_is_not_in_the_recipe_is_named_with_what_to_add(
+    findings: Callable[..., list[Finding]], tiny_domain: Callable[..., Domain]
+) -> None:
+    dusk = replace(tiny_domain("shapes"), name="dusk", labels_of="shapes")
+    finding = only(findings({"dusk": dusk}, domains={"dusk": {}}), "error")
+    assert finding.message.endswith("Add it: domains.shapes.")
+
+
+def test_comparing_label_spaces_takes_two(findings: Callable[..., list[Finding]]) -> None:
+    finding = only(findings(method="usss", domains={"shapes": {}}), "error")
+    assert finding.key == "method"
+    assert "Add a domain" in finding.message
+
+
+# Data
+
+
+def test_missing_shards_are_named_with_the_command_that_makes_them(findings: Callable[..., list[Finding]]) -> None:
+    found = findings(data__shards="nowhere")
+    assert {finding.severity for finding in found} == {"error"}
+    assert found[0].key == "domains.fields"
+    assert "python -m multidomain_cct pack fields" in found[0].message
+
+
+@pytest.mark.parametrize(("key", "accumulation", "parts"), [("labelled_batch", 1, 4), ("unlabelled_batch", 3, 6)])
+def test_a_batch_that_does_not_divide_is_an_error_with_the_multiple(
+    findings: Callable[..., list[Finding]], key: str, accumulation: int, parts: int
+) -> None:
+    sizes = {"labelled_batch": 12, "unlabelled_batch": 12} | {key: 10}
+    finding = only(
+        findings(domains={"shapes": {"labelled": "4"} | sizes}, training__accumulation=accumulation, parts=parts),
+        "error",
+    )
+    assert finding.key == f"domains.shapes.{key}"
+    assert finding.message.endswith(f"Use a multiple of {parts}.")
+
+
+def test_a_run_without_training_images_is_an_error(findings: Callable[..., list[Finding]]) -> None:
+    found = findings(domains={"shapes": {"labelled": "none"}}, method="supervised")
+    assert [finding.key for finding in found] == ["domains", "domains.shapes"]
+
+
+def test_a_label_space_that_nothing_labels_is_an_error(findings: Callable[..., list[Finding]]) -> None:
+    finding = only(findings(domains={"fields": {}, "shapes": {"labelled": "none"}}), "error")
+    assert finding.key == "domains.shapes"
+    assert "domains.shapes.labelled" in finding.message
+
+
+def test_a_method_for_unlabelled_images_needs_some(findings: Callable[..., list[Finding]]) -> None:
+    none = {"unlabelled": "none"}
+    finding = only(findings(domains={"fields": none, "shapes": none}, method="usss"), "error")
+    assert finding.key == "method"
+    assert "method=supervised" in finding.message
+
+
+def test_more_decoders_than_there_are_cannot_be_drawn(findings: Callable[..., list[Finding]]) -> None:
+    finding = only(findings(domains={"shapes": {"labelled": "4", "consistency": {"sample": 99}}}), "error")
+    assert finding.key == "domains.shapes.consistency.sample"
+
+
+@pytest.mark.parametrize("method", ["mean_teacher", "unimatch"])
+def test_a_single_image_that_cannot_be_mixed_is_a_warning(findings: Callable[..., list[Finding]], method: str) -> None:
+    domains = {"shapes": {"labelled": "4", "labelled_batch": 4, "unlabelled_batch": 4}}
+    finding = only(findings(method=method, domains=domains, parts=4), "warning")
+    assert finding.key == "domains.shapes.unlabelled_batch"
+    assert "cutmix does nothing" in finding.message
+
+
+def test_init_from_something_that_is_no_run_is_an_error(findings: Callable[..., list[Finding]]) -> None:
+    assert only(findings(init_from="nowhere"), "error").key == "init_from"
+
+
+def test_fp16_on_a_cpu_is_an_error(findings: Callable[..., list[Finding]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    found = findings(training__precision="fp16")
+    assert found[0].severity == "error"
+    assert found[0].key == "training.precision"
+
+
+def test_a_run_prints_its_notices_once(
+    tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"domains": {"shapes": {"labelled": "4", "val_split": ""}}, "perturbations": OBJECTS}
+    train(tiny_recipe(training__steps=1, **settings), [two_domains / "domains"])
+    assert capsys.readouterr().out.count("5 auxiliary decoders") == 1
