@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +13,40 @@ from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
+from multidomain_cct.files.durable import replace_text
 from multidomain_cct.results.trained_run import TrainedRun
 
 
 def evaluate(
     run: TrainedRun,
-    names: Sequence[str],
-    split: str | None,
+    names: Sequence[str] = (),
+    split: str | None = None,
     settings: InferenceSettings | None = None,
     *,
     shards: Path | None = None,
     workers: int = 1,
-    seen: Callable[[str], None] = lambda key: None,
 ) -> list[Score]:
-    """One score per domain.
+    """One score per domain; no names: all.
 
     `split` None scores each domain's val split of the recipe; `settings` None predicts as in training; `shards`
-    replaces the recipe's folder of shards. `seen` is told each key. Raises UserError for a domain without a head and
-    for a split without shards.
+    replaces the recipe's folder of shards. Raises UserError for a domain without a head and for a split without shards.
     """
-    root = shards or Path(run.recipe.data.shards)
-    splits = {name: split or run.recipe.domains[run.require_head(name)].val_split for name in names or run.domains}
+    chosen = [run.require_head(name) for name in names] or list(run.domains)
+    splits = {name: split or run.recipe.domains[name].val_split for name in chosen}
     if not names:
-        splits = {name: chosen for name, chosen in splits.items() if chosen}
-    if not splits or not all(splits.values()):
-        name = next((name for name, chosen in splits.items() if not chosen), next(iter(run.domains)))
-        raise UserError(
-            f"{run.folder}: the recipe gives {name} no val_split, so there is nothing to score by default. Name a "
-            "split with --split."
-        )
-    opened = {name: Shards.open(root / name, chosen) for name, chosen in splits.items()}
+        splits = {name: each for name, each in splits.items() if each}
+    missing = [name for name in chosen if not splits.get(name)]
+    if missing and (names or not splits):
+        raise UserError(f"{run.folder}: the recipe gives {missing[0]} no val_split. Name a split with --split.")
+    root = shards or Path(run.recipe.data.shards)
+    opened = {name: Shards.open(root / name, each) for name, each in splits.items()}
     settings = settings or run.recipe.evaluation
-    return [
-        score(
-            run.model,
-            opened[name],
-            run.domains[name],
-            splits[name],
-            settings,
-            device=run.device,
-            workers=workers,
-            seen=seen,
-        )
-        for name in splits
-    ]
+    score_split = partial(score, run.model, settings=settings, device=run.device, workers=workers)
+    return [score_split(opened[name], run.domains[name], each) for name, each in splits.items()]
 
 
 def scores_as_json(run: TrainedRun, scores: Sequence[Score]) -> dict[str, Any]:
-    """The same as plain values."""
+    """Scores as plain values: `domains.<name>.miou` and `.iou.<class>`, 0 to 1, and how they were made."""
     arithmetic, harmonic = arithmetic_and_harmonic([result.miou for result in scores])
     domains = {result.domain.name: result.as_json() for result in scores}
     return {
@@ -73,14 +60,12 @@ def scores_as_json(run: TrainedRun, scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def write_scores(run: TrainedRun, scores: Sequence[Score]) -> Path:
-    """Keep the scores in the run's folder and return the file; other splits, checkpoints, domains or settings have
-    files of their own.
-    """
+    """Keep the scores in the run's folder, in a file named by split, checkpoint, domains and settings; return it."""
     parts = ["evaluation", *dict.fromkeys(result.split for result in scores), run.checkpoint.name]
     if len(scores) < len(run.domains):
         parts += [result.domain.name for result in scores]
     if scores[0].settings != run.recipe.evaluation:
         parts.append(hashlib.sha256(repr(scores[0].settings).encode()).hexdigest()[:6])
     path = run.folder / f"{'-'.join(parts)}.json"
-    path.write_text(json.dumps(scores_as_json(run, scores), indent=1), encoding="utf-8")
+    replace_text(path, json.dumps(scores_as_json(run, scores), indent=1))
     return path

@@ -26,7 +26,7 @@ KINDS = ("index", "color", "overlay")
 
 @dataclass
 class PredictSummary:
-    """What became of the images."""
+    """How many images were predicted, and which could not be."""
 
     written: int = 0
     unreadable: list[str] = field(default_factory=list)
@@ -40,46 +40,45 @@ def predict(
     out: Path,
     settings: InferenceSettings | None = None,
     *,
-    progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> PredictSummary:
     """Predict the classes of `domain` for images and folders of images.
 
     `a/b.jpg` in the folder source `a` becomes `b.png` in `out/index` (palette PNG; indices are train ids), `out/color`
-    and `out/overlay`; index and color have the size of the image turned upright. Images that would meet under one name
-    keep their ending in it: `b.jpg.png`. `progress(images, total)` wraps the iteration.
+    and `out/overlay`; index and color have the size of the image turned upright. Images that differ only in their
+    ending keep it: `b.jpg.png`. `progress(images, total)` wraps the iteration.
 
-    Raises UserError, before anything is written, for a domain without a head, a source without images, names that meet
-    nevertheless, and an output in place of an input.
+    Raises UserError, before anything is written, for a domain without a head, a source without images, two images of
+    one name, and an output that would replace an input.
     """
-    classes = run.domains[run.require_head(domain)]
+    run.require_head(domain)
     images = _output_names(sources, out)
     _require_safe_outputs(images, out)
     for kind in KINDS:
         (out / kind).mkdir(parents=True, exist_ok=True)
     summary = PredictSummary()
-    pairs = list(images.items())
-    for name, path in pairs if progress is None else progress(pairs, len(pairs)):
+    for name, path in progress(images.items(), len(images)):
         try:
-            prediction = run.predict(path, domain, settings=settings)
+            result = run.predict(path, domain, settings=settings)
         except UserError as error:
             summary.unreadable.append(str(error))
             continue
-        ids = prediction.ids
-        for kind, picture in zip(
-            KINDS, (indexed(ids, classes), prediction.colored(), _with_key(prediction)), strict=True
-        ):
-            _write_png(picture, out / kind / name)
+        pictures = (indexed(result.ids, result.label_space), result.colored(), _with_legend(result))
+        for kind, picture in zip(KINDS, pictures, strict=True):
+            target = out / kind / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(target, durable=False) as temporary:
+                picture.save(temporary, "PNG")
         summary.written += 1
     return summary
 
 
-def _with_key(prediction: Prediction) -> Image.Image:
+def _with_legend(result: Prediction) -> Image.Image:
     """The overlay above a legend of the classes that it shows."""
-    image = prediction.image
-    text_size = min(40, max(12, min(image.size) // 24))
-    present = np.unique(prediction.ids).tolist()
-    key = legend(prediction.label_space, present, width=image.width, text_size=text_size)
-    return with_legend(prediction.overlay(), key)
+    text_size = min(40, max(12, min(result.image.size) // 24))
+    present = np.unique(result.ids).tolist()
+    key = legend(result.label_space, present, width=result.image.width, text_size=text_size)
+    return with_legend(result.overlay(), key)
 
 
 def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
@@ -87,20 +86,21 @@ def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
     for source in sources:
         if not (source.is_dir() or source.is_file()):
             raise UserError(f"{source}: there is no such image or folder.")
-    found: dict[Path, tuple[Path, PurePath]] = {}
+    relative: dict[Path, PurePath] = {}
     for source in sources:
-        images = list(_images_in(source, out)) if source.is_dir() else [(source, PurePath(source.name))]
+        images = list(_images_in(source, out)) if source.is_dir() else [source]
         if not images:
             raise UserError(
                 f"{source} holds no images. Images end in {', '.join(ENDINGS)}; hidden files and folders are left out."
             )
-        for path, relative in images:
-            found.setdefault(_place(path), (path, relative))
-    meeting = Counter(relative.with_suffix(".png") for _, relative in found.values())
+        for path in images:
+            below = path.relative_to(source) if source.is_dir() else PurePath(source.name)
+            relative.setdefault(_unlinked(path), below)
+    counts = Counter(below.with_suffix(".png") for below in relative.values())
     names: dict[PurePath, Path] = {}
-    for path, relative in found.values():
-        short = relative.with_suffix(".png")
-        name = short if meeting[short] == 1 else relative.with_name(relative.name + ".png")
+    for path, below in relative.items():
+        name = below.with_suffix(".png")
+        name = name if counts[name] == 1 else below.with_name(below.name + ".png")
         if name in names:
             raise UserError(
                 f"{names[name]} and {path} would both be written as {name}. Predict them one after the other, each "
@@ -110,40 +110,30 @@ def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
     return names
 
 
-def _images_in(folder: Path, out: Path) -> Iterator[tuple[Path, PurePath]]:
-    """The images below a folder, with their path relative to it, in order.
-
-    What an earlier prediction wrote to `out` is left out.
-    """
+def _images_in(folder: Path, out: Path) -> Iterator[Path]:
+    """The images below a folder, in order, without those that an earlier prediction wrote to `out`."""
     written = {(out / kind).resolve() for kind in KINDS}
     earlier = written if all(path.is_dir() for path in written) else set()
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() not in earlier
         )
-        for name in sorted(files):
-            path = Path(parent) / name
-            if not name.startswith(".") and path.suffix.lower() in ENDINGS and path.is_file():
-                yield path, path.relative_to(folder)
+        for path in (Path(parent) / name for name in sorted(files) if not name.startswith(".")):
+            if path.suffix.lower() in ENDINGS and path.is_file():
+                yield path
 
 
 def _require_safe_outputs(images: dict[PurePath, Path], out: Path) -> None:
-    inputs = {path.resolve() for path in images.values()} | {_place(path) for path in images.values()}
+    inputs = {path.resolve() for path in images.values()} | {_unlinked(path) for path in images.values()}
     for kind in KINDS:
-        for place in (out, out / kind):
-            if place.exists() and not place.is_dir():
-                raise UserError(f"{place} is a file; --out names a folder, which receives {', '.join(KINDS)}.")
+        for folder in (out, out / kind):
+            if folder.exists() and not folder.is_dir():
+                raise UserError(f"{folder} is a file; --out names a folder, which receives {', '.join(KINDS)}.")
         for name in images:
-            if _place(out / kind / name) in inputs:
-                raise UserError(f"{out / kind / name} is an input and would be written over. Choose another --out.")
+            if _unlinked(out / kind / name) in inputs:
+                raise UserError(f"{out / kind / name} is an input and would be replaced. Choose another --out.")
 
 
-def _place(path: Path) -> Path:
-    """Where the file itself lies, however its folder was reached; a link stays a link."""
+def _unlinked(path: Path) -> Path:
+    """The path with links in its folder resolved; the file itself may be a link."""
     return path.parent.resolve() / path.name
-
-
-def _write_png(picture: Image.Image, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path, durable=False) as temporary:
-        picture.save(temporary, "PNG")

@@ -43,6 +43,8 @@ def test_a_domain_without_val_split_is_left_out_or_asked_for(
     with pytest.raises(UserError, match="gives shapes no val_split.*--split"):
         evaluate(run, ["shapes"], None)
     assert evaluate(run, ["shapes"], "val")[0].images == 3
+    with pytest.raises(UserError, match='no head for the domain "shape".*Did you mean "shapes"'):
+        evaluate(run, ["shape"], "val")
 
 
 def test_shards_may_have_moved(tiny_run: Path, tmp_path: Path) -> None:

@@ -146,7 +146,7 @@ def test_an_input_is_never_written_over(run: TrainedRun, tmp_path: Path, link: b
     if link:
         source = tmp_path / "a.png"
         source.symlink_to(image)
-    with pytest.raises(UserError, match=r"color/a\.png is an input and would be written over"):
+    with pytest.raises(UserError, match=r"color/a\.png is an input and would be replaced"):
         segment(run, [source], tmp_path)
     assert image.read_bytes() == content and not (tmp_path / "index").exists()
 
