@@ -1,11 +1,11 @@
-# make demo   two toy domains, trained with and without unlabelled images, and a report (about 5 minutes on 2 cores after installation)
-# make test   what CI runs: lint, types, every test
-# make reliability  the promises of docs/reliability.md at their full figures, and a table of what each reached
-# make bench  the benchmarks (14 minutes on 2 quiet cores); docs/speed.md says what each shows
+# make demo         trains two toy domains with and without unlabelled images, and writes a report (about 5 minutes on 2 cores after installation)
+# make test         what CI runs: lint, types, every test
+# make reliability  tests the promises of docs/reliability.md at their full figures, and tabulates what each reached
+# make bench        runs the benchmarks (14 minutes on 2 quiet cores); docs/speed.md explains their figures
 
 PYTHON ?= python3
 BIN := .venv/bin
-# Named, so that Accelerate does not print a line about each.
+# Accelerate prints a warning about each option that is left out.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
 .PHONY: demo test lint reliability bench docs clean
