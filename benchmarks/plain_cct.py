@@ -73,7 +73,7 @@ def features_of(encoder: Any, images: Tensor, parts: list[tuple[str, int]]) -> T
         found: Tensor = encoder(images, parts)
         return found
     encoder.segments.parts = tuple(parts)
-    top = encoder.backbone((images - encoder.mean) / encoder.std)[-1]
+    top = encoder.backbone((images - encoder.normalise.mean) / encoder.normalise.std)[-1]
     pooled = [
         F.interpolate(
             branch(F.adaptive_avg_pool2d(top, bins)), size=top.shape[-2:], mode="bilinear", align_corners=False

@@ -113,6 +113,8 @@ class DecoderGroup:
     @classmethod
     def of(cls, decoders: Sequence[Decoder], grid: Grid = ALL_PIXELS) -> DecoderGroup:
         """Autograd follows the stacked weights back to each decoder's parameters."""
+        if len(decoders) == 1:
+            return cls(decoders[0], tuple(parameter[None] for parameter in decoders[0].parameters()), grid)
         each = zip(*(decoder.parameters() for decoder in decoders), strict=True)
         return cls(decoders[0], tuple(torch.stack(parameters) for parameters in each), grid)
 

@@ -17,7 +17,7 @@ import torch
 from timm.layers import freeze_batch_norm_2d
 from torch import Tensor, nn
 
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, require_choice, require_number
 from multidomain_cct.model.context import FeaturePyramid, Projection, PyramidPooling, group_norm
 from multidomain_cct.model.norms import Segments, split_batch_norms
 from multidomain_cct.model.weights import initial_weights
@@ -58,35 +58,39 @@ class EncoderSettings:
     """torch.compile the encoder for training. Where that fails, training goes on without it, with one notice."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("context", CONTEXTS), ("norm", NORMS)):
-            if getattr(self, name) not in allowed:
-                raise UserError(f"encoder.{name} is {getattr(self, name)!r}; it is one of {', '.join(allowed)}.")
+        require_choice("encoder.context", self.context, CONTEXTS)
+        require_choice("encoder.norm", self.norm, NORMS)
+        require_number("encoder.stride", self.stride, at_least=1)
         if self.width < 1 or self.width % 32:
             raise UserError(f"encoder.width is {self.width}; it is a multiple of 32.")
-        if self.stride < 1:
-            raise UserError(f"encoder.stride is {self.stride}; it is at least 1.")
         if self.checkpoint and self.norm == "per_domain":
-            # Activations are computed again when it is no longer known of which domains they are.
-            raise UserError(
-                "encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`."
-            )
+            # Activations are computed again when the domains of the images are no longer known.
+            raise UserError("encoder.checkpoint does not work with norm=per_domain. Use encoder.norm=shared or frozen.")
         if self.checkpoint and self.compile:
             raise UserError("encoder.checkpoint and encoder.compile are both set; choose one.")
 
 
-class Encoder(nn.Module):
-    """Backbone and context module.
-
-    Takes uint8 RGB and normalises it with the mean and std the backbone was trained with.
-    """
+class Normalise(nn.Module):
+    """uint8 RGB images -> what a backbone takes, with the mean and std that it was trained with."""
 
     mean: Tensor
     std: Tensor
 
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        facts = timm.data.resolve_model_data_config(backbone)
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(facts[name]).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+
+class Encoder(nn.Module):
+    """Backbone and context module."""
+
     def __init__(self, settings: EncoderSettings, domains: Iterable[str]) -> None:
-        """Raises UserError, with the remedy, for an unknown name, a stride that the backbone cannot have, or weights that
-        do not fit.
-        """
+        """Raises UserError for an unknown name, a stride that the backbone cannot have, or weights that do not fit."""
         super().__init__()
         self.stride = settings.stride
         self.channels = settings.width
@@ -102,11 +106,9 @@ class Encoder(nn.Module):
         self.segments = Segments()
         if settings.norm == "per_domain":
             split_batch_norms(self, tuple(domains), self.segments)
-        facts = timm.data.resolve_model_data_config(self.backbone)
         # Convolutions, depthwise ones above all, are faster with channels last (benchmarks/step.py).
         self.to(memory_format=torch.channels_last)
-        self.register_buffer("mean", torch.tensor(facts["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.normalise = Normalise(self.backbone)
         self.compiled: Callable[[Tensor], Tensor] | None = (
             torch.compile(self._features, dynamic=False) if settings.compile else None
         )
@@ -121,12 +123,10 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor, parts: Sequence[tuple[str, int]]) -> Tensor:
         """(B, D, h, w) features, not negative, of (B, 3, H, W) uint8 images.
 
-        `parts` says which domain the images are of, in order: (name, number of images). H and W are multiples of the
-        stride.
+        `parts` are the domains of the images, in order: (name, number of images). H and W are multiples of the stride.
         """
         self.segments.parts = tuple(parts)
-        # Norms see activations that are computed again a second time, in the backward pass, and must not count them
-        # twice.
+        # In the backward pass norms see activations again, which their statistics must not count twice.
         for norm, momentum in self._recomputed.items():
             norm.momentum = momentum
         features = self.compiled(images) if self.compiled is not None and self.training else self._features(images)
@@ -135,8 +135,7 @@ class Encoder(nn.Module):
         return features
 
     def _features(self, images: Tensor) -> Tensor:
-        normalised = (images.to(self.mean.dtype) - self.mean) / self.std
-        features: Tensor = self.context(self.backbone(normalised))
+        features: Tensor = self.context(self.backbone(self.normalise(images)))
         return features
 
 
@@ -145,22 +144,17 @@ def build_backbone(settings: EncoderSettings) -> Any:
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
         raise UserError(
-            f"encoder.name is {settings.name!r}, which timm does not know. Nearest: {', '.join(near) or 'none'}. All: "
-            "timm.list_models()."
+            f"encoder.name is {settings.name!r}, which timm does not know. Nearest: {', '.join(near) or 'none'}. "
+            "All: timm.list_models()."
         )
     with torch.device("meta"):
         facts = _create(settings, {"features_only": True}).feature_info
     reductions: list[int] = facts.reduction()
-    options = (
-        {"features_only": True}
-        | _level_options(settings, dict(zip(facts.out_indices, reductions, strict=True)))
-        | _pretrained(settings)
-    )
-    backbone = _create(settings, options)
+    levels = dict(zip(facts.out_indices, reductions, strict=True))
+    backbone = _create(settings, {"features_only": True} | _level_options(settings, levels) | _pretrained(settings))
     if backbone.feature_info.reduction()[0 if settings.context == "fpn" else -1] != settings.stride:
         raise UserError(
-            f"{settings.name} cannot give stride {settings.stride}: its strides are {reductions}. Use context `fpn`, "
-            "or another stride."
+            f"encoder.stride is {settings.stride}, but {settings.name} has {reductions}. Use context `fpn`, or another."
         )
     _try_out(backbone, settings)
     return backbone
@@ -172,35 +166,35 @@ def _keep_activations_between_stages_only(backbone: Any, settings: EncoderSettin
         if hasattr(module, "set_grad_checkpointing"):
             module.set_grad_checkpointing(True)
             return
-    raise UserError(
-        f"encoder.checkpoint is set, but timm cannot compute the activations of {settings.name} again. Leave it out, "
-        "or use another encoder."
-    )
+    raise UserError(f"encoder.checkpoint is set, but timm has none for {settings.name}. Leave it out.")
 
 
 def _level_options(settings: EncoderSettings, levels: Mapping[int, int]) -> dict[str, Any]:
-    """What timm is asked for, given the stride of each of its levels."""
-    if len(set(levels.values())) == 1:
-        _require_vit_settings(settings, next(iter(levels.values())))
+    """timm's options for the levels that are needed, of those whose strides are given."""
+    stride, strides = settings.stride, list(levels.values())
+    if len(set(strides)) == 1:
+        if settings.context == "fpn":
+            raise UserError(
+                f"encoder.context is `fpn`, but {settings.name} has one level. Use context `none` or `psp`."
+            )
+        if stride != strides[0]:
+            raise UserError(f"encoder.stride is {stride}, but {settings.name} has only {strides[0]}. Set that.")
         return {"out_indices": (-1,), "dynamic_img_size": True}
     if settings.context == "fpn":
-        chosen = tuple(index for index, stride in levels.items() if settings.stride <= stride <= 32)
-        if not chosen or levels[chosen[0]] != settings.stride:
-            strides = list(levels.values())
+        if stride not in strides or stride > 32:
             raise UserError(
-                f"encoder.stride is {settings.stride}, but {settings.name} has levels at the strides {strides}. With "
-                "context `fpn` choose one of these, at"
-                " most 32."
+                f"encoder.stride is {stride}, but {settings.name} has levels at the strides {strides}. With context "
+                "`fpn` choose one of these, at most 32."
             )
-        return {"out_indices": chosen}
-    if settings.stride not in (8, 16, 32):
-        raise UserError(f"encoder.stride is {settings.stride}; a CNN has 8, 16 or 32.")
-    return {"out_indices": (-1,)} | ({} if settings.stride == 32 else {"output_stride": settings.stride})
+        return {"out_indices": tuple(index for index, level in levels.items() if stride <= level <= 32)}
+    if stride not in (8, 16, 32):
+        raise UserError(f"encoder.stride is {stride}; a CNN has 8, 16 or 32.")
+    return {"out_indices": (-1,)} | ({} if stride == 32 else {"output_stride": stride})
 
 
 def _try_out(backbone: nn.Module, settings: EncoderSettings) -> None:
-    """Pass a blank image through: refuse encoders without (B, D, h, w) maps at any size, and freeze parameters that
-    reach no map (DDP waits for them).
+    """Pass a blank image through: refuse encoders without (B, D, h, w) maps of any size, and freeze parameters that
+    reach no map, for whose gradients DDP would wait.
     """
     info: Any = backbone.feature_info
     unit = max(32, settings.stride) if settings.stride & (settings.stride - 1) == 0 else settings.stride
@@ -213,16 +207,12 @@ def _try_out(backbone: nn.Module, settings: EncoderSettings) -> None:
     try:
         maps = backbone(torch.zeros(1, 3, height, width))
     except (AssertionError, RuntimeError, ValueError, TypeError) as error:
-        raise UserError(
-            f"encoder.name is {settings.name!r}: it takes images of one size only ({str(error)[:120]}). Use another "
-            "encoder."
-        ) from None
-    found = [tuple(level.shape) for level in maps]
-    if found != wanted:
-        raise UserError(
-            f"encoder.name is {settings.name!r}: its features have the shapes {found}, not {wanted}. Use another "
-            "encoder."
-        )
+        reason = f"it takes images of one size only ({str(error)[:120]})"
+        raise UserError(f"encoder.name is {settings.name!r}: {reason}. Use another encoder.") from None
+    shapes = [tuple(level.shape) for level in maps]
+    if shapes != wanted:
+        reason = f"its features have the shapes {shapes}, not {wanted}"
+        raise UserError(f"encoder.name is {settings.name!r}: {reason}. Use another encoder.")
     parameters = list(backbone.parameters())
     gradients = torch.autograd.grad(sum(level.float().sum() for level in maps), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -230,50 +220,32 @@ def _try_out(backbone: nn.Module, settings: EncoderSettings) -> None:
     backbone.train()
 
 
-def _require_vit_settings(settings: EncoderSettings, patch: int) -> None:
-    if settings.context == "fpn":
-        raise UserError(
-            f"encoder.context is `fpn`, but {settings.name} has one resolution only. Use context `none` or `psp`."
-        )
-    if settings.stride != patch:
-        raise UserError(
-            f"encoder.stride is {settings.stride}, but {settings.name} has the patch stride {patch}. Set "
-            f"encoder.stride={patch}."
-        )
-
-
 def _pretrained(settings: EncoderSettings) -> dict[str, Any]:
-    if settings.weights == "none":
-        return {}
-    if settings.weights == "timm":
-        return {"pretrained": True}
-    return {
-        "pretrained": True,
-        "pretrained_cfg_overlay": {"state_dict": initial_weights(settings.weights, settings.name)},
-    }
+    if settings.weights in ("none", "timm"):
+        return {"pretrained": settings.weights == "timm"}
+    weights = initial_weights(settings.weights, settings.name)
+    return {"pretrained": True, "pretrained_cfg_overlay": {"state_dict": weights}}
 
 
 def _create(settings: EncoderSettings, options: dict[str, Any]) -> Any:
-    where = f"encoder.name is {settings.name!r}"
     try:
         with _quiet_loading():
             return timm.create_model(settings.name, **options)
-    except TypeError as error:
-        # Constructors refuse options they do not have, above all output_stride.
+    # Constructors refuse options that they do not have, above all output_stride.
+    except (TypeError, NotImplementedError, AssertionError) as error:
         raise UserError(
-            f"{where}: it cannot be built with stride {settings.stride} ({error}). Use context `fpn`, stride 32 or "
-            "another encoder."
-        ) from None
-    except (NotImplementedError, AssertionError) as error:
-        raise UserError(
-            f"{where}: it cannot be built with stride {settings.stride} ({str(error) or type(error).__name__}). Use "
-            "context `fpn`, stride 32 or another"
-            " encoder."
+            f"encoder.name is {settings.name!r}: it cannot be built with stride {settings.stride} "
+            f"({str(error) or type(error).__name__}). Use context `fpn`, stride 32 or another encoder."
         ) from None
     except (OSError, RuntimeError) as error:
-        if settings.weights != "timm" or "pretrained" not in options:
+        if settings.weights != "timm" or not options.get("pretrained"):
             raise
-        raise UserError(_download_failed(settings, error)) from None
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        raise UserError(
+            f"encoder.weights=timm: the weights of {settings.name} could not be had from the model hub "
+            f"({type(error).__name__}: {reason}). Download them elsewhere and name the .safetensors file, or use "
+            "weights `lite` or `none`."
+        ) from None
 
 
 @contextmanager
@@ -290,49 +262,28 @@ def _quiet_loading() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _download_failed(settings: EncoderSettings, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return (
-        f"encoder.weights=timm: the weights of {settings.name} could not be had from the model hub "
-        f"({type(error).__name__}: {reason}). "
-        "Download them elsewhere and name the .safetensors file, or use weights `lite` or `none`."
-    )
-
-
 class Stages(nn.Module):
-    """Every level of a backbone, where an encoder reads only those that its context module needs.
-
-    Always in evaluation mode, one image at a time.
-    """
-
-    mean: Tensor
-    std: Tensor
+    """Every level of a backbone, also those that no context module reads. In evaluation mode, one image at a time."""
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
         self.backbone = backbone.eval().requires_grad_(False)
         self.strides: tuple[int, ...] = tuple(backbone.feature_info.reduction())
         self.channels: tuple[int, ...] = tuple(backbone.feature_info.channels())
-        facts = timm.data.resolve_model_data_config(backbone)
-        # Convolutions, depthwise ones above all, are faster with channels last (benchmarks/step.py).
         self.to(memory_format=torch.channels_last)
-        self.register_buffer("mean", torch.tensor(facts["mean"]).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("std", torch.tensor(facts["std"]).view(1, 3, 1, 1) * 255, persistent=False)
+        self.normalise = Normalise(backbone)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """(1, D, h, w) features of each level, the finest first, of a (1, 3, H, W) uint8 image; H and W are multiples
-        of every stride.
-        """
-        levels: list[Tensor] = self.backbone((images.to(self.mean.dtype) - self.mean) / self.std)
+        """(1, D, h, w) features of each level, finest first. The sides of the (1, 3, H, W) image fit every stride."""
+        levels: list[Tensor] = self.backbone(self.normalise(images))
         return levels
 
 
 def model_stages(name: str, weights: str) -> Stages:
-    """The levels of a timm model as it is published: no dilation; of a plain ViT, every block. `weights` as in
-    EncoderSettings.
+    """The levels of a published timm model, without dilation; of a plain ViT, every block.
 
-    Raises UserError, with the remedy, for a model without feature maps and for weights that do not fit. timm must know
-    the name.
+    `weights` as in EncoderSettings; timm knows the name. Raises UserError for a model without feature maps and for
+    weights that do not fit.
     """
     settings = EncoderSettings(name=name, weights=weights, stride=32, context="none")
     with torch.device("meta"):
@@ -345,8 +296,8 @@ def model_stages(name: str, weights: str) -> Stages:
 
 
 def encoder_stages(encoder: Encoder, settings: EncoderSettings, *, domain: str, domains: Iterable[str]) -> Stages:
-    """The levels of an encoder's backbone up to the last that it reads: copies of its weights, its dilation, and of
-    per-domain norms those of `domain`.
+    """The levels of an encoder's backbone up to the last that it reads, with copies of its weights; of per-domain norms
+    those of `domain`.
     """
     info = encoder.backbone.feature_info
     last = info.out_indices[-1] % len(info.info)

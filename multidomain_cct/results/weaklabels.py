@@ -271,7 +271,7 @@ class _Made:
 def _pseudo_labelled(
     recipe: Recipe, images: TaggedImages, key: str, model: Classifier, *, left_out: frozenset[int]
 ) -> _Made:
-    domain, settings, device = images.domain, recipe.pseudo_labels, model.encoder.mean.device
+    domain, settings, device = images.domain, recipe.pseudo_labels, model.encoder.normalise.mean.device
     source, number = images.samples[key]
     record = images.sources[source].read(number)
     picture, mask = decode(record, domain)

@@ -89,7 +89,7 @@ def test_images_are_normalised_with_the_backbones_own_mean_and_std() -> None:
 
 
 def test_mean_and_std_are_no_part_of_what_is_saved() -> None:
-    assert not {"mean", "std"} & set(encoder(context="none").state_dict())
+    assert not [name for name in encoder(context="none").state_dict() if name.endswith((".mean", ".std"))]
 
 
 @pytest.mark.parametrize(("channels", "size"), [(8, (6, 12)), (10, (5, 7)), (4, (1, 3))])
@@ -218,36 +218,27 @@ def test_a_name_near_nothing_says_so() -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "key", "remedy"),
     [
-        ({"stride": 4}, "encoder.stride is 4; a CNN has 8, 16 or 32."),
-        (
-            {"stride": 12, "context": "fpn"},
-            "encoder.stride is 12, but test_resnet has levels at the strides [2, 4, 8, 16, 32]. With context `fpn` "
-            "choose one of these, at most 32.",
-        ),
-        (
-            {"name": "test_vit", "stride": 8, "context": "none"},
-            "encoder.stride is 8, but test_vit has the patch stride 16. Set encoder.stride=16.",
-        ),
-        (
-            {"name": "test_vit", "stride": 16, "context": "fpn"},
-            "encoder.context is `fpn`, but test_vit has one resolution only. Use context `none` or `psp`.",
-        ),
-        ({"stride": 0}, "encoder.stride is 0; it is at least 1."),
-        ({"width": 100}, "encoder.width is 100; it is a multiple of 32."),
-        ({"width": 0}, "encoder.width is 0; it is a multiple of 32."),
-        ({"context": "aspp"}, "encoder.context is 'aspp'; it is one of psp, fpn, none."),
-        (
-            {"checkpoint": True, "norm": "per_domain"},
-            "encoder.checkpoint does not go with encoder.norm=per_domain. Use norm `shared` or `frozen`.",
-        ),
-        ({"checkpoint": True, "compile": True}, "encoder.checkpoint and encoder.compile are both set; choose one."),
-        ({"norm": "group"}, "encoder.norm is 'group'; it is one of shared, per_domain, frozen."),
+        ({"stride": 4}, "encoder.stride is 4", "8, 16 or 32"),
+        ({"stride": 12, "context": "fpn"}, "encoder.stride is 12", "[2, 4, 8, 16, 32]"),
+        ({"name": "test_vit", "stride": 8, "context": "none"}, "encoder.stride is 8", "only 16"),
+        ({"name": "test_vit", "stride": 16, "context": "fpn"}, "encoder.context is `fpn`", "`none` or `psp`"),
+        ({"stride": 0}, "encoder.stride is 0", "at least 1"),
+        ({"width": 100}, "encoder.width is 100", "multiple of 32"),
+        ({"width": 0}, "encoder.width is 0", "multiple of 32"),
+        ({"context": "aspp"}, "encoder.context is 'aspp'", "psp, fpn, none"),
+        ({"checkpoint": True, "norm": "per_domain"}, "encoder.checkpoint", "encoder.norm=shared or frozen"),
+        ({"checkpoint": True, "compile": True}, "encoder.checkpoint and encoder.compile", "choose one"),
+        ({"norm": "group"}, "encoder.norm is 'group'", "shared, per_domain, frozen"),
     ],
 )
-def test_settings_that_do_not_fit_are_refused_with_the_remedy(settings: dict[str, object], message: str) -> None:
-    assert refused(**settings) == message
+def test_settings_that_do_not_fit_are_refused_with_the_remedy(
+    settings: dict[str, object], key: str, remedy: str
+) -> None:
+    message = refused(**settings)
+    assert message.startswith(key)
+    assert remedy in message
 
 
 @pytest.mark.parametrize("name", ["test_mambaout", "test_maxvit"])

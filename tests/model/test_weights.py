@@ -149,10 +149,8 @@ def test_weights_that_cannot_be_downloaded_give_one_line(monkeypatch: pytest.Mon
 
 def test_lite_weights_fit_lite_encoders_only() -> None:
     message = refused("lite")
-    assert (
-        message == f"encoder.weights is `lite`, but encoder.name is {TINY!r}; `lite` fits tf_efficientnet_lite0 to "
-        "tf_efficientnet_lite4."
-    )
+    assert message.startswith(f"encoder.weights is `lite`, but encoder.name is {TINY!r}")
+    assert "tf_efficientnet_lite0 to 4" in message
 
 
 def test_lite_weights_that_are_not_installed_name_the_command() -> None:
