@@ -1,8 +1,8 @@
-"""Two toy domains, drawn on the spot: a street and a room, with disjoint labels.
+"""Two drawn toy domains, a street and a room, with disjoint labels.
 
-A scene is a handful of boxes, rectangles and discs seen through a random camera. Colour alone does not tell the classes
-apart (a brick wall, an autumn tree and a red car share their reds; floor, table and chair their woods); shape, texture
-and place do. A few labelled images leave much to learn, many suffice.
+A scene is a handful of boxes, rectangles and discs seen through a random camera. Classes share colours (brick wall,
+autumn tree and red car; floor, table and chair) and differ in shape, texture and position: a few labelled images leave
+much to learn, many suffice.
 """
 
 from __future__ import annotations
@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from multidomain_cct.data.toy.painter import Scene, Span
+from multidomain_cct.data.toy.painter import Color, Scene, Span
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import replacing
 
@@ -31,82 +30,53 @@ SKY, ROAD, BUILDING, TREE, CAR, PERSON = range(6)
 WALL, FLOOR, WINDOW, TABLE, CHAIR, LAMP = range(6)
 
 _SEED = 2
-_SKIES = (
-    ((88, 142, 214), (196, 220, 240)),
-    ((150, 158, 168), (208, 210, 212)),
-    ((104, 92, 150), (244, 178, 128)),
-    ((58, 74, 120), (168, 150, 172)),
-)
-_ASPHALTS = ((96, 98, 104), (128, 124, 120), (112, 98, 90), (72, 76, 86), (150, 144, 136))
-_FACADES = (
-    (168, 84, 68),
-    (206, 184, 148),
-    (140, 146, 154),
-    (122, 132, 110),
-    (196, 148, 92),
-    (96, 110, 138),
-    (222, 216, 206),
-)
-_LEAVES = ((72, 118, 58), (112, 140, 66), (184, 108, 48), (170, 74, 52), (56, 88, 74), (206, 160, 70))
-_PAINTS = (
-    (184, 60, 54),
-    (52, 84, 150),
-    (222, 218, 210),
-    (46, 48, 56),
-    (226, 178, 62),
-    (86, 132, 92),
-    (148, 150, 158),
-    (128, 82, 130),
-)
-_GLASSES = ((62, 74, 96), (150, 176, 204), (236, 206, 130))
-_SKINS = ((236, 198, 168), (206, 156, 118), (150, 104, 76), (98, 68, 52))
-_WALLS = ((222, 208, 180), (164, 184, 164), (150, 172, 196), (198, 138, 112), (184, 180, 178))
-_WOODS = ((170, 116, 72), (206, 164, 112), (112, 74, 52), (140, 134, 128))
-_FABRICS = (
-    (176, 72, 60),
-    (70, 104, 140),
-    (196, 158, 72),
-    (94, 122, 88),
-    (170, 116, 72),
-    (112, 74, 52),
-    (210, 206, 200),
-)
-_SHADES = ((250, 232, 176), (242, 240, 232), (206, 92, 68), (236, 186, 84))
+
+
+def _palette(colors: str) -> list[Color]:
+    return [tuple(bytes.fromhex(color)) for color in colors.split()]
+
+
+_SKIES = [_palette(pair) for pair in ("588ed6 c4dcf0", "969ea8 d0d2d4", "685c96 f4b280", "3a4a78 a896ac")]
+"""Top and bottom."""
+_ASPHALTS = _palette("606268 807c78 70625a 484c56 969088")
+_FACADES = _palette("a85444 ceb894 8c929a 7a846e c4945c 606e8a ded8ce")
+_LEAVES = _palette("48763a 708c42 b86c30 aa4a34 38584a cea046")
+_PAINTS = _palette("b83c36 345496 dedad2 2e3038 e2b23e 56845c 94969e 805282")
+_GLASSES = _palette("3e4a60 96b0cc ecce82")
+_SKINS = _palette("ecc6a8 ce9c76 96684c 624434")
+_WALLS = _palette("ded0b4 a4b8a4 96acc4 c68a70 b8b4b2")
+_WOODS = _palette("aa7448 cea470 704a34 8c8680")
+_FABRICS = _palette("b0483c 46688c c49e48 5e7a58 aa7448 704a34 d2cec8")
+_SHADES = _palette("fae8b0 f2f0e8 ce5c44 ecba54")
 # Strength of the coarse and of the fine grain of each class.
 _STREET_GRAIN = ((0.02, 0.00), (0.06, 0.06), (0.05, 0.03), (0.14, 0.14), (0.02, 0.00), (0.05, 0.03))
 _ROOM_GRAIN = ((0.025, 0.02), (0.06, 0.06), (0.03, 0.00), (0.04, 0.03), (0.05, 0.05), (0.02, 0.00))
 
 
 def render_toy(name: str, folder: Path) -> None:
-    """Draw the toy domain `name` into a raw tree: images/<split>/<stem>.jpg and masks/<split>/<stem>.png, 8-bit raw
-    ids.
+    """Draw the toy domain `name` as a raw tree: images/<split>/<stem>.jpg and masks/<split>/<stem>.png, 8-bit raw ids.
 
-    Each picture depends on its name, split and index only, and each file appears whole; those that are there already
-    are left as they are. Raises UserError for a name that is not in CLASSES.
+    Each picture depends on its name, split and index only, and each file appears whole; existing pairs stay. Raises
+    UserError for a name that is not in CLASSES.
     """
     if name not in CLASSES:
         raise UserError(
-            f'The layout `toy` can draw {" and ".join(CLASSES)}, not "{name}". Images and masks of your own have the '
-            "layout `folder`."
+            f'The layout `toy` can draw {" and ".join(CLASSES)}, not "{name}". For your own images and masks: `folder`.'
         )
     for split_number, (split, count) in enumerate(SPLITS.items()):
-        for kind in ("images", "masks"):
-            (folder / kind / split).mkdir(parents=True, exist_ok=True)
+        images, masks = folder / "images" / split, folder / "masks" / split
+        images.mkdir(parents=True, exist_ok=True)
+        masks.mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            image_path, mask_path = (
-                folder / "images" / split / f"{split}_{index:03d}.jpg",
-                folder / "masks" / split / f"{split}_{index:03d}.png",
-            )
-            if not (image_path.exists() and mask_path.exists()):
-                rng = np.random.default_rng([_SEED, list(CLASSES).index(name), split_number, index])
-                image, mask = _street(rng) if name == "toy_street" else _room(rng)
-                _save(image, image_path, format="JPEG", quality=95)
-                _save(mask, mask_path, format="PNG")
-
-
-def _save(picture: Image.Image, path: Path, **options: Any) -> None:
-    with replacing(path, durable=False) as temporary:
-        picture.save(temporary, **options)
+            image_path, mask_path = images / f"{split}_{index:03d}.jpg", masks / f"{split}_{index:03d}.png"
+            if image_path.exists() and mask_path.exists():
+                continue
+            rng = np.random.default_rng([_SEED, list(CLASSES).index(name), split_number, index])
+            image, mask = _street(rng) if name == "toy_street" else _room(rng)
+            with replacing(image_path, durable=False) as temporary:
+                image.save(temporary, "JPEG", quality=95)
+            with replacing(mask_path, durable=False) as temporary:
+                mask.save(temporary, "PNG")
 
 
 _Thing = tuple[float, float, Callable[[Scene, float, float], None]]
@@ -123,14 +93,8 @@ def _street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     scene = Scene(rng, eye=rng.uniform(1.5, 2.6), horizon=rng.uniform(0.38, 0.58), behind=(top, bottom), haze=True)
     for x, y in rng.uniform((-8, 2), (8, 7), (rng.integers(6), 2)):
         for _ in range(6):
-            scene.disc(
-                SKY,
-                tuple(bottom),
-                (x + rng.normal(0, 0.8), y + rng.normal(0, 0.12), 12),
-                rng.uniform(0.3, 0.7),
-                squash=0.5,
-                tone=1.06,
-            )
+            center = (x + rng.normal(0, 0.8), y + rng.normal(0, 0.12), 12)
+            scene.disc(SKY, tuple(bottom), center, rng.uniform(0.3, 0.7), squash=0.5, tone=1.06)
     side, asphalt, pavement = rng.uniform(5, 8), scene.near(_ASPHALTS), rng.uniform(1.1, 1.35)
     scene.lying(ROAD, asphalt, (-400, 400), 0, (1, 300))
     for sign in (-1, 1):
@@ -142,16 +106,14 @@ def _street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     wall, edge = math.copysign(side, scene.lean), rng.uniform(-side, side)
     if rng.random() < 0.7:
         scene.shine(rng.uniform(0.55, 0.75), [(edge, 0, 1), (edge, 0, 80), (wall, 0, 80), (wall, 0, 1)])
-    trees = [
-        (rng.uniform(8, 24), rng.choice((-1, 1)) * (side - rng.uniform(0.2, 1.6)), _paint_tree)
-        for _ in range(rng.integers(1, 5))
-    ]
-    cars = [
-        (rng.uniform(6, 17), rng.choice((-1, 1)) * rng.uniform(1.2, side - 2.6), _paint_car)
-        for _ in range(rng.integers(1, 4))
-    ]
-    persons = [(rng.uniform(4, 9), rng.uniform(-3, 3), _paint_person) for _ in range(rng.integers(0, 4))]
-    _paint_things(scene, trees + cars + persons)
+    things: list[_Thing] = []
+    for _ in range(rng.integers(1, 5)):
+        things.append((rng.uniform(8, 24), rng.choice((-1, 1)) * (side - rng.uniform(0.2, 1.6)), _paint_tree))
+    for _ in range(rng.integers(1, 4)):
+        things.append((rng.uniform(6, 17), rng.choice((-1, 1)) * rng.uniform(1.2, side - 2.6), _paint_car))
+    for _ in range(rng.integers(0, 4)):
+        things.append((rng.uniform(4, 9), rng.uniform(-3, 3), _paint_person))
+    _paint_things(scene, things)
     return scene.develop(_STREET_GRAIN)
 
 
@@ -180,12 +142,8 @@ def _paint_tree(scene: Scene, x: float, z: float) -> None:
     if rng.random() < 0.25:
         for level in range(3):
             half, foot = crown * (1 - 0.25 * level), 0.5 * trunk + 0.8 * crown * level
-            scene.polygon(
-                TREE,
-                leaves,
-                [(x - half, foot, z), (x + half, foot, z), (x, foot + 1.7 * crown, z)],
-                0.85 + 0.12 * level,
-            )
+            triangle = [(x - half, foot, z), (x + half, foot, z), (x, foot + 1.7 * crown, z)]
+            scene.polygon(TREE, leaves, triangle, 0.85 + 0.12 * level)
         return
     for lift in np.linspace(-0.5, 0.9, 14):
         place = (x + rng.normal(0, 0.45) * crown, trunk + crown * (1 + 0.8 * lift), z)
@@ -218,24 +176,11 @@ def _paint_person(scene: Scene, x: float, z: float) -> None:
     stride, reach = rng.uniform(0.08, 0.25), rng.uniform(0.34, 0.55, size=2)
     scene.shadow((x - 0.3, x + 0.3), (z, z + 0.3))
     for sign, hand in zip((-1, 1), reach, strict=True):
-        foot = x + sign * stride
-        scene.polygon(
-            PERSON,
-            trousers,
-            [(foot - 0.13, 0, z), (foot + 0.13, 0, z), (x + 0.25, hip, z), (x - 0.25, hip, z)],
-            1 - 0.08 * sign,
-        )
-        scene.polygon(
-            PERSON,
-            shirt,
-            [
-                (x, neck, z),
-                (x + sign * 0.36, neck, z),
-                (x + sign * (hand + 0.1), hip, z),
-                (x + sign * (hand - 0.1), hip, z),
-            ],
-            0.85,
-        )
+        foot, inner, outer = x + sign * stride, x + sign * (hand - 0.1), x + sign * (hand + 0.1)
+        leg = [(foot - 0.13, 0, z), (foot + 0.13, 0, z), (x + 0.25, hip, z), (x - 0.25, hip, z)]
+        arm = [(x, neck, z), (x + sign * 0.36, neck, z), (outer, hip, z), (inner, hip, z)]
+        scene.polygon(PERSON, trousers, leg, 1 - 0.08 * sign)
+        scene.polygon(PERSON, shirt, arm, 0.85)
     scene.polygon(PERSON, shirt, [(x - 0.25, hip, z), (x + 0.25, hip, z), (x + 0.33, neck, z), (x - 0.33, neck, z)])
     scene.disc(PERSON, scene.near(((52, 40, 34), (120, 84, 52), (196, 160, 96))), (x, neck + 0.25, z), 0.21)
     scene.disc(PERSON, scene.near(_SKINS), (x, neck + 0.16, z), 0.18)
@@ -244,12 +189,8 @@ def _paint_person(scene: Scene, x: float, z: float) -> None:
 def _room(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     paint = np.asarray(_WALLS[rng.integers(len(_WALLS))]) * rng.uniform(0.85, 1.1) + rng.normal(0, 8, 3)
     scene = Scene(rng, eye=rng.uniform(1.3, 1.9), horizon=rng.uniform(0.16, 0.36), behind=(paint, paint), haze=False)
-    left, right, depth, height = (
-        -rng.uniform(1.9, 3.2),
-        rng.uniform(1.9, 3.2),
-        rng.uniform(4.0, 5.6),
-        rng.uniform(2.4, 2.9),
-    )
+    left, right = -rng.uniform(1.9, 3.2), rng.uniform(1.9, 3.2)
+    depth, height = rng.uniform(4.0, 5.6), rng.uniform(2.4, 2.9)
     scene.lying(WALL, (236, 234, 228), (left, right), height, (0.5, depth))
     for x, tone in zip((left, right), rng.permutation((0.8, 1.06)), strict=True):
         scene.receding(WALL, tuple(paint), x, (0, height), (0.5, depth), tone)
@@ -257,14 +198,13 @@ def _room(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     _paint_floor(scene, (left, right), depth)
     _paint_openings(scene, (left, right), depth)
     table, middle = rng.uniform(2.4, depth - 1.2), rng.uniform(left + 1.1, right - 1.1)
-    tables: list[_Thing] = [(table, middle, _paint_table)] if rng.random() < 0.85 else []
+    things: list[_Thing] = [(table, middle, _paint_table)] if rng.random() < 0.85 else []
     seats = (middle + rng.choice((-1, 1), 3) * rng.uniform(0.8, 1.6, 3)).clip(left + 0.35, right - 0.35)
-    chairs: list[_Thing] = [(table + rng.uniform(-0.5, 0.9), x, _paint_chair) for x in seats[: rng.integers(1, 4)]]
-    lamps: list[_Thing] = [
-        (rng.uniform(2.8, depth - 0.4), rng.uniform(left + 0.4, right - 0.4), _paint_lamp)
-        for _ in range(rng.integers(1, 3))
-    ]
-    _paint_things(scene, tables + chairs + lamps)
+    for x in seats[: rng.integers(1, 4)]:
+        things.append((table + rng.uniform(-0.5, 0.9), x, _paint_chair))
+    for _ in range(rng.integers(1, 3)):
+        things.append((rng.uniform(2.8, depth - 0.4), rng.uniform(left + 0.4, right - 0.4), _paint_lamp))
+    _paint_things(scene, things)
     return scene.develop(_ROOM_GRAIN)
 
 
@@ -283,7 +223,7 @@ def _paint_floor(scene: Scene, x: Span, depth: float) -> None:
 
 
 def _paint_openings(scene: Scene, x: Span, depth: float) -> None:
-    """One or two windows, the daylight they throw on the floor, and perhaps a picture, which is wall."""
+    """One or two windows, their daylight on the floor, and perhaps a picture, which counts as wall."""
     rng, frame = scene.rng, scene.near(((240, 238, 232), (112, 74, 52), (90, 92, 96)))
     top, bottom = np.asarray(_SKIES[rng.integers(len(_SKIES))]) * rng.choice((0.35, 1.0, 1.05))
     low, high = rng.uniform(0.7, 1.0), rng.uniform(1.8, 2.2)
@@ -295,21 +235,13 @@ def _paint_openings(scene: Scene, x: Span, depth: float) -> None:
             scene.facing(WALL, scene.near(_WALLS), (start + 0.27, start + 0.73), (1.37, 1.83), depth)
         elif kind == "window":
             scene.facing(WINDOW, frame, (start, start + 1.1), (low, high), depth)
+            pane_height = (high - low) / 2 - 0.1
             for pane in (start + 0.07, start + 0.58):
                 for sill, color in ((low + 0.07, bottom), ((low + high) / 2 + 0.02, top)):
-                    scene.facing(
-                        WINDOW, tuple(color), (pane, pane + 0.45), (sill, sill + (high - low) / 2 - 0.1), depth
-                    )
-            lean, near = scene.lean / 2, depth - 1.8
-            scene.shine(
-                1.3,
-                [
-                    (start, 0, depth - 0.7),
-                    (start + 1.1, 0, depth - 0.7),
-                    (start + 1.1 + lean, 0, near),
-                    (start + lean, 0, near),
-                ],
-            )
+                    scene.facing(WINDOW, tuple(color), (pane, pane + 0.45), (sill, sill + pane_height), depth)
+            end, lean = start + 1.1, scene.lean / 2
+            far, near = depth - 0.7, depth - 1.8
+            scene.shine(1.3, [(start, 0, far), (end, 0, far), (end + lean, 0, near), (start + lean, 0, near)])
 
 
 def _paint_table(scene: Scene, x: float, z: float) -> None:
