@@ -1,1 +1,1 @@
-"""Files that are safe to read and to write, and what is shown or seeded from their contents."""
+"""Durable files, strict YAML, printable text and seeds."""

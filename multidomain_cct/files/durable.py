@@ -1,4 +1,4 @@
-"""Files that a crash cannot spoil: what is reported as written has reached the disk, names included."""
+"""Files that survive a crash: when a function here returns, contents and names are on the disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and those above it, and put their names on the disk."""
+    """Create a folder and its parents, names on the disk included."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
@@ -23,7 +23,7 @@ def make_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file and put its contents on the disk; its name is there once the folder is synced."""
+    """Write a file and put its contents on the disk; its name follows when the folder is synced."""
     with _naming(path):
         path.write_text(text, encoding="utf-8")
     sync(path)
@@ -38,12 +38,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         save_file(tensors, path)
     except SafetensorError as error:
-        # The library tells the operating system's error in words only.
+        # The library reports the operating system's error only as text.
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
-    # It creates files that only their owner may read; a team shares its runs.
+    # safetensors creates files that only their owner may read, but teams share runs.
     path.chmod(0o644)
     sync(path)
 
@@ -70,7 +70,7 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace a file as a whole, in UTF-8. A lone surrogate, as in a file name that is not UTF-8, becomes an escape."""
+    """Replace a file by UTF-8 text. Lone surrogates, from file names that are not UTF-8, become escapes."""
     with replacing(path) as temporary, _naming(temporary):
         temporary.write_bytes(text.encode("utf-8", "backslashreplace"))
 
@@ -82,7 +82,7 @@ def file_sha256(path: Path) -> str:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's contents, or the names in a folder, are on the disk."""
+    """Wait until a file's contents, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with _naming(path):
@@ -93,7 +93,7 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    """Give an error the path, which the operating system leaves out where a file is open already."""
+    """Add the path to errors, which the operating system omits for open files."""
     try:
         yield
     except OSError as error:

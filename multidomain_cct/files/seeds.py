@@ -1,4 +1,4 @@
-"""Seeds that depend on what is named, and on nothing else."""
+"""Seeds derived from names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import hashlib
 
 
 def seed_from(*parts: int | str) -> int:
-    """A 63-bit seed that depends on every part and on nothing else (not on PYTHONHASHSEED, platform or library
-    version).
-    """
+    """A 63-bit seed that depends on the parts only, not on PYTHONHASHSEED, platform or library version."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

@@ -1,4 +1,4 @@
-"""YAML files as plain values: nothing in them executes, replaces a key in silence, or is another type than it looks."""
+"""YAML files as plain values: nothing executes, no key is silently replaced, and words stay words."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from multidomain_cct.errors import UserError
 
 
 class StrictLoader(yaml.SafeLoader):
-    """YAML without executable tags, aliases and keys that silently replace each other, and with `no` as the word it is
-    (only true and false are booleans).
-    """
+    """YAML without executable tags, aliases and duplicate keys; only true and false are booleans, `no` is a word."""
 
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
@@ -23,13 +21,11 @@ class StrictLoader(yaml.SafeLoader):
     }
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        # A few lines of aliases of aliases unfold into more than any memory holds.
+        # A few lines of nested aliases expand to more than any memory holds.
         if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
             event = self.peek_event()  # type: ignore[no-untyped-call]
-            raise UserError(
-                f"line {event.start_mark.line + 1}: the alias *{event.anchor}; aliases are not read here. Write the "
-                "value out."
-            )
+            line = event.start_mark.line + 1
+            raise UserError(f"line {line}: the alias *{event.anchor} is not allowed. Write the value out.")
         node: yaml.Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
         return node
 
@@ -37,12 +33,11 @@ class StrictLoader(yaml.SafeLoader):
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            line = key_node.start_mark.line + 1
             if not isinstance(key, Hashable):
-                raise UserError(
-                    f"line {key_node.start_mark.line + 1}: the key {key!r} is no word; in front of a colon stands one."
-                )
+                raise UserError(f"line {line}: the key {key!r} is not a word. Write a word before the colon.")
             if key in seen:
-                raise UserError(f"line {key_node.start_mark.line + 1}: the key {key!r} appears twice; keep one.")
+                raise UserError(f"line {line}: the key {key!r} appears twice; keep one.")
             seen.add(key)
         return super().construct_mapping(node, deep)
 
@@ -57,14 +52,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=StrictLoader)
     except (UserError, ValueError) as error:
-        # ValueError: not UTF-8, or a date that is none.
+        # ValueError: not UTF-8, or an impossible date.
         raise UserError(f"{path}: {error}") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f"line {mark.line + 1}: " if mark is not None else ""
-        raise UserError(
-            f"{path}: {line}this is not valid YAML: {getattr(error, 'problem', 'it holds control characters')}."
-        ) from None
+        problem = getattr(error, "problem", "it holds control characters")
+        raise UserError(f"{path}: {line}this is not valid YAML: {problem}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}; a mapping of keys to values is expected.")
     return content

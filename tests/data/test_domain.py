@@ -245,7 +245,7 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
         ),
         ("licence: MIT", "license: MIT", 'unknown key "license". Allowed: name, layout,'),
         ("licence: MIT", "title: again", "line 3: the key 'title' appears twice; keep one."),
-        ("licence: MIT", "? [a]\n: b", "line 3: the key ['a'] is no word"),
+        ("licence: MIT", "? [a]\n: b", "line 3: the key ['a'] is not a word"),
         ("name: street", "name: avenue", 'name is "avenue", but the file is named street.yaml'),
         ("name: street", "name: 1st", "name is '1st'; a name starts with a letter"),
         (

@@ -1,11 +1,8 @@
-"""Which sample stands at which position: pure arithmetic, no state.
+"""Which sample is at which position: pure arithmetic, no state.
 
-A stream (the labelled or the unlabelled images of a domain) is an endless sequence of positions. Position p lies in
-epoch p // n at offset p % n, and each epoch is its own permutation of the n samples. Whoever knows the step knows every
-position in it, so resuming is a seek.
-
-No permutation is ever written down: `scatter` computes where one number goes, for a thousand samples as for a thousand
-million.
+A stream (the labelled or the unlabelled images of a domain) is an endless sequence of positions. Position p is in epoch
+p // n at offset p % n, and each epoch is its own permutation of the n samples. The step determines all its positions,
+so resuming is a seek. No permutation is stored: `scatter` computes the image of one number.
 """
 
 from __future__ import annotations
@@ -21,16 +18,16 @@ import numpy as np
 from multidomain_cct.files.seeds import seed_from
 
 _DOUBLE_ROUNDS = 6
-"""Double rounds of the Feistel network. With 4, some orders of 5 samples come twice as often as others."""
+"""Double rounds of the Feistel network. With 4, some orders of 5 samples are twice as frequent as others."""
 _64_BITS = 2**64 - 1
 
 
 def scatter(number: int, size: int, seed: int) -> int:
-    """Where a pseudo-random permutation of 0 ... size - 1, chosen by the seed, takes this number.
+    """The image of a number under a pseudo-random permutation of 0 ... size - 1, chosen by the seed.
 
-    A Feistel network on pairs (left, right) that cover the range, each half added to modulo its own size, so that
-    hardly any pair lies outside; one that does is sent on until it comes back (cycle walking), which keeps the map one
-    to one. Black and Rogaway, Ciphers with arbitrary finite domains, 2002.
+    A Feistel network on pairs (left, right) whose product of sizes is just above `size`. Images outside the range go
+    through it again until they are inside (cycle walking), which keeps the map one to one. Black and Rogaway, Ciphers
+    with arbitrary finite domains, 2002.
     """
     sides, keys = _sides(size), _round_keys(seed)
     placed: int = _through_network(number, sides, keys)
@@ -61,7 +58,7 @@ def _round_keys(seed: int) -> tuple[tuple[int, int], ...]:
 
 
 def _through_network(placed: Any, sides: tuple[int, int], keys: tuple[tuple[int, int], ...]) -> Any:
-    """One pass; of an integer or of an array of uint64."""
+    """One pass, for an integer or an array of uint64."""
     high, low = sides
     left, right = placed // low, placed % low
     for even, odd in keys:
@@ -71,7 +68,7 @@ def _through_network(placed: Any, sides: tuple[int, int], keys: tuple[tuple[int,
 
 
 def _mixed(value: Any) -> Any:
-    """The 64-bit value hashed, as splitmix64 ends; of an integer or of an array of uint64."""
+    """The last steps of splitmix64, for an integer or an array of uint64."""
     value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9 & _64_BITS
     value = (value ^ value >> 27) * 0x94D049BB133111EB & _64_BITS
     return value ^ value >> 31
@@ -87,7 +84,7 @@ class Stream:
     seed: int
     window: int = 0
     """0: each epoch is one permutation of all samples. K: each epoch permutes the shards, and samples only within
-    windows of K shards, so that K shards at a time are in use.
+    windows of K shards.
     """
     shard_ends: np.ndarray | None = field(default=None, compare=False)
     """(s,) int64: the sample number at which each shard ends; the last is num_samples. Only a window needs it."""
@@ -106,16 +103,15 @@ class Stream:
         shards, ends = self._plan(epoch)
         window = int(np.searchsorted(ends, offset, side="right"))
         first = int(ends[window - 1]) if window else 0
-        placed = scatter(
-            offset - first, int(ends[window]) - first, seed_from(self.seed, self.name, epoch, window, "order")
-        )
+        seed = seed_from(self.seed, self.name, epoch, window, "order")
+        placed = scatter(offset - first, int(ends[window]) - first, seed)
         return epoch, self._in_shards(placed, shards[window * self.window : (window + 1) * self.window])
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The shards of an epoch in their order, and the offset at which each of its windows ends."""
         assert self.shard_ends is not None
         if epoch not in self._plans:
-            # Positions move on, so no more than two epochs are in use.
+            # Positions advance, so at most two epochs are in use.
             for old in sorted(self._plans)[:-1]:
                 del self._plans[old]
             shards = permutation(len(self.shard_ends), seed_from(self.seed, self.name, epoch, "shards"))
@@ -124,7 +120,7 @@ class Stream:
         return self._plans[epoch]
 
     def _in_shards(self, placed: int, shards: np.ndarray) -> int:
-        """The sample number at this place among the samples of these shards, taken one shard after the other."""
+        """The sample number at a position in the concatenation of these shards."""
         assert self.shard_ends is not None
         ends = np.cumsum(self.shard_ends[shards] - np.where(shards > 0, self.shard_ends[shards - 1], 0))
         which = int(np.searchsorted(ends, placed, side="right"))
@@ -132,10 +128,10 @@ class Stream:
 
 
 def batch_positions(turn: int, global_batch: int, *, part: int, parts: int) -> range:
-    """The positions that one of `parts` equal shares of the turn-th global batch holds.
+    """The positions of one of `parts` equal shares of a global batch; parts divides global_batch.
 
-    The parts are processes and accumulated micro-batches: however many there are, together they see the same global
-    batch in the same order. The caller has checked that parts divides global_batch.
+    The parts are processes and accumulated micro-batches. Together they see the same global batch in the same order,
+    whatever their number.
     """
     share = global_batch // parts
     start = turn * global_batch + part * share

@@ -37,19 +37,15 @@ def raw_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     files do not fit together.
     """
     if split not in domain.splits:
+        known = ", ".join(domain.splits)
         raise UserError(
-            f'{domain.name} has no split "{split}". Its splits: '
-            f"{', '.join(domain.splits)}.{did_you_mean(split, domain.splits)}"
+            f'{domain.name} has no split "{split}". Its splits: {known}.{did_you_mean(split, domain.splits)}'
         )
     if not raw.is_dir():
-        raise MissingRawFiles(
-            f"{raw}: there is no such folder. Give the folder that holds the raw files of {domain.name}."
-        )
+        raise MissingRawFiles(f"{raw}: there is no such folder. Name the folder of the raw files of {domain.name}.")
     samples = sorted(_LAYOUTS[domain.layout](domain, raw, split), key=lambda sample: sample.key)
     if not samples:
-        raise MissingRawFiles(
-            f"{raw}: split {split} of {domain.name} has no image. Add images, or take the split out of the domain."
-        )
+        raise MissingRawFiles(f"{raw}: split {split} of {domain.name} has no image. Add some, or remove the split.")
     assert all(before.key < after.key for before, after in pairwise(samples))
     return samples
 
@@ -112,13 +108,8 @@ def _camvid(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     images = images_in(stills, "*", domain, split)
     listed = raw / f"{split}.txt"
     stems = listed_stems(listed) if listed.is_file() else [stem for stem in images if _camvid_split(stem) == split]
-    return listed_samples(
-        images,
-        by_stem(image_files(labels, "*_L.png"), "_L.png"),
-        stems,
-        f"{listed}: names",
-        lambda stem: str(labels / f"{stem}_L.png"),
-    )
+    masks = by_stem(image_files(labels, "*_L.png"), "_L.png")
+    return listed_samples(images, masks, stems, f"{listed}: names", lambda stem: str(labels / f"{stem}_L.png"))
 
 
 def _camvid_split(stem: str) -> str:
@@ -164,8 +155,7 @@ def _numbered(paths: Mapping[str, Path], split: str) -> dict[str, Path]:
     for stem, path in paths.items():
         if stem not in numbers:
             raise UserError(
-                f"{path}: SUN RGB-D is paired by number, and this name does not end in one. Name it as in "
-                "img-000001.jpg."
+                f"{path}: SUN RGB-D is paired by number, and this name does not end in one. Example: img-000001.jpg."
             )
     offset = _SUN_TEST_IMAGES if split == "train" and min(numbers.values(), default=0) <= _SUN_TEST_IMAGES else 0
     return unique_names((f"img-{number + offset:06d}", paths[stem]) for stem, number in numbers.items())
@@ -191,9 +181,7 @@ def _sun_rgbd_official(domain: Domain, raw: Path, split: str) -> list[RawSample]
     splits = toolbox / "traintestSUNRGBD" / "allsplit.mat"
     for needed in (table, labels, splits):
         if not needed.is_file():
-            raise MissingRawFiles(
-                f"{needed}: there is no such file. Unpack SUNRGBDtoolbox.zip, which holds it, in {raw}."
-            )
+            raise MissingRawFiles(f"{needed}: there is no such file. Unpack SUNRGBDtoolbox.zip in {raw}.")
     lists = loadmat(splits, squeeze_me=True)
     if f"all{split}" not in lists:
         raise MissingRawFiles(

@@ -122,25 +122,11 @@ def pack(
 def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_shard_bytes: int) -> str:
     """Digest of everything that determines the bytes of the shards; of raw files the sizes, not the contents."""
     labels = [(label.name, label.ids, label.colors, label.color) for label in domain.classes]
-    facts: list[Any] = [
-        domain.name,
-        split,
-        domain.size,
-        domain.unknown,
-        split in domain.score_at_full_size,
-        labels,
-        domain.ignore_ids,
-        domain.ignore_colors,
-        seed,
-        max_shard_bytes,
-        JPEG_QUALITY,
-        PIL.__version__,
-    ]
+    facts: list[Any] = [domain.name, split, domain.size, domain.unknown, split in domain.score_at_full_size, labels]
+    facts += [domain.ignore_ids, domain.ignore_colors, seed, max_shard_bytes, JPEG_QUALITY, PIL.__version__]
     for sample in samples:
-        mask = sample.mask
-        facts.append(
-            [sample.key, sample.image.stat().st_size, mask is not None and [mask.train_ids, mask.path.stat().st_size]]
-        )
+        mask = sample.mask and [sample.mask.train_ids, sample.mask.path.stat().st_size]
+        facts.append([sample.key, sample.image.stat().st_size, mask or False])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 

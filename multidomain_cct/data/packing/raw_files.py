@@ -61,15 +61,12 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
     for stem in sorted(images.keys() - masks.keys()):
         extended = [stem + ending for ending in MASK_ENDINGS if stem + ending in masks and stem + ending not in images]
         if len(extended) > 1:
-            raise UserError(
-                f"{images[stem]}: has {len(extended)} masks, {' and '.join(masks[name].name for name in extended)}; "
-                "keep one."
-            )
+            names = " and ".join(masks[name].name for name in extended)
+            raise UserError(f"{images[stem]}: has {len(extended)} masks, {names}; keep one.")
         if extended:
             masks[stem] = masks.pop(extended[0])
-    return paired_samples(
-        images, {stem: MaskFile(path) for stem, path in masks.items()}, lambda stem: f"the name {stem} in {globs.masks}"
-    )
+    files = {stem: MaskFile(path) for stem, path in masks.items()}
+    return paired_samples(images, files, lambda stem: f"the name {stem} in {globs.masks}")
 
 
 def paired_samples(
@@ -118,8 +115,7 @@ def sample_key(stem: str) -> str:
     key = re.sub(rb"[^A-Za-z0-9_-]", lambda byte: b"=%02X" % byte.group()[0], path).decode("ascii")
     if len(key) > LONGEST_KEY:
         raise UserError(
-            f"{stem}: gives a sample key of {len(key)} characters; at most {LONGEST_KEY} fit. Shorten the names of "
-            "its folders or file."
+            f"{stem}: gives a sample key of {len(key)} characters; at most {LONGEST_KEY} fit. Shorten its names."
         )
     return key
 

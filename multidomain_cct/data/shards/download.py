@@ -117,6 +117,18 @@ def download(
     )
 
 
+@contextmanager
+def _as_oserror() -> Iterator[None]:
+    """botocore and aiohttp have their own exceptions for no connection, no credentials, a timeout."""
+    try:
+        yield
+    except (OSError, ValueError, http.client.HTTPException, UserError):
+        raise
+    except Exception as error:
+        raise OSError(str(error) or type(error).__name__) from None
+
+
+@_as_oserror()
 def _append(address: str, target: Path, size: int | None, patience: Patience) -> int | None:
     """Read once, until the connection ends. Returns the size of the whole file, if known."""
     start = target.stat().st_size if target.is_file() else 0
@@ -178,38 +190,11 @@ def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any)
             "'multidomain-cct[remote]'"
         ) from None
     try:
-        with _as_oserror():
-            body = files.open(address, "rb", block_size=_PART)
-            body.seek(start)
+        body = files.open(address, "rb", block_size=_PART)
+        body.seek(start)
     except (FileNotFoundError, PermissionError) as error:
         trouble = "there is no such file" if isinstance(error, FileNotFoundError) else "it may not be read"
         raise SourceError(
             f"{address}: {trouble} ({error}). Check the address and the rights of these credentials."
         ) from None
-    return _Body(body), start, int(body.size)
-
-
-@dataclass(frozen=True)
-class _Body:
-    """A file of fsspec that raises OSError, whichever library fails."""
-
-    file: Any
-
-    def read(self, size: int = -1) -> bytes:
-        with _as_oserror():
-            content: bytes = self.file.read(size)
-        return content
-
-    def close(self) -> None:
-        self.file.close()
-
-
-@contextmanager
-def _as_oserror() -> Iterator[None]:
-    try:
-        yield
-    except OSError:
-        raise
-    except Exception as error:
-        # botocore and aiohttp have their own exceptions for no connection, no credentials, a timeout.
-        raise OSError(str(error) or type(error).__name__) from None
+    return body, start, int(body.size)

@@ -20,7 +20,7 @@ class Source(Protocol):
     """A folder of shards, local or remote."""
 
     def place(self, name: str) -> str:
-        """Path or address of the shard of this name, for messages."""
+        """Path or address of a shard, for messages."""
 
     def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:
         """The index of a shard. Raises UserError when it is not the one in the catalogue."""

@@ -22,10 +22,7 @@ _OVERSAMPLING = 2
 
 
 class Scene:
-    """A picture and its mask, painted together from far to near.
-
-    It begins as class 0 everywhere: a gradient between the colours `behind`.
-    """
+    """A picture and its mask, painted from far to near over class 0, a gradient between the colours `behind`."""
 
     def __init__(
         self, rng: np.random.Generator, *, eye: float, horizon: float, behind: tuple[np.ndarray, np.ndarray], haze: bool
@@ -38,22 +35,17 @@ class Scene:
         self.lean = rng.uniform(-2.5, 2.5)
         fade = np.linspace(0, 1 / horizon, height).clip(0, 1)[:, None]
         rows = (behind[0] * (1 - fade) + behind[1] * fade).clip(0, 255).astype(np.uint8)
-        self.color, self.label = (
-            Image.fromarray(np.repeat(rows[:, None], width, axis=1)),
-            Image.new("L", (width, height)),
-        )
-        # Light is painted like a colour (128 is neutral), so that a shadow does not darken what stands in front of it.
+        self.color = Image.fromarray(np.repeat(rows[:, None], width, axis=1))
+        self.label = Image.new("L", (width, height))
+        # Light is painted like a colour (128 is neutral), so that a shadow does not darken objects in front of it.
         self.light = Image.new("L", (width, height), 128)
-        self.color_pen, self.label_pen, self.light_pen = (
-            ImageDraw.Draw(layer) for layer in (self.color, self.label, self.light)
-        )
+        layers = (self.color, self.label, self.light)
+        self.color_pen, self.label_pen, self.light_pen = map(ImageDraw.Draw, layers)
 
     def near(self, palette: Sequence[Color]) -> Color:
         """A colour near one of the palette's."""
-        rng = self.rng
-        return tuple(
-            np.asarray(palette[int(rng.integers(len(palette)))]) * rng.uniform(0.85, 1.12) + rng.normal(0, 7, 3)
-        )
+        chosen = np.asarray(palette[int(self.rng.integers(len(palette)))])
+        return tuple(chosen * self.rng.uniform(0.85, 1.12) + self.rng.normal(0, 7, 3))
 
     def project(self, x: float, y: float, z: float) -> tuple[float, float]:
         right, down = self.focal * x / z, self.focal * (self.eye - y) / z
@@ -61,14 +53,9 @@ class Scene:
         return self.center[0] + cos * right - sin * down, self.center[1] + sin * right + cos * down
 
     def polygon(self, label: int, color: Color, points: Sequence[Point], tone: float = 1.0) -> None:
-        """Paint the outline's inside: its colour times `tone`, fading into the haze with its distance, its label, and
-        neutral light.
-        """
-        clear = math.exp(-points[0][2] / 80) if self.haze else 1.0
-        ink = tuple(
-            int(min(max(c * tone, 0), 255) * clear + h * (1 - clear))
-            for c, h in zip(color, self.haze or color, strict=True)
-        )
+        """Fill the outline with its label, neutral light, and its colour times `tone`, which fades into the haze."""
+        clear, haze = math.exp(-points[0][2] / 80) if self.haze else 1.0, self.haze or color
+        ink = tuple(int(min(max(c * tone, 0), 255) * clear + h * (1 - clear)) for c, h in zip(color, haze, strict=True))
         outline = [self.project(*point) for point in points]
         self.color_pen.polygon(outline, fill=ink)
         self.label_pen.polygon(outline, fill=label)
@@ -78,10 +65,9 @@ class Scene:
         self, label: int, color: Color, center: Point, radius: float, *, squash: float = 1.0, tone: float = 1.0
     ) -> None:
         x, y, z = center
-        around = [
-            (radius * math.cos(turn), radius * squash * math.sin(turn)) for turn in np.linspace(0, 2 * math.pi, 20)
-        ]
-        self.polygon(label, color, [(x + right, y + up, z) for right, up in around], tone)
+        turns = np.linspace(0, 2 * math.pi, 20)
+        outline = [(x + radius * math.cos(turn), y + radius * squash * math.sin(turn), z) for turn in turns]
+        self.polygon(label, color, outline, tone)
 
     def facing(self, label: int, color: Color, x: Span, y: Span, z: float, tone: float = 1.0) -> None:
         self.polygon(label, color, [(x[0], y[0], z), (x[1], y[0], z), (x[1], y[1], z), (x[0], y[1], z)], tone)
@@ -93,7 +79,7 @@ class Scene:
         self.polygon(label, color, [(x, y[0], z[0]), (x, y[0], z[1]), (x, y[1], z[1]), (x, y[1], z[0])], tone)
 
     def box(self, label: int, color: Color, x: Span, y: Span, z: Span) -> None:
-        """The faces that the camera sees, each in its own tone."""
+        """The visible faces, each in its own tone."""
         if x[0] > 0 or x[1] < 0:
             self.receding(label, color, x[0] if x[0] > 0 else x[1], y, z, 0.72)
         if y[1] < self.eye:
@@ -101,20 +87,19 @@ class Scene:
         self.facing(label, color, x, y, z[0], 0.92)
 
     def legs(self, label: int, color: Color, x: Span, high: float, z: Span) -> None:
-        """Four legs that carry the rectangle `x`, `z` at height `high`."""
+        """Four legs under the rectangle `x`, `z` at height `high`."""
         for back in (z[1] - 0.11, z[0]):
             for left in (x[0], x[1] - 0.11):
                 self.box(label, color, (left, left + 0.11), (0, high), (back, back + 0.11))
 
     def shine(self, light: float, points: Sequence[Point]) -> None:
-        """Light (above 1) or shadow (below 1) on what has been painted so far."""
+        """Light (above 1) or shadow (below 1) on everything painted so far."""
         self.light_pen.polygon([self.project(*point) for point in points], fill=int(128 * light))
 
     def shadow(self, x: Span, z: Span) -> None:
-        """The shadow on the ground of something that stands there."""
-        self.shine(
-            0.55, [(x[0], 0, z[0]), (x[1], 0, z[0]), (x[1] + self.lean, 0, z[1] + 1), (x[0] + self.lean, 0, z[1] + 1)]
-        )
+        """The shadow on the ground of an object with this base."""
+        lean, end = self.lean, z[1] + 1
+        self.shine(0.55, [(x[0], 0, z[0]), (x[1], 0, z[0]), (x[1] + lean, 0, end), (x[0] + lean, 0, end)])
 
     def develop(self, grain: Sequence[tuple[float, float]]) -> tuple[Image.Image, Image.Image]:
         """The RGB picture, with grain, uneven light, tint and noise added, and the mask."""

@@ -68,10 +68,7 @@ def test_a_split_that_the_domain_does_not_have_is_refused_with_the_nearest_name(
 @pytest.mark.parametrize("name", ["cityscapes", "camvid", "sun_rgbd", "pascal_voc", "toy_street"])
 def test_a_raw_folder_that_is_not_there_is_named(tmp_path: Path, name: str) -> None:
     message = refused(MissingRawFiles, published(name), tmp_path / "absent")
-    assert (
-        message
-        == f"{tmp_path / 'absent'}: there is no such folder. Give the folder that holds the raw files of {name}."
-    )
+    assert message == f"{tmp_path / 'absent'}: there is no such folder. Name the folder of the raw files of {name}."
 
 
 @pytest.mark.parametrize(
