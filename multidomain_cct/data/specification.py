@@ -25,10 +25,8 @@ def read_domain(path: Path) -> Domain:
     _refuse_unknown_keys(raw, [f.name for f in fields(Domain)], where)
     for required in ("layout", "splits", *(() if raw.get("labels_of") else ("classes",))):
         if required not in raw:
-            raise UserError(
-                f"{where}: {required} is missing. A domain needs name, layout, splits and classes (or labels_of); "
-                "docs/own_data.md shows one."
-            )
+            needed = "name, layout, splits and classes (or labels_of)"
+            raise UserError(f"{where}: {required} is missing. A domain needs {needed}; docs/own_data.md shows one.")
     name = str(raw.get("name", path.stem))
     _require_name(name, f"{where}: name is")
     if name != path.stem:
@@ -90,10 +88,8 @@ def find_domain(name: str, folders: Sequence[Path], named_by: str = "the command
     where = f'{known[name]}: labels_of is "{domain.labels_of}"'
     others = [other for other in known if other != name]
     if domain.labels_of not in others:
-        raise UserError(
-            f"{where}; it is the name of another domain. Known: "
-            f"{', '.join(others) or 'none'}.{did_you_mean(domain.labels_of, others)}"
-        )
+        known_others = f"Known: {', '.join(others) or 'none'}.{did_you_mean(domain.labels_of, others)}"
+        raise UserError(f"{where}; it is the name of another domain. {known_others}")
     lender = read_domain(known[domain.labels_of])
     if lender.labels_of:
         raise UserError(f'{where}, which borrows its labels itself. Name "{lender.labels_of}".')
@@ -113,9 +109,7 @@ def _read_splits(raw: Any, layout: str, where: str) -> dict[str, Split]:
     if isinstance(raw, list):
         raw = {name: None for name in raw}
     if not isinstance(raw, dict) or not raw:
-        raise UserError(
-            f"{where}: splits is {raw!r}; it is a list of split names, or a mapping of names to images and masks."
-        )
+        raise UserError(f"{where}: splits is {raw!r}; it is a list of names, or a mapping of names to globs.")
     splits = {}
     for name, value in raw.items():
         _require_name(str(name), f"{where}: splits has the name")
@@ -135,10 +129,8 @@ def _read_splits(raw: Any, layout: str, where: str) -> dict[str, Split]:
 
 def _read_classes(raw: Any, where: str) -> tuple[LabelClass, ...]:
     if not isinstance(raw, list) or not raw:
-        raise UserError(
-            f"{where}: classes is {raw!r}; it is a list of rows such as {{name: road, color: [128, 64, 128], ids: "
-            f"[7], thing: false}}."
-        )
+        row = "{name: road, color: [128, 64, 128], ids: [7], thing: false}"
+        raise UserError(f"{where}: classes is {raw!r}; it is a list of rows such as {row}.")
     if len(raw) > IGNORE:
         raise UserError(
             f"{where}: classes has {len(raw)} rows; masks are 8 bits wide, so at most {IGNORE} classes fit."

@@ -175,10 +175,8 @@ class TrainingSet(Dataset[Any]):
                 if streams.max_bad is None:
                     raise
                 skipped.append(Skipped(streams.sources[source].keys[number], error.reason, str(error)))
-        raise UserError(
-            f"{skipped[-1].message} It is the last of {step + 1} neighbouring samples that cannot be used; look at "
-            "the shard."
-        )
+        last = f"It is the last of {step + 1} neighbouring samples that cannot be used; check the shard."
+        raise UserError(f"{skipped[-1].message} {last}")
 
     def _view(self, streams: DomainStreams, subset: str, epoch: int, source: int, number: int) -> View:
         with_mask = subset == "labelled" or source == streams.weak_source

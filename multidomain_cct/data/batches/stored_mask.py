@@ -34,8 +34,7 @@ def stored_mask(content: bytes, domain: Domain, where: str) -> Image.Image:
         wrong = ids[(ids >= domain.num_classes) & (ids != IGNORE)]
         raise BadSample(
             f"{where}: the mask holds the train id {int(wrong[0])}, but {domain.name} has the classes 0 to "
-            f"{domain.num_classes - 1} and {IGNORE} for ignore. The shard was made with another class table: pack it "
-            "again.",
+            f"{domain.num_classes - 1} and {IGNORE} for ignore. Pack it again with this class table.",
             "mask: id outside the class table",
         )
     return mask if mask.mode == "L" and step == 1 else Image.fromarray(ids.astype(np.uint8, copy=False))

@@ -24,7 +24,7 @@ JPEG_QUALITY = 95
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample, ready to be written."""
+    """One sample as it is stored."""
 
     key: str
     image: bytes

@@ -137,17 +137,13 @@ def _finished_part(folder: Path, split: str, plan: str, samples: list[RawSample]
     for number, path in enumerate(paths):
         notes = ShardIndex.load(index_path(path)).notes if index_path(path).is_file() else {}
         if notes.get("plan") != plan:
-            raise UserError(
-                f"{path} was packed from other raw files, another class table or other settings. Remove it to pack "
-                "again, or choose another folder with --out."
-            )
+            remedy = "Remove it to pack again, or choose another folder with --out."
+            raise UserError(f"{path} was packed from other raw files, another class table or other settings. {remedy}")
         expected = folder / f"{split}-{number:05d}.tar"
         if path != expected:
             # Otherwise the next shard's samples would count as those of the missing one.
-            raise UserError(
-                f"{path} exists, but {expected} before it is missing. Put that back, or remove the {split} shards to "
-                "pack the split again."
-            )
+            remedy = f"Put that back, or remove the {split} shards to pack the split again."
+            raise UserError(f"{path} exists, but {expected} before it is missing. {remedy}")
         summary.add_json(notes["summary"])
     return summary, len(paths)
 

@@ -132,8 +132,7 @@ def _read_cell(path: Path, cell: int) -> np.ndarray:
         with h5py.File(path, "r") as table:
             ids: np.ndarray = table[table["SUNRGBD2Dseg"]["seglabel"][cell][0]][()]
     except (OSError, KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"{path}: the labels of image {cell + 1} cannot be read ({error}). Fetch SUNRGBDtoolbox.zip again."
-        ) from None
+        what = f"the labels of image {cell + 1} cannot be read ({error})"
+        raise UserError(f"{path}: {what}. Fetch SUNRGBDtoolbox.zip again.") from None
     # MATLAB stores columns first.
     return np.ascontiguousarray(ids.T)

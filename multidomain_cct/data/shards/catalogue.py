@@ -108,10 +108,7 @@ def _require_different_keys(paths: Sequence[Path], key_hashes: Sequence[np.ndarr
             continue
         keys = [key for key in ShardIndex.load(index_path(path)).keys if hash(key) in suspects]
         if twice := seen.intersection(keys):
-            raise UserError(
-                f"{path.parent}: the key {min(twice)!r} is in more than one shard of the split. Pack or number the "
-                "shards again."
-            )
+            raise UserError(f"{path.parent}: the key {min(twice)!r} is in more than one shard. Pack the split again.")
         seen.update(keys)
 
 
@@ -119,8 +116,8 @@ def _require_finished(paths: Sequence[Path], totals: Iterable[int], count: int) 
     """Raises UserError for an interrupted packing: training on half a data set would not be noticed."""
     if totals and set(totals) != {count}:
         folder, split = paths[0].parent, paths[0].name.rpartition("-")[0]
+        command = f"python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
         raise UserError(
             f"{folder}: the {split} shards hold {count} of {max(totals)} images; packing was interrupted, or a shard "
-            f"is missing. Continue: python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out "
-            f"{folder.parent}"
+            f"is missing. Continue: {command}"
         )

@@ -61,31 +61,20 @@ def require_address(address: str, allowed: list[str], where: str) -> None:
         known = ", ".join(f"{name}://" for name in PROTOCOLS)
         raise UserError(f"{where} is not an address such as https://HOST/FOLDER; it begins with {known}.")
     if parts.username or parts.password or "@" in address:
-        raise UserError(
-            f"{where} holds a user name or password, which logs would show. Use the environment or a credentials file "
-            "of the service."
-        )
-    if parts.scheme not in allowed:
-        raise UserError(
-            f"{where} begins with {parts.scheme}://, which data.remote does not allow. To allow it: "
-            f"data.remote=[{parts.scheme}]."
-        )
+        raise UserError(f"{where} holds a user name or password, which logs would show. Use a credentials file.")
+    if (scheme := parts.scheme) not in allowed:
+        raise UserError(f"{where} begins with {scheme}://, which is not allowed. To allow it: data.remote=[{scheme}].")
 
 
 def download(
-    address: str,
-    target: Path,
-    *,
-    sha256: bytes | None = None,
-    size: int | None = None,
-    patience: Patience | None = None,
+    address: str, target: Path, *, patience: Patience, sha256: bytes | None = None, size: int | None = None
 ) -> None:
     """Fetch a whole file, continuing from the part that `target` already holds.
 
     Raises SourceError when the attempts are used up or the file is not the expected one, and UserError when a package
     is missing.
     """
-    patience, trouble = patience or Patience(), ""
+    trouble = ""
     for attempt in range(patience.attempts):
         if attempt:
             time.sleep(patience.wait * 2 ** (attempt - 1))
@@ -185,16 +174,12 @@ def open_with_fsspec(address: str, start: int, *, protocol: str, **options: Any)
         # A new instance: a cached one may have been made before a fork.
         files = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
     except ImportError as error:
-        raise UserError(
-            f"{address}: {protocol} needs packages that are not installed ({error}). Run: pip install "
-            "'multidomain-cct[remote]'"
-        ) from None
+        remedy = "Run: pip install 'multidomain-cct[remote]'"
+        raise UserError(f"{address}: {protocol} needs packages that are not installed ({error}). {remedy}") from None
     try:
         body = files.open(address, "rb", block_size=_PART)
         body.seek(start)
     except (FileNotFoundError, PermissionError) as error:
         trouble = "there is no such file" if isinstance(error, FileNotFoundError) else "it may not be read"
-        raise SourceError(
-            f"{address}: {trouble} ({error}). Check the address and the rights of these credentials."
-        ) from None
+        raise SourceError(f"{address}: {trouble} ({error}). Check the address and the credentials.") from None
     return body, start, int(body.size)

@@ -19,7 +19,7 @@ import numpy as np
 
 from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
 from multidomain_cct.data.shards.index import IMAGE, MASK, ShardIndex, shard_paths
-from multidomain_cct.data.shards.sources import LocalFolder, Source
+from multidomain_cct.data.shards.sources import LocalFolder, RemoteFolder
 from multidomain_cct.errors import UserError
 
 INDEX_BYTES = 32 * 1024 * 1024
@@ -59,7 +59,7 @@ class Shards:
     Opens files at the first read, so it may be built before a loader's workers are forked.
     """
 
-    def __init__(self, source: Source, catalogue: Catalogue) -> None:
+    def __init__(self, source: LocalFolder | RemoteFolder, catalogue: Catalogue) -> None:
         self.source, self.catalogue = source, catalogue
         self.ends = np.cumsum(catalogue.samples)
         """(s,) int64: the sample number at which each shard ends."""
@@ -72,10 +72,8 @@ class Shards:
         """The split's shards in a domain's folder. Raises UserError with the command that makes them."""
         paths = shard_paths(folder, split)
         if not paths:
-            raise UserError(
-                f"{folder} has no {split} shards. Make them: python -m multidomain_cct pack {folder.name} --raw "
-                f"FOLDER --split {split} --out {folder.parent}"
-            )
+            command = f"python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
+            raise UserError(f"{folder} has no {split} shards. Make them: {command}")
         listed = catalogue_path(folder, split)
         if not listed.is_file():
             return cls.of(paths)

@@ -52,9 +52,7 @@ def scan_shard(path: Path, *, extensions: Extensions | None = None, notes: dict[
                     key, column = _key_and_column(path, member.name, columns)
                     content = _content(path, file, member)
                     if key != previous and key in samples:
-                        raise UserError(
-                            f"{path}: the key {key!r} appears twice. A key has one sample, whose members are adjacent."
-                        )
+                        raise UserError(f"{path}: the key {key!r} appears twice. Members of a sample are adjacent.")
                     row = samples.setdefault(key, [(-1, -1, 0)] * 3)
                     if row[column][0] >= 0:
                         raise UserError(f"{path}: the member {member.name!r} appears twice. {_AGAIN}")
@@ -96,10 +94,7 @@ def _key_and_column(path: Path, name: str, columns: dict[str, int]) -> tuple[str
 
 def _content(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     if not member.isreg() or member.issparse():
-        raise UserError(
-            f"{path}: the member {member.name!r} is not a regular file. Write the shard again without links and "
-            "folders."
-        )
+        raise UserError(f"{path}: the member {member.name!r} is not a regular file. Pack without links and folders.")
     file.seek(member.offset_data)
     content = file.read(member.size)
     if len(content) < member.size:
@@ -113,13 +108,10 @@ def _require_description(path: Path, name: str, content: bytes) -> None:
     try:
         description = json.loads(content)
     except (ValueError, RecursionError):
-        raise UserError(
-            f'{path}: the member {name!r} is not valid JSON. A description is an object such as {{"source": "a.jpg"}}.'
-        ) from None
+        raise UserError(f"{path}: the member {name!r} is not valid JSON; a description is a JSON object.") from None
     if not isinstance(description, dict):
-        raise UserError(
-            f"{path}: the member {name!r} holds {type(description).__name__}; a description is a JSON object."
-        )
+        found = type(description).__name__
+        raise UserError(f"{path}: the member {name!r} holds {found}; a description is a JSON object.")
 
 
 def _require_end_marker(path: Path, tail: bytes, end: int) -> None:
@@ -152,10 +144,6 @@ def verify_shard(path: Path) -> ShardIndex:
                 size = int(index.size[row, column])
                 file.seek(max(0, int(index.offset[row, column])))
                 if size >= 0 and zlib.crc32(file.read(size)) != index.crc32[row, column]:
-                    raise UserError(
-                        f"{path}: key {key!r}: the {field} differs from what was indexed. Copy the shard again."
-                    )
-    raise UserError(
-        f"{path}: a tar header or padding differs from what was indexed; all images, masks and descriptions are the "
-        "same. Copy the shard again."
-    )
+                    where = f"{path}: key {key!r}"
+                    raise UserError(f"{where}: the {field} differs from what was indexed. Copy the shard again.")
+    raise UserError(f"{path}: a tar header or padding differs from what was indexed. Copy the shard again.")

@@ -6,7 +6,6 @@ import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from multidomain_cct.data.shards.cache import FileCache
 from multidomain_cct.data.shards.catalogue import Catalogue
@@ -16,22 +15,6 @@ from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import file_sha256
 
 
-class Source(Protocol):
-    """A folder of shards, local or remote."""
-
-    def place(self, name: str) -> str:
-        """Path or address of a shard, for messages."""
-
-    def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:
-        """The index of a shard. Raises UserError when it is not the one in the catalogue."""
-
-    def descriptor(self, catalogue: Catalogue, shard: int) -> int:
-        """A descriptor of the shard, opened for reading; the caller closes it.
-
-        Raises UserError when the shard's size is not the indexed one.
-        """
-
-
 @dataclass(frozen=True)
 class LocalFolder:
     """Shards on a disk."""
@@ -39,9 +22,11 @@ class LocalFolder:
     folder: Path
 
     def place(self, name: str) -> str:
+        """Path of a shard, for messages."""
         return str(self.folder / name)
 
     def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:
+        """The index of a shard. Raises UserError when it is not the one in the catalogue."""
         path = self.folder / catalogue.names[shard]
         index = existing_index(path)
         if bytes.fromhex(file_sha256(index)) != catalogue.index_sha256[shard].tobytes():
@@ -53,6 +38,10 @@ class LocalFolder:
         return ShardIndex.load(index)
 
     def descriptor(self, catalogue: Catalogue, shard: int) -> int:
+        """A descriptor of the shard, opened for reading; the caller closes it.
+
+        Raises UserError when the shard's size is not the indexed one.
+        """
         path = self.folder / catalogue.names[shard]
         require_indexed_size(path, path.stat().st_size, int(catalogue.shard_bytes[shard]))
         return os.open(path, os.O_RDONLY)
@@ -60,7 +49,10 @@ class LocalFolder:
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """Shards at an http(s) or s3 address. A shard is fetched whole into a cache when one of its samples is read."""
+    """Shards at an http(s) or s3 address, with the methods of LocalFolder.
+
+    A shard is fetched whole into a cache when one of its samples is read.
+    """
 
     address: str
     cache: FileCache
