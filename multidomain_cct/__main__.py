@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         argcomplete.autocomplete(parser)
     try:
-        if not words or words[0].startswith("-"):
+        if not words or words[0] in ("-h", "--help", "--version"):
             parser.parse_args(words)
         command = _command(words, commands)
         # Overrides may come after options.
@@ -95,6 +95,8 @@ def _command(words: list[str], commands: Mapping[str, argparse.ArgumentParser]) 
     Raises UserError when the first word is neither a command nor like a recipe.
     """
     first = words[0]
+    if first.startswith("-"):
+        raise UserError(f"the option {first} has no command. Options come after the command or the recipe.")
     if first in commands:
         return words.pop(0)
     if not (first.endswith((".yaml", ".yml")) or Path(first).is_file()):

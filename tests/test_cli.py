@@ -190,6 +190,10 @@ def test_an_unknown_option_prints_the_usage_of_its_command(
     assert named in lines[-1]
 
 
+def test_an_option_without_a_command_is_named(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "the option --domains has no command" in mistake(capsys, "--domains", "domains", "yard.yaml")
+
+
 @pytest.mark.parametrize(
     ("word", "advice"),
     [("evalaute", 'Did you mean "evaluate"?'), ("pck", 'Did you mean "pack"?'), ("seed=3", "a .yaml file")],

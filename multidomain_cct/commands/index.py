@@ -1,4 +1,4 @@
-"""`index`: the index of WebDataset shards that somebody else wrote."""
+"""`index`: index WebDataset shards that somebody else wrote."""
 
 from __future__ import annotations
 

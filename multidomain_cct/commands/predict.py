@@ -11,7 +11,7 @@ from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, pre
 def register(words: Words) -> None:
     command = words.add_parser("predict", parents=[prediction_options()], help="segment images")
     command.add_argument("folder", type=Path, metavar="RUN")
-    command.add_argument("--domain", required=True, metavar="D", help="whose classes to predict")
+    command.add_argument("--domain", metavar="D", help="whose classes to predict (a run of one domain needs none)")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="receives index/, color/ and overlay/")
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
     command.set_defaults(run=run)

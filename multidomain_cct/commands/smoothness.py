@@ -21,7 +21,7 @@ MOST_IMAGES = 12
 
 def register(words: Words) -> None:
     command = words.add_parser(
-        "smoothness", parents=[domain_options()], help="do features vary where classes meet? a picture, and AUCs"
+        "smoothness", parents=[domain_options()], help="do features change at class borders? a picture and AUCs"
     )
     command.add_argument("encoder", metavar="RUN|ENCODER", help="a run's folder, or any model of timm")
     command.add_argument("--domain", required=True, metavar="D", help="whose images and classes")

@@ -31,7 +31,7 @@ def evaluate(
     `split` None scores each domain's val split of the recipe; `settings` None predicts as in training; `shards`
     replaces the recipe's folder of shards. Raises UserError for a domain without a head and for a split without shards.
     """
-    chosen = [run.require_head(name) for name in names] or list(run.domains)
+    chosen = [run.head(name).name for name in names] or list(run.domains)
     splits = {name: split or run.recipe.domains[name].val_split for name in chosen}
     if not names:
         splits = {name: each for name, each in splits.items() if each}

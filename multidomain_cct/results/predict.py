@@ -35,14 +35,14 @@ class PredictSummary:
 
 def predict(
     run: TrainedRun,
-    domain: str,
+    domain: str | None,
     sources: Sequence[Path],
     out: Path,
     settings: InferenceSettings | None = None,
     *,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda items, total: items,
 ) -> PredictSummary:
-    """Predict the classes of `domain` for images and folders of images.
+    """Predict the classes of `domain` (None: the run's only one) for images and folders of images.
 
     `a/b.jpg` in the folder source `a` becomes `b.png` in `out/index` (palette PNG; indices are train ids), `out/color`
     and `out/overlay`; index and color have the size of the image turned upright. Images that differ only in their
@@ -51,7 +51,7 @@ def predict(
     Raises UserError, before anything is written, for a domain without a head, a source without images, two images of
     one name, and an output that would replace an input.
     """
-    run.require_head(domain)
+    run.head(domain)
     images = _output_names(sources, out)
     _require_safe_outputs(images, out)
     for kind in KINDS:

@@ -79,14 +79,17 @@ class TrainedRun(LoadedRun):
         loaded.model.to(device)
         return cls(**vars(loaded), device=device)
 
-    def require_head(self, domain: str) -> str:
-        """The domain's name. Raises UserError, which lists the run's domains, when none is called that."""
-        if domain not in self.domains:
+    def head(self, domain: str | None = None) -> Domain:
+        """The domain of that name; None: the only one. Raises UserError, which lists the run's domains, otherwise."""
+        if domain is None and len(self.domains) > 1:
+            raise UserError(f"{self.folder} has {len(self.domains)} domains; name one: {', '.join(self.domains)}.")
+        name = next(iter(self.domains)) if domain is None else domain
+        if name not in self.domains:
             raise UserError(
-                f'{self.folder} has no head for the domain "{domain}". It has: '
-                f"{', '.join(self.domains)}.{did_you_mean(domain, self.domains)}"
+                f'{self.folder} has no head for the domain "{name}". It has: '
+                f"{', '.join(self.domains)}.{did_you_mean(name, self.domains)}"
             )
-        return domain
+        return self.domains[name]
 
     def settings(
         self, *, window: Sequence[int] | None = None, scales: Sequence[float] | None = None, flip: bool = False
@@ -135,15 +138,10 @@ class TrainedRun(LoadedRun):
         that the run does not have, for an array or tensor of another type or shape, and for a file that is not an
         image.
         """
-        name = self._domain(domain)
+        head = self.head(domain)
         if isinstance(image, (list, tuple)):
-            return [self._predict(each, name, probabilities, settings) for each in image]
-        return self._predict(image, name, probabilities, settings)  # type: ignore[arg-type]
-
-    def _domain(self, domain: str | None) -> Domain:
-        if domain is None and len(self.domains) > 1:
-            raise UserError(f"{self.folder} has {len(self.domains)} domains; name one: {', '.join(self.domains)}.")
-        return self.domains[self.require_head(next(iter(self.domains)) if domain is None else domain)]
+            return [self._predict(each, head, probabilities, settings) for each in image]
+        return self._predict(image, head, probabilities, settings)  # type: ignore[arg-type]
 
     @torch.inference_mode()
     def _predict(

@@ -76,7 +76,7 @@ def trained_encoder(run: TrainedRun, domain: str) -> Subject:
     Raises UserError when the run has no head for the domain.
     """
     model, device = run.model, run.device
-    run.require_head(domain)
+    run.head(domain)
     encoder = model.encoder
     levels = encoder_stages(encoder, run.recipe.encoder, domain=domain, domains=run.domains).to(device)
 
