@@ -24,7 +24,7 @@ from multidomain_cct.files.printable import printable
 DONE, FAILED, MISTAKE = 0, 1, 2
 SHARDS = "data/shards"
 Words = Any
-"""argparse's sub-parsers, whose class has no public name."""
+"""argparse's sub-parsers; their class has no public name."""
 
 
 class Parser(argparse.ArgumentParser):

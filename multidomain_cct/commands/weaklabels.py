@@ -78,10 +78,9 @@ def _print_summary(summary: WeakSummary) -> None:
     name = summary.domain.name
     rows = []
     for title, tally in (("activation maps", summary.maps), ("written, after the random field", summary.refined)):
-        quality = tally.quality
-        judged = ("", "") if quality is None else (f"{100 * quality.precision:.1f} %", f"{100 * quality.miou:.1f}")
-        rows.append((title, str(summary.images), f"{100 * tally.labelled:.1f} %", *judged))
-    heading = ("pseudo-labels", "images", "pixels labelled", "precision", "mIoU")
+        quality = ("" if value is None else f"{100 * value:.1f}" for value in (tally.precision, tally.miou))
+        rows.append((title, str(summary.images), f"{100 * tally.labelled:.1f} %", *quality))
+    heading = ("pseudo-labels", "images", "pixels labelled", "precision %", "mIoU %")
     show_table(heading, rows, title=f"{name}/{summary.split}")
     total = max(1, int(summary.refined.pixels[: summary.domain.num_classes].sum()))
     classes = [

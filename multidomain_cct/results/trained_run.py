@@ -35,7 +35,7 @@ def available_device() -> torch.device:
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a run sees in one image."""
+    """The classes of one image, as a run predicts them."""
 
     ids: np.ndarray = field(repr=False)
     """(H, W) uint8 train ids, positions in `classes`, at the image's own size."""
@@ -94,7 +94,7 @@ class TrainedRun(LoadedRun):
     def settings(
         self, *, window: Sequence[int] | None = None, scales: Sequence[float] | None = None, flip: bool = False
     ) -> InferenceSettings:
-        """The recipe's way to predict, with these in place of its own."""
+        """The recipe's inference settings, with these replaced."""
         recipe = self.recipe.evaluation
         return replace(
             recipe,

@@ -49,37 +49,20 @@ def unwatched(items: Iterable[Any], total: int) -> Iterable[Any]:
     return items
 
 
-@dataclass(frozen=True)
-class Quality:
-    """Pseudo-labels against true masks, over the pixels that have both."""
-
-    confusion: np.ndarray
-    """(C, C) int64 pixels; rows are the truth, columns the pseudo-label."""
-
-    @property
-    def precision(self) -> float:
-        """Share of the labelled pixels that are right, 0 to 1."""
-        return float(np.trace(self.confusion) / max(1, self.confusion.sum()))
-
-    @property
-    def miou(self) -> float:
-        """Mean intersection over union, 0 to 1; unsure pixels count neither as right nor as missed."""
-        return mean_iou(self.confusion)
-
-
 @dataclass
-class _Tally:
-    """Pixel counts of pseudo-labels, image by image."""
+class Tally:
+    """Pixel counts of pseudo-labels over images, against true masks where there are any."""
 
-    domain: Domain
+    num_classes: int
     pixels: np.ndarray = field(default_factory=lambda: np.zeros(256, dtype=np.int64))
     confusion: np.ndarray | None = None
+    """(C, C) int64 pixels that have both labels; rows are the truth, columns the pseudo-label."""
 
     def add(self, ids: Tensor, truth: Tensor | None) -> None:
         self.pixels += np.bincount(ids.cpu().numpy().ravel(), minlength=256)
         if truth is not None:
             both = torch.where(ids == IGNORE, IGNORE, truth)
-            added = confusion_of(both, ids, self.domain.num_classes).cpu().numpy()
+            added = confusion_of(both, ids, self.num_classes).cpu().numpy()
             self.confusion = added if self.confusion is None else self.confusion + added
 
     @property
@@ -88,8 +71,14 @@ class _Tally:
         return 1 - float(self.pixels[IGNORE]) / max(1, int(self.pixels.sum()))
 
     @property
-    def quality(self) -> Quality | None:
-        return None if self.confusion is None else Quality(self.confusion)
+    def precision(self) -> float | None:
+        """Share of the pseudo-labels that are right, 0 to 1; None without true masks."""
+        return None if self.confusion is None else float(np.trace(self.confusion) / max(1, self.confusion.sum()))
+
+    @property
+    def miou(self) -> float | None:
+        """Mean intersection over union, 0 to 1; unsure pixels count neither as right nor as missed."""
+        return None if self.confusion is None else mean_iou(self.confusion)
 
 
 @dataclass(frozen=True)
@@ -105,9 +94,9 @@ class WeakSummary:
     """(C,) average precision of the classifier over these images; nan where all or none show the class, and for the
     background.
     """
-    maps: _Tally
+    maps: Tally
     """Pseudo-labels straight from the activation maps."""
-    refined: _Tally
+    refined: Tally
     """Pseudo-labels as they were written, after the random field."""
     shards: tuple[Path, ...]
     sheet: Path
@@ -224,7 +213,7 @@ def write_pseudo_labels(
     temporary, sheet = folder / f".{split}.tmp", f"{domain.name}-{split}.png"
     left_out = too_common(images, recipe.pseudo_labels.most_common)
     shutil.rmtree(temporary, ignore_errors=True)
-    maps, refined = _Tally(domain), _Tally(domain)
+    maps, refined = Tally(domain.num_classes), Tally(domain.num_classes)
     scores: list[np.ndarray] = []
     rows: list[list[Image.Image]] = []
     settings = asdict(recipe.pseudo_labels)
@@ -318,12 +307,12 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 
     nan for a class with no positive or no negative. Of equal scores the positive ranks last.
     """
-    found = np.full(truth.shape[1], np.nan)
+    precision = np.full(truth.shape[1], np.nan)
     for column, (score, positive) in enumerate(zip(scores.T, truth.T, strict=True)):
         if positive.any() and not positive.all():
             hits = positive[np.lexsort((positive, -score))]
-            found[column] = (np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean()
-    return found
+            precision[column] = (np.cumsum(hits) / np.arange(1, len(hits) + 1))[hits].mean()
+    return precision
 
 
 def _sheet_row(made: _Made, domain: Domain) -> list[Image.Image]:

@@ -20,7 +20,7 @@ from multidomain_cct.__main__ import main
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.results.weaklabels import (
-    Quality,
+    Tally,
     average_precision,
     loss_ends,
     tagged_domains,
@@ -138,7 +138,8 @@ def test_images_without_masks_are_labelled_and_not_judged(
     [tagged] = tagged_domains(recipe, [workspace / "domains"], [], named_by="the recipe")
     model, _ = train_classifier(recipe, [tagged], device=torch.device("cpu"))
     summary = write_pseudo_labels(recipe, tagged, model)
-    assert summary.refined.quality is None and summary.images == 2
+    assert summary.refined.precision is None
+    assert summary.images == 2
     assert set(masks(workspace)) == {"more_000", "more_001"}
 
 
@@ -252,7 +253,7 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_its_step(
 
 
 def test_precision_and_miou_follow_from_the_confusion() -> None:
-    quality = Quality(np.array([[6, 2], [1, 3]]))
+    quality = Tally(2, confusion=np.array([[6, 2], [1, 3]]))
     assert quality.precision == pytest.approx(9 / 12)
     assert quality.miou == pytest.approx((6 / 9 + 3 / 6) / 2)
 

@@ -14,8 +14,6 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import yaml
-
 from multidomain_cct.errors import UserError, did_you_mean, require_choice
 from multidomain_cct.files.strict_yaml import read_yaml
 from multidomain_cct.results.records import recorded_environment, recorded_metrics, scores_by_class
@@ -75,9 +73,9 @@ class Experiment:
             if name:
                 require_choice(key, name, self.rows)
         if self.ceiling and self.ceiling == self.baseline:
-            raise UserError(f"baseline and ceiling are both {self.ceiling!r}; the gap lies between two rows.")
+            raise UserError(f"baseline and ceiling are both {self.ceiling!r}; the gap is between two rows.")
         if self.ceiling and not self.baseline:
-            raise UserError(f"ceiling is {self.ceiling!r} and baseline is missing; the gap lies between the two.")
+            raise UserError(f"ceiling is {self.ceiling!r} and baseline is missing; the gap is between the two.")
 
 
 @dataclass(frozen=True)
@@ -116,9 +114,7 @@ class RunScores:
     peak_mib: float | None
     """Largest memory use that was logged."""
     minutes: float | None
-    """Wall time from the first step's preparation to the last score; None for a run that was interrupted, whose pauses
-    it would count.
-    """
+    """Wall time from start to last score; None for an interrupted run, because it would include the pauses."""
 
     def score(self, column: str) -> float | None:
         """The mIoU of a domain, or their mean; None when it is not known."""
@@ -212,7 +208,8 @@ def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Planne
         raise UserError(f"{where} has no recipe, nor has the experiment. Name one, for example recipes/demo.yaml.")
     beside = Path(os.path.normpath(path.parent / written))
     source = beside if beside.is_file() else Path(written)
-    folder = _as_yaml_text((Path(experiment.runs) / path.stem).as_posix())
+    # Quoted: a folder such as 2026 must stay text.
+    folder = json.dumps((Path(experiment.runs) / path.stem).as_posix(), ensure_ascii=False)
     chosen = (*experiment.common, *row.set)
     overrides = (*chosen, f"seed={seed}", f"name={name}-seed{seed}", f"runs={folder}", "resume=auto")
     try:
@@ -223,14 +220,6 @@ def _planned(path: Path, experiment: Experiment, name: str, seed: int) -> Planne
     if not any(domain.val_split for domain in recipe.domains.values()):
         raise UserError(f"{where}: no domain has a val_split to compare by. Set domains.NAME.val_split in {source}.")
     return PlannedRun(name, seed, source, overrides, recipe)
-
-
-def _as_yaml_text(value: str) -> str:
-    """The value so that YAML reads it as the text it is."""
-    try:
-        return value if yaml.safe_load(value) == value else json.dumps(value)
-    except yaml.YAMLError:
-        return json.dumps(value)
 
 
 def finished_scores(run: PlannedRun) -> RunScores | None:

@@ -99,7 +99,7 @@ def _stages(levels: Stages) -> tuple[Stage, ...]:
 
 @dataclass(frozen=True)
 class Measured:
-    """One stage on one image, beside the image's patches of the same size."""
+    """One stage on one image, and the image's patches of the same size."""
 
     stage: Stage
     features: Tensor

@@ -21,8 +21,7 @@ of the float.
 
 
 def local_variation(features: Tensor) -> Tensor:
-    """(h, w) float32 mean Euclidean distance of each position of (D, h, w) features to its neighbours, of which it has
-    8, at an edge 5 and in a corner 3.
+    """(h, w) float32 mean Euclidean distance of each position of (D, h, w) features to its neighbours, 3 to 8 of them.
 
     A grid of one position gives 0.
     """
@@ -54,8 +53,8 @@ def class_borders(ids: Tensor, size: tuple[int, int], *, stride: int, num_classe
     """Two (h, w) bool maps over the whole s x s patches of an image of `size` = (H, W), from (H', W') uint8 train ids:
     border, and counted.
 
-    A position is a border when its patch and those of its 8 neighbours together hold more than one class. It is counted
-    when its own patch holds one; ignored pixels hold none. A pixel of the labels belongs to the patch under its centre,
+    A position is a border when its patch and the patches of its 8 neighbours together hold more than one class. It is
+    counted when its patch holds a class; ignored pixels hold none. A label pixel belongs to the patch under its centre,
     so labels of any resolution keep all their classes.
     """
     if ids.shape[0] < size[0] or ids.shape[1] < size[1]:
@@ -65,8 +64,8 @@ def class_borders(ids: Tensor, size: tuple[int, int], *, stride: int, num_classe
         empty = torch.zeros(height, width, dtype=torch.bool, device=ids.device)
         return empty, empty
     rows, columns = (
-        ((torch.arange(own, device=ids.device) + 0.5) * side / own).long() // stride
-        for own, side in zip(ids.shape, size, strict=True)
+        ((torch.arange(length, device=ids.device) + 0.5) * side / length).long() // stride
+        for length, side in zip(ids.shape, size, strict=True)
     )
     inside = (rows < height)[:, None] & (columns < width) & (ids != IGNORE)
     cells = (rows[:, None] * width + columns)[inside]
@@ -87,7 +86,7 @@ def area_under_curve(values: Tensor, border: Tensor) -> float | None:
 
 
 def _area_of_counts(at_border: Tensor, inside: Tensor) -> float | None:
-    """The same, from how many positions of each kind have each value, in the values' order."""
+    """The same, from the number of positions of each kind at each value, in order of the values."""
     pairs = float(at_border.sum()) * float(inside.sum())
     if not pairs:
         return None
@@ -96,9 +95,7 @@ def _area_of_counts(at_border: Tensor, inside: Tensor) -> float | None:
 
 
 class Tally:
-    """What is kept of one map over the images: their AUCs, and how often each variation occurs inside classes and at
-    borders, in memory that does not grow.
-    """
+    """One map over all images: the AUC of each, and histograms of the variation inside classes and at borders."""
 
     def __init__(self, device: torch.device) -> None:
         self.areas: list[float] = []
