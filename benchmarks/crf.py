@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from multidomain_cct.weak.crf import CrfSettings, DenseCrf, dense_crf
+from multidomain_cct.weak.crf import CrfSettings, DenseCrf
 
 COMPARED = (64, 48)
 
@@ -77,7 +77,7 @@ def direct_mean_field(probabilities: Tensor, image: Tensor, settings: CrfSetting
 
 def time_of(probabilities: Tensor, image: Tensor, repeats: int) -> dict[str, Any]:
     settings, walls, processors, builds = CrfSettings(), [], [], []
-    dense_crf(probabilities, image, settings)
+    DenseCrf(image, settings)(probabilities)
     for _ in range(repeats):
         wall, processor = time.perf_counter(), time.process_time()
         field = DenseCrf(image, settings)
@@ -95,7 +95,7 @@ def time_of(probabilities: Tensor, image: Tensor, repeats: int) -> dict[str, Any
 def agreement(picture: Image.Image) -> dict[str, float]:
     probabilities, image = problem(picture, COMPARED, classes=4)
     found, exact = (
-        dense_crf(probabilities, image, CrfSettings()),
+        DenseCrf(image, CrfSettings())(probabilities),
         direct_mean_field(probabilities, image, CrfSettings()),
     )
     same = found.argmax(dim=0) == exact.argmax(dim=0)

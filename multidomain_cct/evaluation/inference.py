@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multidomain_cct.errors import UserError
-from multidomain_cct.model.network import Segmenter
+from multidomain_cct.errors import UserError, require_number
+from multidomain_cct.model.network import Segmenter, scaled
 
 
 @dataclass(frozen=True)
@@ -28,19 +28,15 @@ class InferenceSettings:
     flip: bool = False
     """Average with the mirrored image."""
     batch: int = 1
-    """Images that `evaluate` predicts at once; one of another size than the one before it begins a new batch. More fill
-    a GPU with small images.
-    """
+    """Images of equal size that `evaluate` predicts at once; more fill a GPU with small images."""
 
     def __post_init__(self) -> None:
         if self.window is not None and (len(self.window) != 2 or min(self.window) < 1):
-            raise UserError(f"the window is {self.window}; it is [width, height] in pixels.")
-        if not 0 <= self.overlap < 1:
-            raise UserError(f"the overlap is {self.overlap}; it lies in 0 to below 1.")
-        if self.batch < 1:
-            raise UserError(f"the batch is {self.batch}; it is at least 1 image.")
+            raise UserError(f"evaluation.window is {self.window}; it is [width, height] in pixels.")
+        require_number("evaluation.overlap", self.overlap, at_least=0, below=1)
+        require_number("evaluation.batch", self.batch, at_least=1)
         if not self.scales or min(self.scales) <= 0:
-            raise UserError(f"the scales are {self.scales}; at least one, each above 0.")
+            raise UserError(f"evaluation.scales is {self.scales}; it has at least one, each above 0.")
 
     @property
     def described(self) -> str:
@@ -59,25 +55,19 @@ def predict_probabilities(
 def batch_probabilities(
     model: Segmenter, images: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings
 ) -> Tensor:
-    """(B, C, H', W') class probabilities of (B, 3, H, W) uint8 images, at `size` = (H', W'): what each has alone, up to
-    rounding.
+    """(B, C, H', W') class probabilities of (B, 3, H, W) uint8 images, at `size` = (H', W').
+
+    Up to rounding, an image gets the same ones alone.
     """
-    total: Tensor | None = None
+    total = torch.zeros((), device=images.device)
     for scale in settings.scales:
-        scaled = images
-        if scale != 1.0:
-            smaller = [max(1, round(side * scale)) for side in images.shape[-2:]]
-            resized = F.interpolate(images.float(), size=smaller, mode="bilinear", align_corners=False, antialias=True)
-            scaled = resized.round().clamp(0, 255).to(torch.uint8)
         for mirrored in (False, True) if settings.flip else (False,):
-            view = scaled.flip(-1) if mirrored else scaled
-            logits = _window_logits(model, view, domain, settings).float()
+            view = scaled(images, scale)
+            logits = _window_logits(model, view.flip(-1) if mirrored else view, domain, settings).float()
             logits = logits.flip(-1) if mirrored else logits
             if logits.shape[-2:] != size:
                 logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            probabilities = logits.softmax(dim=1)
-            total = probabilities if total is None else total + probabilities
-    assert total is not None
+            total = total + logits.softmax(dim=1)
     return total / (len(settings.scales) * (2 if settings.flip else 1))
 
 
@@ -86,23 +76,13 @@ def _window_logits(model: Segmenter, images: Tensor, domain: str, settings: Infe
     height, width = images.shape[-2:]
     if settings.window is None or (width <= settings.window[0] and height <= settings.window[1]):
         return model.logits(images, domain)
-    rows = _window_starts(height, settings.window[1], settings.overlap)
-    columns = _window_starts(width, settings.window[0], settings.overlap)
-    total: Tensor | None = None
+    total = torch.zeros(len(images), model.tasks[domain].num_classes, height, width, device=images.device)
     seen = torch.zeros(1, 1, height, width, device=images.device)
-    for top in rows:
-        for left in columns:
-            place = (
-                ...,
-                slice(top, min(top + settings.window[1], height)),
-                slice(left, min(left + settings.window[0], width)),
-            )
-            logits = model.logits(images[place], domain).float()
-            if total is None:
-                total = logits.new_zeros(len(images), logits.shape[1], height, width)
-            total[place] += logits
-            seen[place] += 1
-    assert total is not None
+    for top in _window_starts(height, settings.window[1], settings.overlap):
+        for left in _window_starts(width, settings.window[0], settings.overlap):
+            window = (..., slice(top, top + settings.window[1]), slice(left, left + settings.window[0]))
+            total[window] += model.logits(images[window], domain).float()
+            seen[window] += 1
     return total / seen
 
 

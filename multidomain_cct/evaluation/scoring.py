@@ -60,14 +60,15 @@ class Score:
         )
 
     def as_json(self) -> dict[str, Any]:
-        plain = {
+        return {
             "split": self.split,
             "images": self.images,
             "miou": self.miou,
             "pixel_accuracy": self.pixel_accuracy,
             "iou": self.iou,
+            "confusion": self.confusion.tolist(),
+            "protocol": self.protocol,
         }
-        return plain | {"confusion": self.confusion.tolist(), "protocol": self.protocol}
 
 
 def class_iou(confusion: np.ndarray) -> list[float | None]:
@@ -84,11 +85,10 @@ def mean_iou(confusion: np.ndarray) -> float:
 
 
 def confusion_of(truth: Tensor, prediction: Tensor, num_classes: int) -> Tensor:
-    """(C, C) int64: pixels by truth and prediction, of uint8 train ids of any one shape; ignored pixels do not count,
-    whatever they are predicted as.
+    """(C, C) int64: pixels by truth and prediction, of uint8 train ids of equal shape. Ignored pixels do not count.
 
-    One count of truth x C + prediction. Ignored pixels are not taken out, which costs more than all the rest, but
-    counted in row 255 and left there. In 16 bits, where they suffice, it takes half the time of 64.
+    One count of truth x C + prediction. Ignored pixels are counted in row 255, which is cut off: taking them out first
+    costs more than all the rest. 16 bits, where they suffice, take half the time of 64.
     """
     dtype = torch.int16 if IGNORE * (num_classes + 1) <= torch.iinfo(torch.int16).max else torch.int32
     # Each is narrowed by itself: adding different types converts value by value.
@@ -102,22 +102,13 @@ def arithmetic_and_harmonic(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
-def _each_after(call: Callable[[], None], items: Iterable[ScoredImage]) -> Iterator[ScoredImage]:
-    """The items, each after a call."""
-    for item in items:
-        call()
-        yield item
-
-
-def _batches(images: Iterable[ScoredImage], size: int) -> Iterator[list[ScoredImage]]:
-    """The images in their order, up to `size` together; one whose picture or labels measure other than the last one's
-    begins a new batch.
-    """
+def _batches(images: Iterable[ScoredImage], size: int, between: Callable[[], None]) -> Iterator[list[ScoredImage]]:
+    """The images in their order, up to `size` of equal shapes together; `between` is called before each image."""
     batch: list[ScoredImage] = []
     for item in images:
-        if batch and (
-            len(batch) == size or (item.image.shape, item.mask.shape) != (batch[0].image.shape, batch[0].mask.shape)
-        ):
+        between()
+        fits = all((item.image.shape, item.mask.shape) == (other.image.shape, other.mask.shape) for other in batch)
+        if len(batch) == size or not fits:
             yield batch
             batch = []
         batch.append(item)
@@ -143,9 +134,8 @@ def score(
 ) -> Score:
     """Score every image of a split once.
 
-    With several processes each takes every world-th image and `total` sums tensors over the processes. `seen` is told
-    each key. `between` is called before each image, equally often in every process; it may raise to end the scoring.
-    The model is left in the mode it was in.
+    With several processes each takes every world-th image, and `total` sums tensors over the processes. `seen` is
+    called with each key, `between` before each image, equally often in every process; it may raise to end the scoring.
     """
     was_training = model.training
     model.eval()
@@ -153,7 +143,7 @@ def score(
     count = torch.zeros(1, dtype=torch.int64, device=device)
     sizes = set()
     own = range(rank, len(shards), world)
-    for batch in _batches(_each_after(between, scored_images(shards, domain, own, workers=workers)), settings.batch):
+    for batch in _batches(scored_images(shards, domain, own, workers=workers), settings.batch, between):
         height, width = batch[0].mask.shape
         # Stacked as they lie in memory, pixel by pixel: putting channel after channel takes several times as long.
         pictures = torch.stack([item.image.permute(1, 2, 0) for item in batch]).to(device).permute(0, 3, 1, 2)

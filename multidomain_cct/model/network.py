@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multidomain_cct.data.batches.loader import Batch
@@ -153,26 +154,31 @@ class Segmenter(nn.Module):
         return at_least_float32(self.head(domain).main(features)).softmax(dim=1)
 
     def encode(self, images: Mapping[tuple[str, str], Tensor]) -> Features:
-        """The features of (B, 3, H, W) uint8 images by domain and kind; empty batches have none.
-
-        Images of equal crop go through the encoder together: with shared batch norms, separate passes would make
-        training and evaluation disagree.
-        """
-        sizes: dict[tuple[int, ...], dict[tuple[str, str], Tensor]] = {}
-        for key, batch in images.items():
-            if len(batch):
-                sizes.setdefault(tuple(batch.shape[-2:]), {})[key] = batch
-        features: dict[tuple[str, str], Tensor] = {}
-        for group in sizes.values():
-            counts = [len(batch) for batch in group.values()]
-            parts = [(domain, count) for (domain, _), count in zip(group, counts, strict=True)]
-            joined = self.encoder(torch.cat(list(group.values())), parts)
-            features |= zip(group, torch.split(joined, counts), strict=True)
-        return features
+        """The features of (B, 3, H, W) uint8 images by domain and kind."""
+        return encode_together(self.encoder, images)
 
     def logits(self, images: Tensor, domain: str) -> Tensor:
         """(B, C, H, W) logits of the domain's main decoder for (B, 3, H, W) uint8 images of any size."""
         return whole_image_logits(self.encoder, self.head(domain).main, images, domain)
+
+
+def encode_together(encoder: nn.Module, images: Mapping[tuple[str, str], Tensor]) -> Features:
+    """The features of (B, 3, H, W) uint8 images by domain and kind; empty batches have none.
+
+    Images of equal crop go through the encoder in one pass: with shared batch norms, separate passes would make
+    training and evaluation disagree.
+    """
+    sizes: dict[tuple[int, ...], dict[tuple[str, str], Tensor]] = {}
+    for key, batch in images.items():
+        if len(batch):
+            sizes.setdefault(tuple(batch.shape[-2:]), {})[key] = batch
+    features: dict[tuple[str, str], Tensor] = {}
+    for group in sizes.values():
+        counts = [len(batch) for batch in group.values()]
+        parts = [(domain, count) for (domain, _), count in zip(group, counts, strict=True)]
+        joined = encoder(torch.cat(list(group.values())), parts)
+        features |= zip(group, torch.split(joined, counts), strict=True)
+    return features
 
 
 def supervised_loss(
@@ -209,3 +215,12 @@ def whole_image_logits(encoder: nn.Module, decoder: nn.Module, images: Tensor, d
         images = padded
     logits: Tensor = decoder(encoder(images, [(domain, len(images))]))
     return logits[..., :height, :width]
+
+
+def scaled(images: Tensor, scale: float) -> Tensor:
+    """(B, 3, scale * H, scale * W) uint8 images of (B, 3, H, W) ones, smoothed where they shrink."""
+    if scale == 1.0:
+        return images
+    size = [max(1, round(side * scale)) for side in images.shape[-2:]]
+    resized = F.interpolate(images.float(), size=size, mode="bilinear", align_corners=False, antialias=True)
+    return resized.round().clamp(0, 255).to(torch.uint8)

@@ -1,5 +1,4 @@
-"""Image-level labels -> pseudo-labels: a multi-label classifier on the shared encoder, its class activation maps, and
-what of them is sure.
+"""Image-level labels -> pseudo-labels, by a multi-label classifier on the shared encoder and its activation maps.
 
 Shapes: B images, K classified classes, P of them present in an image, D feature channels, H W image size, h w feature
 size.
@@ -15,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, require_number
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
-from multidomain_cct.model.network import whole_image_logits
+from multidomain_cct.model.network import encode_together, scaled, whole_image_logits
 from multidomain_cct.weak.crf import CrfSettings, DenseCrf
 
 
@@ -34,13 +33,11 @@ class PseudoLabelSettings:
     batch: int = 16
     """Images of each domain per step."""
     lr: float = 0.1
-    """Learning rate of classifier and context module at the start, with SGD; the backbone's is optimiser.backbone_factor
+    """Initial learning rate of classifier and context module, with SGD; the backbone's is optimiser.backbone_factor
     times that.
     """
     least_share: float = 0.001
-    """Smallest share of a mask's pixels, 0 to 1, from which a class counts as shown, where image-level labels are taken
-    from masks.
-    """
+    """Smallest share of a mask's pixels, 0 to below 1, at which an image-level label taken from it lists a class."""
     scales: list[float] = field(default_factory=lambda: [1.0, 0.5, 1.5, 2.0])
     """Image scales whose activation maps are averaged, each with its mirror image."""
     foreground: float = 0.3
@@ -48,43 +45,33 @@ class PseudoLabelSettings:
     background: float = 0.05
     """Activation below which a position may become background. What lies between the two is unsure."""
     most_common: float = 0.9
-    """Classes that more than this share of the images show get no pseudo-labels, for nothing tells the classifier what
-    their absence looks like; nor does the background of images that show them.
+    """Classes that more than this share of the images show get no pseudo-labels, because the classifier hardly sees
+    their absence; nor does the background of images that show them.
     """
     confidence: float = 0.7
-    """Probability that the random field is given for a position's class at the start; the other classes share the rest.
-    """
+    """Initial probability, in the random field, of a position's class; the other classes share the rest."""
     crf: CrfSettings = field(default_factory=CrfSettings)
-    """The random field that draws pseudo-labels to the image's borders."""
+    """The random field that aligns pseudo-labels with the borders in the image."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"pseudo_labels.{name} is {getattr(self, name)}; it is at least 1.")
-        if not self.lr > 0:
-            raise UserError(f"pseudo_labels.lr is {self.lr}; it is above 0.")
-        if not 0 <= self.least_share < 1:
-            raise UserError(f"pseudo_labels.least_share is {self.least_share}; it lies in 0 to below 1.")
+        require_number("pseudo_labels.steps", self.steps, at_least=1)
+        require_number("pseudo_labels.batch", self.batch, at_least=1)
+        require_number("pseudo_labels.lr", self.lr, above=0)
+        require_number("pseudo_labels.least_share", self.least_share, at_least=0, below=1)
+        require_number("pseudo_labels.most_common", self.most_common, above=0, at_most=1)
+        require_number("pseudo_labels.confidence", self.confidence, above=0, below=1)
+        require_number("pseudo_labels.foreground", self.foreground, at_least=self.background, below=1)
+        require_number("pseudo_labels.background", self.background, above=0)
         if not self.scales or min(self.scales) <= 0:
-            raise UserError(f"pseudo_labels.scales is {self.scales}; at least one, each above 0.")
-        if not 0 < self.background <= self.foreground < 1:
-            raise UserError(
-                f"pseudo_labels.background is {self.background} and pseudo_labels.foreground {self.foreground}; it is "
-                "0 < background <= foreground < 1."
-            )
-        if not 0 < self.most_common <= 1:
-            raise UserError(f"pseudo_labels.most_common is {self.most_common}; it lies above 0 and is at most 1.")
-        if not 0 < self.confidence < 1:
-            raise UserError(f"pseudo_labels.confidence is {self.confidence}; it lies between 0 and 1.")
+            raise UserError(f"pseudo_labels.scales is {self.scales}; it has at least one, each above 0.")
 
 
 class ClassHead(nn.Module):
-    """A map for each class from the features, and the logit that a class starts from: the log-odds of its share of the
-    images.
+    """A map for each class, and the logit that a class starts from: the log-odds of its share of the images.
 
-    Without that start, the map of a class that most images show has to be positive wherever there is anything; with it,
-    the map is left to explain what tells images apart. IRN has no bias, which on PASCAL VOC, where every class is rare,
-    makes the background negative; for common classes the sign turns.
+    Without that start, the map of a common class would have to be positive nearly everywhere; with it, the map explains
+    how images differ. IRN has no bias: on PASCAL VOC, where every class is rare, the background becomes negative; for
+    common classes the sign turns.
     """
 
     base: Tensor
@@ -103,7 +90,7 @@ class ClassHead(nn.Module):
 class Classifier(nn.Module):
     """The shared encoder with a multi-label head by domain: a logit per class and position, averaged over the image.
 
-    A linear map and the average may change places, so what explains a logit is the map itself.
+    The average of a linear map is linear, so the map itself explains the logit.
     """
 
     def __init__(self, encoder: EncoderSettings, shares: Mapping[str, Sequence[float]], *, seed: int = 0) -> None:
@@ -123,38 +110,30 @@ class Classifier(nn.Module):
                 self.heads[name] = ClassHead(self.encoder.channels, own)
 
     def forward(self, images: Mapping[str, Tensor], inside: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """(B, K) logits by domain, of (B, 3, H, W) uint8 images; padding, where the (B, H, W) bool `inside` is False,
-        is left out of the average.
+        """(B, K) logits by domain, of (B, 3, H, W) uint8 images.
 
-        As in training, images of equal crop go through the encoder together, for the sake of batch norms.
+        Padding, where the (B, H, W) bool `inside` is False, is left out of the average.
         """
         logits = {}
-        for size in dict.fromkeys(batch.shape[-2:] for batch in images.values()):
-            group = {name: batch for name, batch in images.items() if batch.shape[-2:] == size}
-            counts = [len(batch) for batch in group.values()]
-            joined = self.encoder(torch.cat(list(group.values())), list(zip(group, counts, strict=True)))
-            for name, features in zip(group, torch.split(joined, counts), strict=True):
-                maps = self.heads[name](features)  # (B, K, h, w)
-                weight = F.interpolate(
-                    inside[name][:, None].to(maps.dtype), size=maps.shape[-2:], mode="area"
-                )  # (B, 1, h, w)
-                # Only a view that shows nothing but padding could divide by 0.
-                logits[name] = self.base(name) + (maps * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)).clamp_min(
-                    1e-6
-                )
+        features = encode_together(self.encoder, {(name, "tagged"): batch for name, batch in images.items()})
+        for (name, _), own in features.items():
+            maps = self.heads[name](own)  # (B, K, h, w)
+            weight = F.interpolate(inside[name][:, None].to(maps.dtype), size=maps.shape[-2:], mode="area")
+            # Only a view that shows nothing but padding could divide by 0.
+            means = (maps * weight).sum(dim=(2, 3)) / weight.sum(dim=(2, 3)).clamp_min(1e-6)
+            logits[name] = self.base(name) + means
         return logits
 
     def base(self, domain: str) -> Tensor:
-        """(K,) logits of an image of which nothing is known."""
+        """(K,) logits without an image: the log-odds of the classes' shares."""
         head = self.heads[domain]
         assert isinstance(head, ClassHead)
         return head.base
 
     def maps(self, image: Tensor, domain: str) -> Tensor:
         """(K, H, W) class maps of a (3, H, W) uint8 image of any size."""
-        decoder = nn.Sequential(
-            self.heads[domain], nn.Upsample(scale_factor=self.encoder.stride, mode="bilinear", align_corners=False)
-        )
+        upsample = nn.Upsample(scale_factor=self.encoder.stride, mode="bilinear", align_corners=False)
+        decoder = nn.Sequential(self.heads[domain], upsample)
         return whole_image_logits(self.encoder, decoder, image[None], domain)[0]
 
 
@@ -167,31 +146,19 @@ def multilabel_loss(logits: Tensor, targets: Tensor) -> Tensor:
 def activation_maps(
     model: Classifier, image: Tensor, domain: str, *, present: Sequence[int], scales: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """(P, H, W) activations of the present classes, each divided by its largest, 0 to 1; and the (K,) logits of the
-    whole image.
+    """(P, H, W) activations of the `present` classes, 0 to 1, and the (K,) logits of the whole image.
 
-    Maps of the scales and of their mirror images are rectified and averaged. `present` counts among the K classes. A
-    class whose map is nowhere positive stays 0.
+    Maps of the scales and of their mirror images are rectified, averaged and divided by the largest value of the class.
+    A class whose map is nowhere positive stays 0.
     """
-    height, width = image.shape[-2:]
-    total = torch.zeros(len(present), height, width, device=image.device)
+    size = image.shape[-2:]
+    total = torch.zeros(len(present), *size, device=image.device)
     for scale in scales if present else ():
-        view = image
-        if scale != 1.0:
-            size = [max(1, round(side * scale)) for side in (height, width)]
-            resized = F.interpolate(
-                image[None].float(), size=size, mode="bilinear", align_corners=False, antialias=True
-            )
-            view = resized[0].round().clamp(0, 255).to(torch.uint8)
+        view = scaled(image[None], scale)[0]
         for mirrored in (False, True):
-            found = model.maps(view.flip(-1) if mirrored else view, domain)[list(present)]
-            found = F.interpolate(
-                (found.flip(-1) if mirrored else found)[None],
-                size=(height, width),
-                mode="bilinear",
-                align_corners=False,
-            )[0]
-            total += found.relu()
+            maps = model.maps(view.flip(-1) if mirrored else view, domain)[list(present)]
+            maps = maps.flip(-1) if mirrored else maps
+            total += F.interpolate(maps[None], size=size, mode="bilinear", align_corners=False)[0].relu()
     peak = total.amax(dim=(1, 2), keepdim=True)
     return total / peak.clamp_min(1e-5), model.base(domain) + model.maps(image, domain).mean(dim=(1, 2))
 
@@ -200,12 +167,12 @@ def activation_maps(
 def confident_labels(
     activations: Tensor, train_ids: Sequence[int], settings: PseudoLabelSettings, *, background: int | None
 ) -> Tensor:
-    """(H, W) uint8 train ids of the sure positions, 255 elsewhere, from the (P, H, W) activations of the classes
-    `train_ids`, without a random field.
+    """(H, W) uint8 train ids of the sure positions, 255 elsewhere, without a random field.
+
+    `activations` are the (P, H, W) ones of the classes `train_ids`.
     """
-    return _combined(
-        _above(activations, settings.foreground), _above(activations, settings.background), train_ids, background
-    )
+    over, under = (_above(activations, threshold) for threshold in (settings.foreground, settings.background))
+    return _combined(over, under, train_ids, background)
 
 
 @torch.no_grad()
@@ -217,13 +184,12 @@ def pseudo_labels(
     *,
     background: int | None,
 ) -> Tensor:
-    """(H, W) uint8 train ids of the sure positions, 255 elsewhere, refined by a dense random field over the (3, H, W)
-    uint8 image.
+    """(H, W) uint8 train ids of the sure positions, 255 elsewhere, refined by a random field over the (3, H, W) image.
 
     As in IRN (Ahn, Cho and Kwak 2019), which CCT follows: once with `foreground` as the activation of "none of them"
     and once with `background`, the winners become unary terms of probability `confidence` and are refined. A position
-    is foreground where the first says so, background where neither does, else unsure. Without a background class only
-    the first is made, and what is not foreground is unsure.
+    is foreground where the first result has a class, background where neither has one, else unsure. Without a
+    background class only the first is made, and what is not foreground is unsure.
     """
     thresholds = [settings.foreground] if background is None else [settings.foreground, settings.background]
     winners = torch.stack([_above(activations, threshold) for threshold in thresholds])  # (1 or 2, H, W)

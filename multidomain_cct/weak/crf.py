@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import require_number
 
 _TINY = 1e-10
-"""Smallest probability a unary term may have: -log of 0 would keep a class out whatever its surroundings say."""
+"""Smallest probability of a unary term: -log of 0 would exclude a class whatever surrounds the pixel."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,11 @@ class CrfSettings:
     """Weight of the appearance kernel; 0 leaves it out."""
 
     def __post_init__(self) -> None:
-        if self.iterations < 0:
-            raise UserError(f"crf.iterations is {self.iterations}; it is at least 0.")
+        for name in ("iterations", "smooth_weight", "color_weight"):
+            require_number(f"crf.{name}", getattr(self, name), at_least=0)
+        # Smaller ones separate every pixel from every other, and cost a lattice point for each.
         for name in ("smooth_position", "color_position", "color_value"):
-            # Smaller ones separate every pixel from every other, and cost a lattice point for each.
-            if not getattr(self, name) >= 1:
-                raise UserError(
-                    f"crf.{name} is {getattr(self, name)}; a standard deviation is at least 1, in pixels or steps of colour."
-                )
-        for name in ("smooth_weight", "color_weight"):
-            if getattr(self, name) < 0:
-                raise UserError(f"crf.{name} is {getattr(self, name)}; it is 0 or more.")
-
-
-def dense_crf(probabilities: Tensor, image: Tensor, settings: CrfSettings) -> Tensor:
-    """(C, H, W) float32 probabilities after mean field, from (C, H, W) probabilities and the (3, H, W) uint8 image."""
-    return DenseCrf(image, settings)(probabilities)
+            require_number(f"crf.{name}", getattr(self, name), at_least=1)
 
 
 class DenseCrf:
@@ -74,16 +63,13 @@ class DenseCrf:
         """`image` is (3, H, W) uint8, on the device where the refinements run."""
         assert image.dtype == torch.uint8 and len(image) == 3
         self.settings = settings
-        self.smooth = (
-            Smoothness(image.shape[1:], settings.smooth_position, image.device) if settings.smooth_weight else None
-        )
+        size, device = image.shape[1:], image.device
+        self.smooth = Smoothness(size, settings.smooth_position, device) if settings.smooth_weight else None
         self.appearance = Lattice(appearance_features(image, settings)) if settings.color_weight else None
 
     @torch.no_grad()
     def __call__(self, probabilities: Tensor) -> Tensor:
-        """(..., C, H, W) float32 probabilities after mean field, from (..., C, H, W) probabilities; leading dimensions
-        are refined apart, but in one pass.
-        """
+        """(..., C, H, W) float32 probabilities after mean field, from (..., C, H, W) ones, each refined on its own."""
         unary = probabilities.float().clamp_min(_TINY).log()  # (..., C, H, W)
         belief = unary.softmax(dim=-3)
         for _ in range(self.settings.iterations):
@@ -100,10 +86,9 @@ class DenseCrf:
 
 
 def appearance_features(image: Tensor, settings: CrfSettings) -> Tensor:
-    """(5, N) float32: columns, rows, red, green, blue of the pixels, in standard deviations of the appearance kernel."""
-    height, width = image.shape[-2:]
+    """(5, N) float32: column, row, red, green and blue of the pixels, over the appearance kernel's std."""
     rows, columns = torch.meshgrid(
-        torch.arange(height, device=image.device), torch.arange(width, device=image.device), indexing="ij"
+        *(torch.arange(side, device=image.device) for side in image.shape[-2:]), indexing="ij"
     )
     positions = torch.stack([columns, rows]).flatten(1) / settings.color_position
     return torch.cat([positions, image.flatten(1).float() / settings.color_value])
@@ -113,7 +98,7 @@ class Smoothness:
     """The normalised Gaussian of the positions. It separates into rows and columns, and so does its normalisation."""
 
     CUTOFF = 5.0
-    """Standard deviations beyond which the kernel is 0: what is left out is 4e-6 of its height."""
+    """Standard deviations beyond which the kernel is 0; there it has fallen to 4e-6 of its height."""
 
     def __init__(self, size: Sequence[int], std: float, device: torch.device) -> None:
         self.radius = math.ceil(self.CUTOFF * std)
@@ -135,34 +120,33 @@ class Smoothness:
 
 
 class Lattice:
-    """A Gaussian filter of standard deviation 1 over N points in d dimensions, symmetrically normalised, by a permutohedral
-    lattice (Adams, Baek and Davis 2010).
+    """A Gaussian filter of std 1 over N points in d dimensions, symmetrically normalised, by a permutohedral lattice.
 
-    Each point lies in a simplex of d + 1 lattice points. Values are spread to these by barycentric weights, blurred
-    with (1/2, 1, 1/2) along the d + 1 directions of the lattice, and gathered back. All three are weighted sums of
-    rows, which is what `embedding_bag` does. The well-known version blurs among the points that values were spread to;
-    here the gaps between two of them belong to the lattice too, which halves the error.
+    Adams, Baek and Davis 2010. Each point lies in a simplex of d + 1 lattice points. Values are spread to these by
+    barycentric weights, blurred with (1/2, 1, 1/2) along the d + 1 directions of the lattice, and gathered back. All
+    three are weighted sums of rows, which is what `embedding_bag` does. The well-known version blurs among the points
+    that values were spread to; here the gaps between two of them belong to the lattice too, which halves the error.
     """
 
     def __init__(self, features: Tensor) -> None:
         """`features` is (d, N), in standard deviations."""
         zero, rank, weights = _simplices(features)
         keys, strides = _vertex_keys(zero, rank)  # (d + 1, N)
-        # Stable: sums are taken in an order that hangs on the image alone.
+        # Stable: the order of the sums depends on the image alone.
         ordered, order = keys.flatten().sort(stable=True)
         used, number, counts = torch.unique_consecutive(ordered, return_inverse=True, return_counts=True)
         vertices = _with_gaps(used, strides)
-        place = torch.searchsorted(vertices, used)
+        row_of_used = torch.searchsorted(vertices, used)
         self.num_points, self.num_pixels = len(vertices), features.shape[1]
-        # One bag beyond the points stays 0: it stands for the neighbours that the lattice does not have.
-        lengths = counts.new_zeros(self.num_points + 1).index_copy_(0, place, counts)
+        # One row beyond the points stays 0: it stands in for neighbours that the lattice does not have.
+        lengths = counts.new_zeros(self.num_points + 1).index_copy_(0, row_of_used, counts)
         self.spread_start = (lengths.cumsum(0) - lengths).int()
         self.spread_index = (order % self.num_pixels).int()
         self.spread_weight = weights.flatten()[order]
-        vertex = torch.empty_like(number, dtype=torch.int32).index_copy_(0, order, place.int()[number])
-        self.gather_index = vertex.view(-1, self.num_pixels).T.contiguous()  # (N, d + 1)
+        row = torch.empty_like(number, dtype=torch.int32).index_copy_(0, order, row_of_used.int()[number])
+        self.gather_index = row.view(-1, self.num_pixels).T.contiguous()  # (N, d + 1)
         self.gather_weight = weights.T.contiguous()
-        self.neighbours = _neighbours(vertices, strides)
+        self.neighbours = [_neighbours(vertices, step) for step in _steps(strides)]
         self.blur = features.new_tensor([0.5, 1.0, 0.5]).repeat(self.num_points + 1, 1)
         # The lattice's own constant factor drops out here.
         norm = self(features.new_ones(self.num_pixels, 1)).add_(1e-20).rsqrt_()[:, 0]
@@ -180,14 +164,11 @@ class Lattice:
 
 
 def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The simplex that encloses each point: its remainder-0 vertex and the rank of each coordinate, both (d + 1, N),
-    and the (d + 1, N) barycentric weights.
-    """
+    """Of each point's simplex: remainder-0 vertex, ranks of the coordinates, barycentric weights, each (d + 1, N)."""
     d, num = features.shape
     # Rows of E span the plane whose coordinates sum to 0; scaled so that the blur's variance is 1.
-    scale = torch.arange(1, d + 1, device=features.device, dtype=torch.float32)
-    scale = (d + 1) * (2 / 3) ** 0.5 / (scale * (scale + 1)).sqrt()
-    scaled = features * scale[:, None]
+    axes = torch.arange(1, d + 1, device=features.device, dtype=torch.float32)[:, None]
+    scaled = features * ((d + 1) * (2 / 3) ** 0.5 / (axes * (axes + 1)).sqrt())
     elevated = features.new_empty(d + 1, num)
     above = torch.zeros_like(scaled[0])
     for axis in range(d, 0, -1):
@@ -197,31 +178,27 @@ def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     zero = (elevated / (d + 1)).round() * (d + 1)
     excess = (zero.sum(dim=0) / (d + 1)).round().int()  # (N,)
     difference = elevated - zero
-    rank = torch.zeros_like(zero, dtype=torch.int32)
+    rank = excess.repeat(d + 1, 1)
     for i in range(d + 1):
         for j in range(i + 1, d + 1):
             lower = difference[i] < difference[j]
             rank[i] += lower
             rank[j] += ~lower
-    rank += excess
-    over, under = rank > d, rank < 0
-    shift = (under.int() - over.int()) * (d + 1)
+    shift = ((rank < 0).int() - (rank > d).int()) * (d + 1)
     rank += shift
     zero += shift
     difference = (elevated - zero) / (d + 1)
     weights = features.new_zeros(d + 2, num)
     for axis in range(d + 1):
-        place = (d - rank[axis]).long()[None]
-        weights.scatter_add_(0, place, difference[axis][None])
-        weights.scatter_add_(0, place + 1, -difference[axis][None])
+        row = (d - rank[axis]).long()[None]
+        weights.scatter_add_(0, row, difference[axis][None])
+        weights.scatter_add_(0, row + 1, -difference[axis][None])
     weights[0] += 1 + weights[d + 1]
     return zero.int(), rank, weights[: d + 1]
 
 
 def _vertex_keys(zero: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """(d + 1, N) int64 keys of the simplices' vertices, and the (d,) strides by which a vertex's first d coordinates
-    make its key.
-    """
+    """(d + 1, N) int64 keys of the simplices' vertices, and the (d,) strides that make a key of d coordinates."""
     d = len(zero) - 1
     low = zero[:d].amin(dim=1) - 2 * (d + 1)
     span = (zero[:d].amax(dim=1) + 2 * (d + 1) - low + 1).long()
@@ -229,22 +206,19 @@ def _vertex_keys(zero: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
     strides = torch.cat([span.new_ones(1), span.flip(0).cumprod(0)[:-1]]).flip(0)
     base = ((zero[:d] - low[:, None]) * strides[:, None]).sum(dim=0)  # (N,)
     # The vertex of remainder k adds k to every coordinate, less d + 1 where the coordinate's rank is above d - k.
-    keys = torch.stack(
-        [base + k * strides.sum() - ((rank[:d] > d - k) * (d + 1) * strides[:, None]).sum(dim=0) for k in range(d + 1)]
-    )
-    return keys, strides
+    keys = [
+        base + k * strides.sum() - ((rank[:d] > d - k) * (d + 1) * strides[:, None]).sum(dim=0) for k in range(d + 1)
+    ]
+    return torch.stack(keys), strides
 
 
 def _steps(strides: Tensor) -> list[Tensor]:
-    """By how much a vertex's key rises to the next one, for each of the lattice's d + 1 directions."""
-    d = len(strides)
-    return [-strides.sum() + ((d + 1) * strides[axis] if axis < d else 0) for axis in range(d + 1)]
+    """The difference of a vertex's key and the next one's, for each of the lattice's d + 1 directions."""
+    return [-strides.sum() + (len(strides) + 1) * stride for stride in (*strides, 0 * strides[0])]
 
 
 def _with_gaps(vertices: Tensor, strides: Tensor) -> Tensor:
-    """The sorted keys, with those that at least two of them have for a neighbour: what is blurred into a gap comes out
-    on its other side.
-    """
+    """The sorted keys, and those with at least two of them as neighbours: a gap blurs one side into the other."""
     beside = torch.cat([vertices + sign * step for step in _steps(strides) for sign in (1, -1)])
     candidates, counts = torch.unique_consecutive(_sorted(beside), return_counts=True)
     joined: Tensor = torch.unique_consecutive(_sorted(torch.cat([vertices, candidates[counts > 1]])))
@@ -256,19 +230,13 @@ def _sorted(keys: Tensor) -> Tensor:
     return torch.from_numpy(np.sort(keys.numpy())) if keys.device.type == "cpu" else keys.sort().values
 
 
-def _neighbours(vertices: Tensor, strides: Tensor) -> list[Tensor]:
-    """For each direction, (M + 1, 3) int32: the vertex before, the vertex itself, the one behind; M where there is
-    none.
-    """
+def _neighbours(vertices: Tensor, step: Tensor) -> Tensor:
+    """(M + 1, 3) int32: the vertex before, the vertex itself, the one behind; M where there is none."""
     num = len(vertices)
-    own = torch.arange(num + 1, device=vertices.device, dtype=torch.int32)
-    tables = []
-    for step in _steps(strides):
-        wanted = vertices + step
-        found = torch.searchsorted(vertices, wanted, out_int32=True)
-        exists = vertices[found.clamp_max(num - 1)] == wanted
-        behind, before = torch.full_like(own, num), torch.full_like(own, num)
-        behind[:num] = torch.where(exists, found, num)
-        before[found[exists]] = own[:num][exists]
-        tables.append(torch.stack([before, own, behind], dim=1))
-    return tables
+    rows = torch.arange(num + 1, device=vertices.device, dtype=torch.int32)
+    next_row = torch.searchsorted(vertices, vertices + step, out_int32=True)
+    exists = vertices[next_row.clamp_max(num - 1)] == vertices + step
+    before, behind = torch.full_like(rows, num), torch.full_like(rows, num)
+    behind[:num] = torch.where(exists, next_row, num)
+    before[next_row[exists]] = rows[:num][exists]
+    return torch.stack([before, rows, behind], dim=1)
