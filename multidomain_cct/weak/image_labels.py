@@ -1,4 +1,4 @@
-"""Image-level labels: which classes an image shows, without where.
+"""Image-level labels: the classes that an image shows, without positions.
 
 They come from a text list, a JSON list, or, for experiments, from the masks of the training split.
 """
@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.errors import UserError, did_you_mean
 
 FROM_MASKS = "masks"
-_WORD = re.compile(r'"([^"]*)"|(\S+)')
+_FORMATS = "Image-level labels are a text list (`key class class`) or JSON ({key: [class, ...]})."
+_WORD = re.compile(r'"([^"]*)"|\S+')
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,10 @@ class TaggedImages:
     samples: Mapping[str, tuple[int, int]]
     """(source, sample number) of every image with known classes, by key."""
     classes: Mapping[str, frozenset[int]]
-    """Train ids of the classes that the image shows, by key; the background is not among them."""
+    """Train ids of the classes that the image shows, by key, without the background."""
     listed: tuple[str, ...]
-    """Keys of the images that have image-level labels of their own, in the order of the shards. The others are in the
-    labelled budget: masks tell theirs.
+    """Keys of the images with image-level labels, in the order of the shards. The classes of the other images, those of
+    the labelled budget, come from their masks.
     """
 
     def shares(self) -> np.ndarray:
@@ -47,7 +49,7 @@ class TaggedImages:
         return share
 
     def streams(self, data: DataSettings, choice: DomainSettings, batch: int) -> DomainStreams:
-        """All these images as a stream without labels, for the loader: `batch` of them a step."""
+        """All these images as a stream without masks, `batch` of them a step."""
         crop = choice.crop or data.crop
         return DomainStreams(
             domain=self.domain,
@@ -62,16 +64,13 @@ class TaggedImages:
 
 
 def background_class(domain: Domain) -> int | None:
-    """The train id of the background: the one class that is no `thing`.
-
-    None when there is no such class, or several.
-    """
+    """The train id of the only class that is no `thing`; None when there is none, or several."""
     stuff = [train_id for train_id, label in enumerate(domain.classes) if not label.thing]
     return stuff[0] if len(stuff) == 1 else None
 
 
 def classified(domain: Domain) -> tuple[int, ...]:
-    """The train ids that image-level labels tell apart: all but the background."""
+    """The train ids of all classes but the background."""
     background = background_class(domain)
     return tuple(train_id for train_id in range(domain.num_classes) if train_id != background)
 
@@ -79,8 +78,8 @@ def classified(domain: Domain) -> tuple[int, ...]:
 def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, least_share: float) -> TaggedImages:
     """The images with image-level labels, and those of the labelled budget, whose classes are read from their masks.
 
-    A class counts as shown by a mask when it has at least `least_share` of its pixels. Raises UserError, naming file,
-    key and class, for a list that does not fit the domain, and when the list or the shards are missing.
+    A mask shows a class that has at least `least_share` of its pixels. Raises UserError for a list that does not fit
+    the domain, and when the list or the shards are missing.
     """
     trained = open_streams(domain, choice, data, use_unlabelled=False)
     train = trained.sources[0]
@@ -92,18 +91,14 @@ def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, l
     if choice.image_labels == FROM_MASKS:
         numbers = np.flatnonzero(train.labelled).tolist()
         if not numbers:
-            raise UserError(
-                f"domains.{domain.name}.image_labels is `masks`, but the split {choice.train_split!r} has none. Name "
-                "a list instead."
-            )
+            where = f"domains.{domain.name}.image_labels is `masks`"
+            raise UserError(f"{where}, but the split {choice.train_split!r} has none. Name a list instead.")
         shown = classes_of_masks(train, domain, numbers, least_share=least_share)
     else:
         path = Path(choice.image_labels)
         if not path.is_file():
-            raise UserError(
-                f"domains.{domain.name}.image_labels is {choice.image_labels!r}; it is `masks`, or a text or JSON "
-                "file that is there."
-            )
+            where = f"domains.{domain.name}.image_labels is {choice.image_labels!r}"
+            raise UserError(f"{where}; it is `masks`, or a text or JSON file that is there.")
         shown = read_image_labels(path, domain, places)
     budget = [number for _, number in trained.labelled if train.keys[number] not in shown]
     known = shown | classes_of_masks(train, domain, budget, least_share=least_share)
@@ -120,7 +115,7 @@ def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, l
 def classes_of_masks(
     shards: Shards, domain: Domain, numbers: Sequence[int], *, least_share: float
 ) -> dict[str, frozenset[int]]:
-    """By key, the train ids that have at least `least_share` of the pixels of the mask, of these samples."""
+    """By key of these samples, the train ids that have at least `least_share` of the mask's pixels."""
     shown = {}
     for number in numbers:
         record = shards.read(number)
@@ -135,71 +130,53 @@ def classes_of_masks(
 def read_image_labels(path: Path, domain: Domain, keys: Collection[str]) -> dict[str, frozenset[int]]:
     """The train ids of the classes that each listed image shows.
 
-    A text list has one image a line, `key class [class ...]`; what follows a word that begins with # is a comment, and
-    names with spaces stand in double quotes. A JSON list is {key: [class, ...]}. `keys` are those of the images that
-    there are.
+    A text list has one image a line, `key class [class ...]`. A word that begins with # starts a comment; names with
+    spaces are written in double quotes. A JSON list is {key: [class, ...]}. `keys` are those of all images.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        raise UserError(
-            f"{path}: this is not text in UTF-8. Image-level labels are a text list (`key class class`) or JSON "
-            f"({{key: [class]}})."
-        ) from None
+        raise UserError(f"{path}: this is not text in UTF-8. {_FORMATS}") from None
     rows = _json_rows(path, text) if path.suffix.lower() == ".json" else _text_rows(path, text)
     ids = {label.name: train_id for train_id, label in enumerate(domain.classes)}
     shown: dict[str, frozenset[int]] = {}
     for where, key, names in rows:
+        where = f"{where}: the key {key!r}"
         if key in shown:
-            raise UserError(f"{where}: the key {key!r} is listed twice. An image has one line with all its classes.")
+            raise UserError(f"{where} is listed twice. An image has one line with all its classes.")
         if key not in keys:
-            raise UserError(
-                f"{where}: the key {key!r} is none of the {len(keys)} images in the training and unlabelled splits of "
-                f"{domain.name}.{did_you_mean(key, keys)}"
-            )
+            known = f"the {len(keys)} images in the training and unlabelled splits of {domain.name}"
+            raise UserError(f"{where} is none of {known}.{did_you_mean(key, keys)}")
         if not names:
-            raise UserError(
-                f"{where}: the key {key!r} has no class. Name the classes that the image shows, or leave the image out."
-            )
+            raise UserError(f"{where} has no class. Name the classes that it shows, or leave the image out.")
         for name in names:
             if name not in ids:
                 # Without quotes, a name with spaces falls apart.
-                quotes = (
-                    ' Names with spaces stand in double quotes: "a name".' if any(" " in known for known in ids) else ""
-                )
-                raise UserError(
-                    f"{where}: the key {key!r} has the class {name!r}. Known: "
-                    f"{', '.join(ids)}.{quotes}{did_you_mean(name, ids)}"
-                )
+                quotes = ' Write names with spaces in double quotes: "a name".' if " " in "".join(ids) else ""
+                known = f"Known: {', '.join(ids)}.{quotes}"
+                raise UserError(f"{where} has the class {name!r}. {known}{did_you_mean(name, ids)}")
         shown[key] = frozenset(ids[name] for name in names)
     if not shown:
-        raise UserError(
-            f"{path}: no image is listed. Image-level labels are a text list (`key class class`) or JSON ({{key: "
-            f"[class]}})."
-        )
+        raise UserError(f"{path}: no image is listed. {_FORMATS}")
     return shown
 
 
 def _text_rows(path: Path, text: str) -> Iterable[tuple[str, str, list[str]]]:
     for number, line in enumerate(text.splitlines(), start=1):
-        words: list[str] = []
-        for match in _WORD.finditer(line):
-            quoted, plain = match.groups()
-            if plain is not None and plain.startswith("#"):
-                break
-            words.append(plain if quoted is None else quoted)
+        matches = takewhile(lambda match: not match[0].startswith("#"), _WORD.finditer(line))
+        words = [match[0] if match[1] is None else match[1] for match in matches]
         if words:
             yield f"{path}: line {number}", words[0], words[1:]
 
 
 def _json_rows(path: Path, text: str) -> Iterable[tuple[str, str, list[str]]]:
     try:
-        # Pairs, for a dictionary would keep the last of two equal keys in silence.
+        # A dictionary would silently keep the last of two equal keys.
         pairs = json.loads(text, object_pairs_hook=_Pairs)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: this is not valid JSON ({error.msg}).") from None
     if not isinstance(pairs, _Pairs):
-        raise UserError(f"{path}: holds {type(pairs).__name__}; image-level labels in JSON are {{key: [class, ...]}}.")
+        raise UserError(f"{path}: holds {type(pairs).__name__}; it is {{key: [class, ...]}}.")
     for key, names in pairs:
         if not isinstance(names, list) or isinstance(names, _Pairs) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{path}: the key {key!r} has {json.dumps(names)[:60]}; it has a list of class names.")
