@@ -94,12 +94,15 @@ def test_every_published_data_set_has_its_classes(name: str, count: int, things:
     domain = find_domain(name, [SHIPPED])
     assert domain.num_classes == count
     assert sum(label.thing for label in domain.classes) == things
-    assert domain.title and domain.licence and domain.source
+    assert domain.title
+    assert domain.licence
+    assert domain.source
 
 
 def test_raw_ids_become_train_ids() -> None:
     train, known = find_domain("cityscapes", [SHIPPED]).id_lookup
-    assert train.dtype == np.uint8 and train.shape == known.shape == (65536,)
+    assert train.dtype == np.uint8
+    assert train.shape == known.shape == (65536,)
     # cityscapesscripts/helpers/labels.py
     official = {
         7: 0,
@@ -141,7 +144,8 @@ def test_ids_default_to_the_position_in_the_table(tmp_path: Path) -> None:
 def test_raw_colours_become_train_ids() -> None:
     domain = find_domain("camvid", [SHIPPED])
     codes, train = domain.color_lookup
-    assert len(codes) == 32 and (np.diff(codes) > 0).all()
+    assert len(codes) == 32
+    assert (np.diff(codes) > 0).all()
     lookup = dict(zip(codes.tolist(), train.tolist(), strict=True))
     assert lookup[128 << 16 | 0 << 8 | 192] == 3  # LaneMkgsDriv is road
     assert lookup[64 << 16 | 192 << 8 | 0] == 1  # Wall is building
@@ -192,12 +196,14 @@ def test_sun_rgbd_13_groups_the_37_classes_as_scenenet_does() -> None:
         7,
     ]
     assert (train[1:38] + 1).tolist() == expected
-    assert known[:38].all() and [label.ids for label in fine.classes] == [(raw,) for raw in range(1, 38)]
+    assert known[:38].all()
+    assert [label.ids for label in fine.classes] == [(raw,) for raw in range(1, 38)]
 
 
 def test_palette_shows_each_class_in_its_colour_and_the_rest_black() -> None:
     domain = find_domain("pascal_voc", [SHIPPED])
-    assert domain.palette.shape == (256, 3) and domain.palette.dtype == np.uint8
+    assert domain.palette.shape == (256, 3)
+    assert domain.palette.dtype == np.uint8
     # The VOC colormap, bit by bit.
     for raw_id in range(21):
         expected = [sum((raw_id >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3)) for channel in range(3)]
@@ -284,7 +290,8 @@ def test_what_cannot_be_used_is_named_in_one_line_with_its_file(
     with pytest.raises(UserError) as caught:
         read_domain(path)
     assert message in str(caught.value)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "- a\n", "classes\n"])
@@ -353,13 +360,12 @@ def lent(tmp_path: Path) -> Path:
 
 def test_a_domain_may_have_the_classes_of_another_and_its_own_files(lent: Path) -> None:
     street, dusk = (find_domain(name, [lent]) for name in ("street", "dusk"))
-    assert (
-        dusk.labels_of == "street"
-        and dusk.classes == street.classes
-        and dusk.class_fingerprint == street.class_fingerprint
-    )
+    assert dusk.labels_of == "street"
+    assert dusk.classes == street.classes
+    assert dusk.class_fingerprint == street.class_fingerprint
     assert (dusk.ignore_ids, dusk.ignore_colors) == (street.ignore_ids, street.ignore_colors)
-    assert dusk.splits == {"train": Split("dusk/*.jpg"), "val": Split("val/*.jpg", "val/*.png")} and dusk.size is None
+    assert dusk.splits == {"train": Split("dusk/*.jpg"), "val": Split("val/*.jpg", "val/*.png")}
+    assert dusk.size is None
     for own, lenders in zip(
         (*dusk.id_lookup, *dusk.color_lookup), (*street.id_lookup, *street.color_lookup), strict=True
     ):
@@ -369,7 +375,8 @@ def test_a_domain_may_have_the_classes_of_another_and_its_own_files(lent: Path) 
 def test_a_borrower_may_have_further_raw_values_without_a_class(lent: Path) -> None:
     write(lent, BORROWER + "ignore_ids: [9]\nignore_colors: [[7, 7, 7]]\n", "dusk.yaml")
     dusk = find_domain("dusk", [lent])
-    assert dusk.ignore_ids == (0, 9, 255) and dusk.ignore_colors == ((0, 0, 0), (7, 7, 7))
+    assert dusk.ignore_ids == (0, 9, 255)
+    assert dusk.ignore_colors == ((0, 0, 0), (7, 7, 7))
 
 
 def test_a_borrower_is_written_with_its_classes_and_read_back_alone(lent: Path, tmp_path: Path) -> None:
@@ -415,4 +422,5 @@ def test_labels_that_cannot_be_borrowed_are_named_in_one_line_with_their_file(
     with pytest.raises(UserError) as caught:
         find_domain("dusk", [lent])
     assert message in str(caught.value)
-    assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)

@@ -108,7 +108,8 @@ def test_b04_every_sample_stands_once_in_each_epoch(
             sizes, seen(shards, sizes, share, world, workers, seed, schedule, window, epochs=2).values(), strict=True
         ):
             every = [f"{number:02d}" for number in range(size)]
-            assert sorted(keys[:size]) == every and sorted(keys[size : 2 * size]) == every
+            assert sorted(keys[:size]) == every
+            assert sorted(keys[size : 2 * size]) == every
         tried += 1
 
     check()

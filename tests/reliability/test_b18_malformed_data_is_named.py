@@ -171,7 +171,10 @@ def test_b18_a_bad_sample_ends_the_run_by_name_or_is_skipped_and_counted(
     with pytest.raises(UserError) as error:
         one_epoch(tmp_path / "bad")
     line, field = str(error.value), reason.partition(":")[0]
-    assert "train-00000.tar" in line and repr(BAD) in line and field in line and "\n" not in line
+    assert "train-00000.tar" in line
+    assert repr(BAD) in line
+    assert field in line
+    assert "\n" not in line
 
     good, bad = (
         keys(one_epoch(tmp_path / "good", epochs=3)),
@@ -228,7 +231,8 @@ def test_b18_a_malformed_shard_is_refused_before_a_run_sees_it_whatever_becomes_
         write(path)
     with pytest.raises(UserError, match=message) as error:
         index_shard(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(UserError, match="has no index. Build it"):
         one_epoch(tmp_path, on_bad=on_bad)
     record_property("B18", f"{len(SHARD_FAULTS) + len(FILE_FAULTS)} kinds of malformed shards refused in both modes")
@@ -293,9 +297,11 @@ def test_b18_bad_images_are_counted_and_told_over_all_processes(
     keys = [[key for batches in seen(file).values() for key in batches[0]["fields"][0]] for file in files]
     assert not set(BAD_KEYS) & {*keys[0], *keys[1]}
     substitutes = [Counter(part)["train_002"] + Counter(part)["train_007"] for part in keys]
-    assert sum(substitutes) == 20 and all(substitutes)
+    assert sum(substitutes) == 20
+    assert all(substitutes)
     told = [line for line in ranks[0].text.splitlines() if "fields: skipped: " in line]
-    assert [sum(repr(key) in line for line in told) for key in BAD_KEYS] == [5, 5] and "skipped: " not in ranks[1].text
+    assert [sum(repr(key) in line for line in told) for key in BAD_KEYS] == [5, 5]
+    assert "skipped: " not in ranks[1].text
     assert [
         line[f"data/fields/skipped/{REASON}"] for line in logged(run) if "lr" in line and line["step"] % 5 == 0
     ] == [2, 4, 6, 8, 10]
@@ -315,11 +321,10 @@ def test_b18_all_processes_end_at_the_same_step_when_their_bad_images_together_a
     assert [rank.wait() for rank in ranks] == [2, 2], ranks[0].text + ranks[1].text
     assert processes_of(tmp_path / "runs" / "run") == 2
     (line,) = ranks[0].errors
-    assert (
-        line.startswith("error: fields: 2 of ")
-        and f"images cannot be used (2 x {REASON}), more than data.max_bad_fraction 0.15 allows" in line
-    )
-    assert not ranks[1].errors and "Traceback" not in ranks[0].text + ranks[1].text
+    assert line.startswith("error: fields: 2 of ")
+    assert f"images cannot be used (2 x {REASON}), more than data.max_bad_fraction 0.15 allows" in line
+    assert not ranks[1].errors
+    assert "Traceback" not in ranks[0].text + ranks[1].text
     steps_taken = [len(seen(file)) for file in files]
     assert steps_taken[0] == steps_taken[1] <= 5
     figure("B18", "2 ranks end at the same step with one line when their bad images together are too many")
@@ -336,6 +341,7 @@ def test_b18_counts_of_bad_images_go_on_with_a_run_that_was_killed(
     assert [rank.wait() for rank in resumed] == [0, 0], resumed[0].text
     assert "going on from step 10" in resumed[0].text
     runs = [tmp_path / "runs" / name for name in ("straight", "run")]
-    assert state_of(runs[0], 25)["images"] == state_of(runs[1], 25)["images"] and logged(runs[0]) == logged(runs[1])
+    assert state_of(runs[0], 25)["images"] == state_of(runs[1], 25)["images"]
+    assert logged(runs[0]) == logged(runs[1])
     assert tensors_of(runs[0]) == tensors_of(runs[1])
     figure("B18", "counts go on with a killed run")

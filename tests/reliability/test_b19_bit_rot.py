@@ -66,7 +66,9 @@ def test_b19_every_changed_byte_of_a_shard_is_seen(shard: Path, record_property:
                 for number in range(len(shards)):
                     shards.read(number)
         seen[where] += 1
-    assert seen["header"] and seen["image"] and seen["mask"]
+    assert seen["header"]
+    assert seen["image"]
+    assert seen["mask"]
     record_property(
         "B19",
         f"{seen.total()} of {FLIPS} flips in a shard seen "
@@ -90,7 +92,8 @@ def test_b19_a_changed_byte_of_an_index_or_catalogue_never_changes_what_it_says(
             # White space in the file's own header may change without a change of meaning.
             assert repr(read(path)) == right
         except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
+            assert str(path) in str(error)
+            assert "\n" not in str(error)
             refused += 1
     assert refused >= FLIPS * 0.9
     record_property("B19", f"{refused} of {FLIPS} flips in the {what} refused, the others without effect")

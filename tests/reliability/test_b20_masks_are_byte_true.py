@@ -61,7 +61,9 @@ def test_b20_ids_come_back_as_they_were_written(
     if depth >= 8:
         ids[0, 0] = 255
     _, mask = decode(shard_of(tmp_path, png(ids, kind, depth)).read(0), DOMAIN)
-    assert mask is not None and mask.mode == "L" and np.array_equal(np.asarray(mask), ids)
+    assert mask is not None
+    assert mask.mode == "L"
+    assert np.array_equal(np.asarray(mask), ids)
     record_property(
         "B20", f"ids equal in {len(KINDS)} kinds of PNG: grey of 1, 2, 4, 8, 16 bits, palettes of 1, 2, 4, 8 bits"
     )

@@ -75,8 +75,12 @@ def one_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
     """What a command says that refuses: one line, exit code 2, and not the secret."""
     assert main(list(words)) == 2
     out, err = capsys.readouterr()
-    assert len(err.strip().splitlines()) == 1 and err.startswith("error: ") and not out
-    assert SECRET not in err and "\x1b" not in err and len(err) < 1000
+    assert len(err.strip().splitlines()) == 1
+    assert err.startswith("error: ")
+    assert not out
+    assert SECRET not in err
+    assert "\x1b" not in err
+    assert len(err) < 1000
     return err
 
 

@@ -46,7 +46,7 @@ class ShardWriter:
         self._file: Any = None
         self._tar: Any = None
         folder.mkdir(parents=True, exist_ok=True)
-        for left_by_a_crash in folder.glob(f".{split}-*.tmp"):
+        for left_by_a_crash in folder.glob(f".{split}-[0-9]*.tmp"):
             left_by_a_crash.unlink()
 
     def is_full(self, more: int) -> bool:

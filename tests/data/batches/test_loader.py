@@ -226,7 +226,8 @@ def test_any_number_of_domains_show_every_labelled_and_unlabelled_sample_once_pe
         assert len(labelled) == len(rest) == turns
         for keys, samples in ((labelled, 3), (rest, 3 + number)):
             assert all(len(set(keys[at : at + samples])) == samples for at in range(0, turns - samples + 1, samples))
-        assert set(labelled).isdisjoint(rest) and len(set(labelled) | set(rest)) == 6 + number
+        assert set(labelled).isdisjoint(rest)
+        assert len(set(labelled) | set(rest)) == 6 + number
 
 
 def test_a_domain_sees_the_same_in_its_turns_as_in_steps_together(shards: Path) -> None:
@@ -255,11 +256,9 @@ def test_views_are_the_stored_pixels_with_their_own_ids(shards: Path) -> None:
         assert np.array_equal(view, pixels)
         if position < 3:
             assert np.array_equal(batch.masks[position], random_ids(number))
-    assert (
-        batch.valid.all()
-        and batch.valid.dtype == torch.bool
-        and batch.images.dtype == batch.masks.dtype == batch.unlabelled.dtype == torch.uint8
-    )
+    assert batch.valid.all()
+    assert batch.valid.dtype == torch.bool
+    assert batch.images.dtype == batch.masks.dtype == batch.unlabelled.dtype == torch.uint8
 
 
 def test_padding_has_no_class_and_is_not_valid(shards: Path) -> None:
@@ -267,9 +266,8 @@ def test_padding_has_no_class_and_is_not_valid(shards: Path) -> None:
     (batch,) = (step["d0"] for step in run(training_set(parts, augment=STILL), 0, 1))
     inside = torch.zeros(20, 32, dtype=torch.bool)
     inside[: SIZE[1], : SIZE[0]] = True
-    assert all(torch.equal(mask != IGNORE, inside) for mask in batch.masks) and all(
-        torch.equal(valid, inside) for valid in batch.valid
-    )
+    assert all(torch.equal(mask != IGNORE, inside) for mask in batch.masks)
+    assert all(torch.equal(valid, inside) for valid in batch.valid)
     assert all(
         torch.equal(view[:, ~inside].T.unique(dim=0), torch.tensor([PAD], dtype=torch.uint8))
         for view in (*batch.images, *batch.unlabelled)
@@ -281,18 +279,17 @@ def test_crop_and_batch_sizes_are_the_domains_own_where_given(shards: Path) -> N
     own = DomainSettings(labelled="3", labelled_batch=2, unlabelled_batch=4, crop=[24, 8])
     parts = [open_streams(domain("d0"), own, data), open_streams(domain("d1"), DomainSettings(labelled="3"), data)]
     (step,) = run(training_set(parts), 0, 1)
-    assert (
-        step["d0"].images.shape == (2, 3, 8, 24)
-        and step["d0"].masks.shape == (2, 8, 24)
-        and step["d0"].valid.shape == (4, 8, 24)
-    )
+    assert step["d0"].images.shape == (2, 3, 8, 24)
+    assert step["d0"].masks.shape == (2, 8, 24)
+    assert step["d0"].valid.shape == (4, 8, 24)
     assert step["d1"].images.shape == step["d1"].unlabelled.shape == (8, 3, 16, 16)
 
 
 def test_fewer_samples_than_a_batch_come_again_in_the_same_batch(shards: Path) -> None:
     (batch,) = (step["d0"] for step in run(training_set(streams(shards, ["d0"], DomainSettings(labelled="2"))), 0, 1))
     assert sorted(Counter(labelled_keys(batch)).values()) == [4, 4]
-    assert len(set(unlabelled_keys(batch))) == 4 and len(unlabelled_keys(batch)) == 8
+    assert len(set(unlabelled_keys(batch))) == 4
+    assert len(unlabelled_keys(batch)) == 8
 
 
 # Budgets
@@ -301,7 +298,8 @@ def test_fewer_samples_than_a_batch_come_again_in_the_same_batch(shards: Path) -
 @pytest.mark.parametrize(("unlabelled", "count"), [("rest", 3), ("all", 6), ("none", 0)])
 def test_the_unlabelled_images_are_the_rest_all_or_none(shards: Path, unlabelled: str, count: int) -> None:
     (parts,) = streams(shards, ["d0"], DomainSettings(labelled="3", unlabelled=unlabelled))
-    assert len(parts.unlabelled) == count and len(parts.labelled) == 3
+    assert len(parts.unlabelled) == count
+    assert len(parts.labelled) == 3
     (batch,) = (step["d0"] for step in run(training_set([parts]), 0, 1))
     assert len(batch.unlabelled) == len(batch.valid) == len(unlabelled_keys(batch)) == (8 if count else 0)
     assert batch.unlabelled.shape[1:] == (3, 16, 16)
@@ -359,19 +357,16 @@ def test_pseudo_labels_follow_their_image_and_are_255_elsewhere(tmp_path: Path, 
     # The masks of train_2 and train_3 in the training split would be noticed if they were opened.
     for step in run(training_set(parts, augment=augment), 0, 3):
         batch = step["d0"]
-        assert (
-            batch.pseudo_labels is not None
-            and batch.pseudo_labels.dtype == torch.uint8
-            and batch.pseudo_labels.shape == batch.valid.shape
-        )
+        assert batch.pseudo_labels is not None
+        assert batch.pseudo_labels.dtype == torch.uint8
+        assert batch.pseudo_labels.shape == batch.valid.shape
         for key, image, ids, valid in zip(
             unlabelled_keys(batch), batch.unlabelled, batch.pseudo_labels, batch.valid, strict=True
         ):
             seen.add(key)
             if key == "train_1":
-                assert (
-                    torch.equal(ids != IGNORE, valid) and ((image[0] > 128) == (ids == 1))[valid].float().mean() > 0.85
-                )
+                assert torch.equal(ids != IGNORE, valid)
+                assert ((image[0] > 128) == (ids == 1))[valid].float().mean() > 0.85
             else:
                 assert (ids == IGNORE).all()
     assert seen == {"train_1", "train_2", "train_3"}
@@ -386,11 +381,9 @@ def test_a_batch_of_a_domain_without_labelled_images_keeps_its_shapes(shards: Pa
     (batch,) = (
         step["d0"] for step in run(training_set(streams(shards, ["d0"], DomainSettings(labelled="none"))), 0, 1)
     )
-    assert (
-        batch.images.shape == (0, 3, 16, 16)
-        and batch.masks.shape == (0, 16, 16)
-        and len(batch.unlabelled) == len(batch.keys) == 8
-    )
+    assert batch.images.shape == (0, 3, 16, 16)
+    assert batch.masks.shape == (0, 16, 16)
+    assert len(batch.unlabelled) == len(batch.keys) == 8
 
 
 # What is refused
@@ -432,7 +425,9 @@ def test_an_unusable_sample_stops_the_run_with_one_line_that_names_shard_and_key
         run(data, 0, 4, workers)
     text = str(caught.value)
     assert text.startswith(f"{path}: key 'train_2': {message}")
-    assert "\n" not in text and "Traceback" not in text and "Error" not in text
+    assert "\n" not in text
+    assert "Traceback" not in text
+    assert "Error" not in text
 
 
 def test_steps_before_an_unusable_sample_are_seen(tmp_path: Path) -> None:
@@ -483,12 +478,10 @@ def test_batches_move_as_a_whole(shards: Path) -> None:
     (batch,) = (step["d0"] for step in run(training_set(streams(shards, ["d0"])), 0, 1))
     assert_equal({"d0": batch.to(torch.device("cpu"))}, {"d0": batch})
     moved = replace(batch, pseudo_labels=torch.zeros_like(batch.masks)).to(torch.device("meta"))
-    assert (
-        moved.valid.is_meta
-        and moved.pseudo_labels is not None
-        and moved.pseudo_labels.is_meta
-        and moved.keys == batch.keys
-    )
+    assert moved.valid.is_meta
+    assert moved.pseudo_labels is not None
+    assert moved.pseudo_labels.is_meta
+    assert moved.keys == batch.keys
 
 
 @pytest.mark.parametrize("workers", [0, 1])

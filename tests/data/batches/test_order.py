@@ -19,7 +19,9 @@ def test_a_permutation_is_one_to_one_for_every_size(size: int, seed: int) -> Non
 def test_numbers_of_a_set_too_large_to_list_go_to_places_of_their_own(size: int, seed: int) -> None:
     numbers = [*range(30), *range(size - 30, size)]
     placed = {scatter(number, size, seed) for number in numbers}
-    assert len(placed) == len(numbers) and 0 <= min(placed) and max(placed) < size
+    assert len(placed) == len(numbers)
+    assert 0 <= min(placed)
+    assert max(placed) < size
 
 
 def test_the_orders_of_a_few_samples_come_equally_often() -> None:
@@ -27,7 +29,8 @@ def test_the_orders_of_a_few_samples_come_equally_often() -> None:
     counts = Counter(tuple(permutation(5, seed_from(draw, "even")).tolist()) for draw in range(draws))
     chi_squared = sum((count - 20) ** 2 / 20 for count in counts.values())
     # 119 degrees of freedom: a thousandth of even shuffles lies above 173.
-    assert len(counts) == 120 and chi_squared < 173
+    assert len(counts) == 120
+    assert chi_squared < 173
 
 
 @given(

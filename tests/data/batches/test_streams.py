@@ -73,11 +73,9 @@ def test_a_budget_splits_the_images_into_labelled_and_the_rest(shards: Path) -> 
     for budget in (1, 2, 5):
         parts = opened(shards, labelled=str(budget))
         labelled, rest = set(keys(parts, "labelled")), set(keys(parts, "unlabelled"))
-        assert (
-            len(labelled) == budget
-            and labelled | rest == set(Shards.open(shards / "d0", "train").keys)
-            and not labelled & rest
-        )
+        assert len(labelled) == budget
+        assert labelled | rest == set(Shards.open(shards / "d0", "train").keys)
+        assert not labelled & rest
         assert smaller < labelled
         smaller = labelled
 
@@ -90,12 +88,14 @@ def test_the_budgets_seed_and_not_the_runs_chooses_the_labels(shards: Path) -> N
 @pytest.mark.parametrize(("unlabelled", "count"), [("rest", 6), ("all", 6), ("none", 0)])
 def test_a_domain_without_labels_has_unlabelled_images_only(shards: Path, unlabelled: str, count: int) -> None:
     parts = opened(shards, labelled="none", unlabelled=unlabelled)
-    assert len(parts.labelled) == 0 and len(parts.unlabelled) == count
+    assert len(parts.labelled) == 0
+    assert len(parts.unlabelled) == count
 
 
 def test_further_splits_add_their_images_without_labels(shards: Path) -> None:
     parts = opened(shards, labelled="all", unlabelled_splits=["more"])
-    assert sorted(keys(parts, "unlabelled")) == numbered("more", 4) and len(parts.labelled) == 6
+    assert sorted(keys(parts, "unlabelled")) == numbered("more", 4)
+    assert len(parts.labelled) == 6
 
 
 def test_supervised_runs_open_no_unlabelled_images(shards: Path) -> None:
@@ -103,18 +103,17 @@ def test_supervised_runs_open_no_unlabelled_images(shards: Path) -> None:
     parts = opened(
         shards, "d1", use_unlabelled=False, labelled="all", unlabelled_splits=["more"], weak_split="train_weak"
     )
-    assert (
-        len(parts.unlabelled) == 0
-        and len(parts.labelled) == 13
-        and len(parts.sources) == 1
-        and parts.weak_source is None
-    )
+    assert len(parts.unlabelled) == 0
+    assert len(parts.labelled) == 13
+    assert len(parts.sources) == 1
+    assert parts.weak_source is None
 
 
 def test_images_without_a_mask_are_unlabelled_whatever_the_budget(tmp_path: Path) -> None:
     write(tmp_path, "d0", "train", numbered("train", 4), without_mask=["train_2", "train_3"])
     parts = opened(tmp_path, labelled="all")
-    assert keys(parts, "labelled") == ["train_0", "train_1"] and keys(parts, "unlabelled") == ["train_2", "train_3"]
+    assert keys(parts, "labelled") == ["train_0", "train_1"]
+    assert keys(parts, "unlabelled") == ["train_2", "train_3"]
 
 
 # Pseudo-labels
@@ -165,11 +164,11 @@ def test_where_pseudo_labels_are_all_there_is_every_decoder_learns_from_them(wea
         == sorted(keys(parts, "unlabelled"))
         == ["train_1", "train_2", "train_3", "train_4"]
     )
-    assert {source for source, _ in parts.labelled} == {0} and {source for source, _ in parts.unlabelled} == {
-        parts.weak_source
-    }
+    assert {source for source, _ in parts.labelled} == {0}
+    assert {source for source, _ in parts.unlabelled} == {parts.weak_source}
 
 
 def test_pseudo_labels_may_stand_for_labels_of_some_images(weak: Path) -> None:
     parts = opened(weak, labelled="1", train_split="train_weak", weak_split="train_weak")
-    assert len(parts.labelled) == 1 and len(parts.unlabelled) == 4
+    assert len(parts.labelled) == 1
+    assert len(parts.unlabelled) == 4

@@ -60,9 +60,11 @@ def test_image_and_mask_take_the_same_view() -> None:
 def test_the_crop_has_its_size_and_padding_is_ignored() -> None:
     image, mask = picture()
     view = exact_view(image, mask, Augment(scale=[0.5, 0.5]), (96, 80))
-    assert view.image.shape == (3, 80, 96) and view.ids.shape == view.inside.shape == (80, 96)
+    assert view.image.shape == (3, 80, 96)
+    assert view.ids.shape == view.inside.shape == (80, 96)
     padding = view.ids == 255
-    assert padding.sum() == 80 * 96 - 24 * 32 and torch.equal(view.inside, ~padding)
+    assert padding.sum() == 80 * 96 - 24 * 32
+    assert torch.equal(view.inside, ~padding)
     assert torch.equal(view.image[:, padding].unique(dim=1)[:, 0], torch.tensor(PAD, dtype=torch.uint8))
 
 
@@ -72,18 +74,22 @@ def test_pixels_without_a_class_are_inside_all_the_same() -> None:
     view = exact_view(image, mask, Augment(scale=[1, 1], flip=1), (80, 48))
     assert (view.ids == 255).sum() == 20 * 30 + 48 * 16
     # Mirrored, the padding lies on the left.
-    assert not view.inside[:, :16].any() and view.inside[:, 16:].all()
+    assert not view.inside[:, :16].any()
+    assert view.inside[:, 16:].all()
 
 
 def test_an_unlabelled_view_has_no_class_and_marks_padding() -> None:
     view = exact_view(picture()[0], None, Augment(scale=[0.5, 0.5], flip=0), (96, 80))
-    assert (view.ids == 255).all() and view.inside[:24, :32].all() and view.inside.sum() == 24 * 32
+    assert (view.ids == 255).all()
+    assert view.inside[:24, :32].all()
+    assert view.inside.sum() == 24 * 32
 
 
 def test_a_seed_fixes_the_view_and_seeds_differ() -> None:
     image, mask = picture()
     views = [exact_view(image, mask, Augment(), (32, 32), seed).image for seed in (1, 1, 2)]
-    assert torch.equal(views[0], views[1]) and not torch.equal(views[0], views[2])
+    assert torch.equal(views[0], views[1])
+    assert not torch.equal(views[0], views[2])
 
 
 def test_flips_are_drawn_at_their_probability() -> None:
@@ -93,7 +99,8 @@ def test_flips_are_drawn_at_their_probability() -> None:
         ids = exact_view(image, mask, Augment(scale=[1, 1], flip=flip), (64, 48), seed).ids
         return bool(ids[20, 15] == 1)  # column 15 is in the object only when mirrored
 
-    assert not any(flipped(seed, 0) for seed in range(20)) and all(flipped(seed, 1) for seed in range(20))
+    assert not any(flipped(seed, 0) for seed in range(20))
+    assert all(flipped(seed, 1) for seed in range(20))
     assert 60 < sum(flipped(seed, 0.5) for seed in range(200)) < 140
 
 
@@ -176,10 +183,8 @@ def test_a_view_is_a_rectangle_of_the_image_resized(
 
 def test_images_have_their_channels_last_in_memory() -> None:
     view = exact_view(picture()[0], None, Augment(scale=[0.5, 0.5], flip=0), (96, 80))
-    assert (
-        view.image.permute(1, 2, 0).is_contiguous()
-        and exact_view(picture()[0], None, Augment(flip=1), (8, 8)).image.permute(1, 2, 0).is_contiguous()
-    )
+    assert view.image.permute(1, 2, 0).is_contiguous()
+    assert exact_view(picture()[0], None, Augment(flip=1), (8, 8)).image.permute(1, 2, 0).is_contiguous()
 
 
 @pytest.mark.parametrize("size", [(640, 480), (601, 459), (499, 777)], ids=str)
@@ -191,7 +196,8 @@ def test_a_jpeg_decoded_smaller_takes_the_same_view_as_its_mask(size: tuple[int,
     for seed in range(30):
         view = view_of(content, Image.fromarray(ids), Augment(scale=[0.1, 0.5]), (96, 64), seed)
         agreement.append(((view.image[0] > 100) == (view.ids == 1))[view.inside].float().mean().item())
-    assert min(agreement) > 0.97 and np.mean(agreement) > 0.99
+    assert min(agreement) > 0.97
+    assert np.mean(agreement) > 0.99
 
 
 @given(size=st.tuples(st.integers(1, 70), st.integers(1, 70)), wanted=st.tuples(st.integers(1, 90), st.integers(1, 90)))
@@ -206,7 +212,8 @@ def test_a_jpeg_is_never_decoded_smaller_than_what_is_wanted_of_it(
         assert any(2 * needed > has for needed, has in zip(wanted, size, strict=True)), "half the size would have done"
     else:
         assert all(has >= needed for has, needed in zip(extent, wanted, strict=True))
-        assert size[0] / extent[0] == size[1] / extent[1] and size[0] / extent[0] in (2, 4, 8)
+        assert size[0] / extent[0] == size[1] / extent[1]
+        assert size[0] / extent[0] in (2, 4, 8)
         assert image.size == tuple(math.ceil(part) for part in extent)
 
 
@@ -234,7 +241,8 @@ def test_images_of_other_formats_are_turned_upright_too(kind: str, orientation: 
     for seed in range(5):
         choices = (None, Augment(scale=[0.5, 1.5]), (120, 120), seed)
         found, reference = view_of(content, *choices), exact_view(upright, *choices)
-        assert torch.equal(found.inside, reference.inside) and torch.equal(found.image, reference.image)
+        assert torch.equal(found.inside, reference.inside)
+        assert torch.equal(found.image, reference.image)
 
 
 def test_an_image_whose_pixels_are_not_of_the_size_in_its_header_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +273,8 @@ def test_palette_masks_are_read_as_indices() -> None:
     paletted.putpalette([255, 255, 255, 9, 9, 9])
     record = Record("key", Path("s.tar"), encoded(image, "JPEG"), encoded(paletted, "PNG"))
     _, ids = decode(record, DOMAIN)
-    assert ids is not None and np.array_equal(np.asarray(ids), np.asarray(mask))
+    assert ids is not None
+    assert np.array_equal(np.asarray(ids), np.asarray(mask))
 
 
 @pytest.mark.parametrize(

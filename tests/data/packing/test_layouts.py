@@ -49,7 +49,8 @@ def refused(kind: type[Exception], domain: Domain, raw: Path, split: str = "trai
     with pytest.raises(kind) as caught:
         raw_samples(domain, raw, split)
     message = str(caught.value)
-    assert "\n" not in message and message.endswith((".", "]"))
+    assert "\n" not in message
+    assert message.endswith((".", "]"))
     return message
 
 
@@ -91,7 +92,8 @@ def test_a_raw_folder_that_is_not_there_is_named(tmp_path: Path, name: str) -> N
 )
 def test_a_raw_folder_without_the_split_is_told_what_it_lacks(tmp_path: Path, name: str, needed: str) -> None:
     message = refused(MissingRawFiles, published(name), tmp_path)
-    assert message.startswith(str(tmp_path)) and message.endswith(needed)
+    assert message.startswith(str(tmp_path))
+    assert message.endswith(needed)
 
 
 def test_a_folder_without_images_is_no_split(tmp_path: Path) -> None:
@@ -296,11 +298,13 @@ def test_cityscapes_label_ids_come_before_train_ids(tmp_path: Path) -> None:
     masks = [sample.mask for sample in raw_samples(domain, tmp_path, "train")]
     assert all(mask and mask.train_ids and mask.path.name.endswith("_labelTrainIds.png") for mask in masks)
     # Raw id 7 is road, train id 7 is traffic sign.
-    assert masks[0] and (read_mask(masks[0], domain)[0] == 7).all()
+    assert masks[0]
+    assert (read_mask(masks[0], domain)[0] == 7).all()
     draw_cityscapes(tmp_path, "labelIds")
     masks = [sample.mask for sample in raw_samples(domain, tmp_path, "train")]
     assert all(mask and not mask.train_ids and mask.path.name.endswith("_labelIds.png") for mask in masks)
-    assert masks[0] and (read_mask(masks[0], domain)[0] == 0).all()
+    assert masks[0]
+    assert (read_mask(masks[0], domain)[0] == 0).all()
 
 
 def test_cityscapes_train_ids_are_refused_for_another_class_table(tmp_path: Path) -> None:
@@ -516,9 +520,11 @@ def test_official_sun_rgbd_takes_order_and_splits_from_its_tables(tmp_path: Path
         ("img-000004", "SUNRGBD/kv1/NYUdata/NYU0001/image/3.jpg", 3),
     ]
     for sample in samples:
-        assert sample.mask and sample.mask.cell is not None
+        assert sample.mask
+        assert sample.mask.cell is not None
         train_ids, unknown = read_mask(sample.mask, domain)
-        assert train_ids.tolist() == [[sample.mask.cell] * 2] * 3 and not unknown
+        assert train_ids.tolist() == [[sample.mask.cell] * 2] * 3
+        assert not unknown
     assert [sample.key for sample in raw_samples(domain, tmp_path, "test")] == ["img-000001", "img-000002"]
 
 

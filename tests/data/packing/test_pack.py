@@ -116,7 +116,8 @@ def test_any_number_of_workers_and_a_second_packing_give_equal_bytes(raw: Path, 
         pack(STREET, raw, "train", tmp_path / name, workers=workers, max_shard_bytes=SMALL_SHARDS)
     first = digests(tmp_path / "one")
     assert len([name for name in first if name.endswith(".tar")]) > 2
-    assert digests(tmp_path / "two") == first and digests(tmp_path / "again") == first
+    assert digests(tmp_path / "two") == first
+    assert digests(tmp_path / "again") == first
 
 
 def test_the_order_in_the_shards_hangs_on_the_seed_and_is_not_the_listings(raw: Path, tmp_path: Path) -> None:
@@ -137,7 +138,8 @@ def test_packing_again_after_an_interruption_goes_on_behind_the_finished_shards(
     with pytest.raises(KeyboardInterrupt):
         pack(STREET, raw, "train", out, workers=workers, max_shard_bytes=SMALL_SHARDS, progress=interrupted_after(9))
     left = identity(out)
-    assert 2 <= len(left) < len(identity(whole)) and not any(name.startswith(".") for name in left)
+    assert 2 <= len(left) < len(identity(whole))
+    assert not any(name.startswith(".") for name in left)
 
     remaining: list[int] = []
 
@@ -149,7 +151,8 @@ def test_packing_again_after_an_interruption_goes_on_behind_the_finished_shards(
     assert digests(out) == digests(whole)
     assert left.items() <= identity(out).items()
     assert remaining[0] < 20
-    assert summary.as_json() == expected.as_json() and summary.shards == expected.shards
+    assert summary.as_json() == expected.as_json()
+    assert summary.shards == expected.shards
 
 
 def test_what_a_killed_process_leaves_behind_is_in_nobodys_way(raw: Path, tmp_path: Path) -> None:
@@ -167,7 +170,9 @@ def test_packing_what_is_packed_writes_nothing(raw: Path, tmp_path: Path) -> Non
     first = pack(STREET, raw, "train", tmp_path, workers=1)
     before = identity(tmp_path)
     again = pack(STREET, raw, "train", tmp_path, workers=1)
-    assert identity(tmp_path) == before and again.as_json() == first.as_json() and again.shards == first.shards == 1
+    assert identity(tmp_path) == before
+    assert again.as_json() == first.as_json()
+    assert again.shards == first.shards == 1
 
 
 # What it will not touch
@@ -210,7 +215,8 @@ def test_a_gap_in_the_finished_shards_is_refused(raw: Path, tmp_path: Path) -> N
     first.unlink()
     before = identity(tmp_path)
     message = refused(STREET, raw, "train", tmp_path, workers=1, max_shard_bytes=SMALL_SHARDS)
-    assert message.startswith(str(second)) and str(first) in message
+    assert message.startswith(str(second))
+    assert str(first) in message
     assert identity(tmp_path) == before
 
 
@@ -259,7 +265,8 @@ def test_the_summary_counts_images_pixels_unknown_values_and_sizes(tmp_path: Pat
     ids = np.concatenate([raw_ids(n, (16, 12)).ravel() for n in range(3)])
     counts = {0: (ids == 7).sum() + 40, 1: np.isin(ids, [3, 26]).sum(), IGNORE: (ids == 255).sum() + 40}
     assert {value: int(n) for value, n in enumerate(summary.pixels) if n} == counts
-    assert summary.images == summary.labelled == 4 and summary.shards == 1
+    assert summary.images == summary.labelled == 4
+    assert summary.shards == 1
     assert summary.unknown == {"9": 30, "200": 10}
     assert summary.sizes == {"16x12": 3, "10x8": 1}
     assert summary.image_bytes == sum(
@@ -272,7 +279,8 @@ def test_the_summary_counts_images_pixels_unknown_values_and_sizes(tmp_path: Pat
 def test_packed_shards_read_back_to_the_original_ids(raw: Path, tmp_path: Path) -> None:
     pack(STREET, raw, "train", tmp_path, workers=1, max_shard_bytes=SMALL_SHARDS)
     shards = Shards.open(tmp_path / "street", "train")
-    assert len(shards) == 20 and shards.labelled.all()
+    assert len(shards) == 20
+    assert shards.labelled.all()
     to_train = {7: 0, 3: 1, 26: 1, 255: IGNORE}
     for number, key in enumerate(shards.keys):
         image, mask = decode(shards.read(number), STREET)
@@ -290,7 +298,9 @@ def test_each_sample_says_where_it_came_from(raw: Path, tmp_path: Path) -> None:
 def test_an_unlabelled_split_has_no_masks(tmp_path: Path) -> None:
     raw = draw(tmp_path / "raw", count=3, split="more")  # masks lie there too, but the split does not name them
     summary = pack(STREET, raw, "more", tmp_path / "out", workers=1)
-    assert summary.images == 3 and summary.labelled == 0 and not summary.pixels.any()
+    assert summary.images == 3
+    assert summary.labelled == 0
+    assert not summary.pixels.any()
     assert {Path(name).suffix for name in members(tmp_path / "out", "more")} == {".jpg", ".json"}
     assert not Shards.open(tmp_path / "out/street", "more").labelled.any()
 
@@ -302,10 +312,12 @@ def test_masks_are_grey_pngs_of_8_bits_whose_rows_are_stored_as_they_are(raw: Pa
     assert len(masks) == 20
     for content in masks:
         with Image.open(io.BytesIO(content)) as mask:
-            assert mask.mode == "L" and mask.info == {}
+            assert mask.mode == "L"
+            assert mask.info == {}
             ids = np.asarray(mask)
         width, height, *kind = struct.unpack(">IIBBBBB", content[16:29])
-        assert ids.shape == (height, width) and kind == [8, 0, 0, 0, 0]
+        assert ids.shape == (height, width)
+        assert kind == [8, 0, 0, 0, 0]
         start = content.index(b"IDAT")
         rows = np.frombuffer(
             zlib.decompress(content[start + 4 : start + 4 + int.from_bytes(content[start - 4 : start])]), dtype=np.uint8
@@ -331,7 +343,8 @@ def test_any_other_image_is_encoded_as_rgb_jpeg_of_quality_95(tmp_path: Path, ki
     pack(replace(STREET, size=(16, 16) if kind == "too large" else None), tmp_path / "raw", "more", tmp_path, workers=1)
     expected = io.BytesIO()
     source.save(expected, "JPEG", quality=95)
-    assert members(tmp_path, "more")["a.jpg"] == expected.getvalue() and JPEG_QUALITY == 95
+    assert members(tmp_path, "more")["a.jpg"] == expected.getvalue()
+    assert JPEG_QUALITY == 95
 
 
 def test_grey_images_of_16_bits_are_scaled_to_8(tmp_path: Path) -> None:
@@ -358,8 +371,10 @@ def test_exif_orientation_is_applied_to_the_image_and_fits_an_upright_mask(tmp_p
     assert pack(STREET, tmp_path / "raw", "train", tmp_path, workers=1).sizes == {"16x24": 1}
     stored = Image.open(io.BytesIO(members(tmp_path)["a.jpg"]))
     red = np.asarray(stored)[..., 0]
-    assert stored.size == (16, 24) and stored.getexif().get(0x0112, 1) == 1
-    assert red[:10].min() > 200 and red[14:].max() < 50
+    assert stored.size == (16, 24)
+    assert stored.getexif().get(0x0112, 1) == 1
+    assert red[:10].min() > 200
+    assert red[14:].max() < 50
 
 
 # Sizes
@@ -376,7 +391,8 @@ def test_a_stored_image_fits_the_box_keeps_its_aspect_ratio_and_is_never_enlarge
     if box is None or (size[0] <= box[0] and size[1] <= box[1]):
         assert (width, height) == size
         return
-    assert 1 <= width <= box[0] and 1 <= height <= box[1]
+    assert 1 <= width <= box[0]
+    assert 1 <= height <= box[1]
     assert width == box[0] or height == box[1]  # the largest that fits
     exact = min(box[0] / size[0], box[1] / size[1])
     assert abs(width - size[0] * exact) <= 0.5 + 1e-9 or width == 1

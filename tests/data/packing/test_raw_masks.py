@@ -268,5 +268,7 @@ def test_the_picture_of_a_mask_holds_what_the_array_holds(tmp_path: Path, mode: 
     domain = Domain("two", "folder", {"train": Split("*.jpg", "*.png")}, classes)
     expected, unknown = read_mask(MaskFile(tmp_path / "mask.png"), domain)
     picture, counted = mask_picture(MaskFile(tmp_path / "mask.png"), domain)
-    assert picture.mode == "L" and np.array_equal(np.asarray(picture), expected)
-    assert counted == unknown and bool(unknown) != names_all
+    assert picture.mode == "L"
+    assert np.array_equal(np.asarray(picture), expected)
+    assert counted == unknown
+    assert bool(unknown) != names_all

@@ -86,7 +86,8 @@ def test_a_file_that_never_comes_ends_in_one_line_after_a_bounded_number_of_atte
     server.faults["train-00002.tar"] = [fault] * 99
     with pytest.raises(SourceError, match=r"train-00002.tar: not fetched in 5 attempts \(the last: .+\)") as error:
         contents(shards)
-    assert server.requests["train-00002.tar"] == 5 and "\n" not in str(error.value)
+    assert server.requests["train-00002.tar"] == 5
+    assert "\n" not in str(error.value)
 
 
 # The server sends 1000 bytes a second.
@@ -102,9 +103,9 @@ def test_a_server_that_trickles_below_the_least_rate_is_given_up_and_asked_again
     with pytest.raises(SourceError, match=rf"{name}: not fetched in 3 attempts \(the last: less than 4 KiB a second\)"):
         download(f"{server.address}/{name}", tmp_path / "a", patience=HURRIED)
     starts = server.starts[name]
+    assert len(starts) == 3
     assert (
-        len(starts) == 3
-        and 0
+        0
         == starts[0]
         < starts[1]
         < starts[2]
@@ -113,7 +114,8 @@ def test_a_server_that_trickles_below_the_least_rate_is_given_up_and_asked_again
     )
     server.faults[name] = []
     download(f"{server.address}/{name}", tmp_path / "a", patience=HURRIED)
-    assert (tmp_path / "a").read_bytes() == (server.folder / name).read_bytes() and server.starts[name][3] > starts[2]
+    assert (tmp_path / "a").read_bytes() == (server.folder / name).read_bytes()
+    assert server.starts[name][3] > starts[2]
 
 
 def test_a_file_of_unknown_length_may_take_longer_than_the_grace_when_it_comes_fast_enough(
@@ -164,9 +166,8 @@ def test_processes_share_the_cache_and_fetch_each_file_once(server: Server, tmp_
     for process in processes:
         process.join(60)
     found = [path.read_text() for path in (tmp_path / "results").iterdir()]
-    assert len(found) == 3 and set(found) == {
-        hashlib.sha256(repr(contents(Shards.open(server.folder, "train"))).encode()).hexdigest()
-    }
+    assert len(found) == 3
+    assert set(found) == {hashlib.sha256(repr(contents(Shards.open(server.folder, "train"))).encode()).hexdigest()}
     assert all(count == 1 for name, count in server.requests.items() if not name.endswith("catalogue"))
 
 
@@ -265,7 +266,8 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> type[Bucket]:
 def test_troubles_of_the_s3_library_are_tried_again_and_end_in_one_line(bucket: type[Bucket], tmp_path: Path) -> None:
     bucket.answers = [LibraryError("Could not connect to the endpoint URL"), BrokenFile()]
     download("s3://bucket/a.tar", tmp_path / "a", patience=QUICK)
-    assert (tmp_path / "a").read_bytes() == b"0123456789" and not bucket.answers
+    assert (tmp_path / "a").read_bytes() == b"0123456789"
+    assert not bucket.answers
     bucket.answers = [LibraryError("Unable to locate\ncredentials")] * 5
     with pytest.raises(
         SourceError, match=r"^s3://bucket/a.tar: not fetched in 5 attempts \(the last: Unable to locate credentials\)"

@@ -49,7 +49,8 @@ def test_samples_read_back_by_number_with_their_bytes(tmp_path: Path) -> None:
     assert shards.catalogue.samples.tolist() == [2, 2, 1]
     for number in (4, 0, 3):
         record = shards.read(number)
-        assert record.key == f"image_{number}" and record.image == jpeg(number)
+        assert record.key == f"image_{number}"
+        assert record.image == jpeg(number)
         assert record.mask == (png(number) if number % 2 == 0 else None)
 
 
@@ -65,7 +66,9 @@ def test_plain_webdataset_reads_the_shards(tmp_path: Path) -> None:
     (path,) = write_split(tmp_path)
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False))
     assert [sample["__key__"] for sample in samples] == [f"image_{n}" for n in range(5)]
-    assert samples[2]["jpg"] == jpeg(2) and samples[2]["png"] == png(2) and "png" not in samples[1]
+    assert samples[2]["jpg"] == jpeg(2)
+    assert samples[2]["png"] == png(2)
+    assert "png" not in samples[1]
 
 
 def test_writing_twice_gives_equal_bytes(tmp_path: Path) -> None:
@@ -85,7 +88,8 @@ def test_a_foreign_shard_is_indexed_with_its_own_endings(tmp_path: Path) -> None
     path = write_tar(tmp_path / "train-00000.tar", [("a.image.png", b"x"), ("a.mask.png", b"y"), ("b.image.png", b"z")])
     index = index_shard(path, extensions=Extensions(image="image.png", mask="mask.png"))
     assert index.keys == ("a", "b")
-    assert Shards.of([path]).read(0).mask == b"y" and Shards.of([path]).read(1).image == b"z"
+    assert Shards.of([path]).read(0).mask == b"y"
+    assert Shards.of([path]).read(1).image == b"z"
 
 
 def damaged(tmp_path: Path, trouble: str) -> Path:
@@ -142,7 +146,8 @@ def test_what_a_streaming_reader_would_swallow_is_refused(tmp_path: Path, troubl
     path = damaged(tmp_path, trouble)
     with pytest.raises(UserError, match=message) as error:
         scan_shard(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_bytes_that_changed_after_indexing_are_named(tmp_path: Path) -> None:
@@ -227,11 +232,9 @@ def test_a_split_opens_by_its_catalogue_and_reads_the_same(tmp_path: Path, capsy
     assert main(["index", "--catalogue", str(tmp_path / "train-00001.tar")]) == 0
     assert "train.catalogue: 5 samples in 3 shard(s)" in capsys.readouterr().out
     listed = Shards.open(tmp_path, "train")
-    assert (
-        list(listed.keys) == list(plain.keys)
-        and listed.labelled.tolist() == plain.labelled.tolist()
-        and listed.fingerprint == plain.fingerprint
-    )
+    assert list(listed.keys) == list(plain.keys)
+    assert listed.labelled.tolist() == plain.labelled.tolist()
+    assert listed.fingerprint == plain.fingerprint
     assert [listed.read(number) for number in (4, 0, 3)] == [plain.read(number) for number in (4, 0, 3)]
 
 
@@ -255,12 +258,14 @@ def test_few_indexes_and_files_are_open_at_a_time(tmp_path: Path, monkeypatch: p
     shards = Shards.open(tmp_path, "train")
     for _ in range(2):
         assert [shards.read(number).image for number in range(5)] == [jpeg(number) for number in range(5)]
-        assert len(shards._indexes) <= 2 and len(shards._descriptors) == 2
+        assert len(shards._indexes) <= 2
+        assert len(shards._descriptors) == 2
 
 
 def test_verifying_names_the_field_that_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (path,) = write_split(tmp_path)
-    assert main(["index", "--verify", str(path)]) == 0 and "5 samples, as they were indexed" in capsys.readouterr().out
+    assert main(["index", "--verify", str(path)]) == 0
+    assert "5 samples, as they were indexed" in capsys.readouterr().out
     index = ShardIndex.load(index_path(path))
     whole = path.read_bytes()
     for place, message in (
@@ -270,7 +275,8 @@ def test_verifying_names_the_field_that_changed(tmp_path: Path, capsys: pytest.C
         content = bytearray(whole)
         content[place] ^= 1
         path.write_bytes(content)
-        assert main(["index", "--verify", str(path)]) == 2 and message in capsys.readouterr().err
+        assert main(["index", "--verify", str(path)]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_an_index_of_an_earlier_version_is_refused_and_made_again_with_its_notes(tmp_path: Path) -> None:
@@ -288,4 +294,5 @@ def test_an_index_of_an_earlier_version_is_refused_and_made_again_with_its_notes
     index_path(path).write_bytes(save(arrays, metadata={"index": json.dumps(facts)}))
     with pytest.raises(UserError, match=r"has the schema 'multidomain_cct.index.1'.*python -m multidomain_cct index"):
         Shards.of([path])
-    assert index_shard(path).notes == {"plan": "abc"} and len(Shards.of([path])) == 1
+    assert index_shard(path).notes == {"plan": "abc"}
+    assert len(Shards.of([path])) == 1
