@@ -50,7 +50,9 @@ def mistake(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     assert main([str(a) for a in arguments]) == 2
     errors = capsys.readouterr().err
     lines = [line for line in errors.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in errors and all(errors.splitlines())
+    assert len(lines) == 1
+    assert "Traceback" not in errors
+    assert all(errors.splitlines())
     return lines[0]
 
 
@@ -64,14 +66,17 @@ def test_three_commands_lead_from_a_folder_of_photographs_to_predictions(
     )
     assert main(["pack", "yard", "--raw", "raw", "--workers", "1"]) == 0
     packed = capsys.readouterr().out
-    assert "yard/train: 4 images (4 labelled)" in packed and "yard/more: 4 images (0 labelled)" in packed
+    assert "yard/train: 4 images (4 labelled)" in packed
+    assert "yard/more: 4 images (0 labelled)" in packed
     assert "raw values that no class names, now 255: 9 (" in packed
     assert main(["yard.yaml"]) == 0
-    assert "report: runs/yard/report.html" in capsys.readouterr().out and (yard / "runs/yard/report.html").is_file()
+    assert "report: runs/yard/report.html" in capsys.readouterr().out
+    assert (yard / "runs/yard/report.html").is_file()
     assert main(["predict", "runs/yard", "--domain", "yard", "--out", "out", "raw/more"]) == 0
     assert "4 image(s) written to out" in capsys.readouterr().out
     index = Image.open(yard / "out/index/2.png")
-    assert index.size == (64, 48) and set(np.unique(np.asarray(index))) <= {0, 1}
+    assert index.size == (64, 48)
+    assert set(np.unique(np.asarray(index))) <= {0, 1}
 
 
 def test_domains_lists_what_is_known_and_packed(
@@ -83,7 +88,8 @@ def test_domains_lists_what_is_known_and_packed(
     assert main(["domains"]) == 0
     listed = capsys.readouterr().out
     assert "more (1)" in next(line for line in listed.splitlines() if "yard" in line)
-    assert "cityscapes" in listed and "none" in next(line for line in listed.splitlines() if "cityscapes" in line)
+    assert "cityscapes" in listed
+    assert "none" in next(line for line in listed.splitlines() if "cityscapes" in line)
     (yard / "domains/broken.yaml").write_text("name: broken\n")
     assert main(["domains"]) == 1
     assert "broken.yaml: layout is missing" in capsys.readouterr().err
@@ -110,9 +116,8 @@ def test_evaluate_prints_tables_and_json_and_keeps_the_scores(
     written = json.loads(next(run.glob("evaluation-val-*.json")).read_text())
     assert main(["evaluate", str(run), "--json", "--domain", "fields", "--checkpoint", "best"]) == 0
     answer = json.loads(capsys.readouterr().out)
-    assert list(answer["domains"]) == ["fields"] and set(answer["domains"]["fields"]["iou"]) == set(
-        written["domains"]["fields"]["iou"]
-    )
+    assert list(answer["domains"]) == ["fields"]
+    assert set(answer["domains"]["fields"]["iou"]) == set(written["domains"]["fields"]["iou"])
     assert main(["evaluate", str(run), "--json", "--window", "64,64", "--scales", "0.75,1", "--flip"]) == 0
     assert (
         "window 64x64, scales [0.75, 1.0], flip" in json.loads(capsys.readouterr().out)["domains"]["shapes"]["protocol"]
@@ -126,7 +131,8 @@ def test_predict_skips_and_reports_what_it_cannot_read(
     assert main(["predict", str(tiny_run), "--domain", "fields", "--out", "out", "raw/more"]) == 1
     printed = capsys.readouterr()
     assert "4 image(s) written to out, 1 skipped" in printed.out
-    assert "error: skipped " in printed.err and "broken.jpg" in printed.err
+    assert "error: skipped " in printed.err
+    assert "broken.jpg" in printed.err
 
 
 def test_report_prints_the_runs_beside_each_other(
@@ -136,9 +142,12 @@ def test_report_prints_the_runs_beside_each_other(
     assert main(["report", str(tiny_run), str(other), "--out", str(tmp_path / "page.html")]) == 0
     printed = capsys.readouterr().out
     score = json.loads((tiny_run / "metrics.jsonl").read_text().splitlines()[-1])["val/fields/miou"]
-    assert "other[red]" in printed and "tiny" in printed and "mean" in printed
+    assert "other[red]" in printed
+    assert "tiny" in printed
+    assert "mean" in printed
     assert next(line for line in printed.splitlines() if "fields" in line).count(f"{100 * score:.1f}") == 2
-    assert f"report: {tmp_path / 'page.html'}" in printed and (tmp_path / "page.html").is_file()
+    assert f"report: {tmp_path / 'page.html'}" in printed
+    assert (tmp_path / "page.html").is_file()
 
 
 def test_scores_of_other_domains_and_settings_have_files_of_their_own(tiny_run: Path, tmp_path: Path) -> None:
@@ -237,16 +246,13 @@ def test_index_makes_foreign_shards_usable(yard: Path, capsys: pytest.CaptureFix
 
 
 def test_mistakes_about_domains_and_raw_data(yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        'names the domain "yrad"' in (line := mistake(capsys, "pack", "yrad", "--raw", "raw"))
-        and 'Did you mean "yard"' in line
-    )
+    assert 'names the domain "yrad"' in (line := mistake(capsys, "pack", "yrad", "--raw", "raw"))
+    assert 'Did you mean "yard"' in line
     assert "--raw is missing" in mistake(capsys, "pack", "yard")
     assert "nowhere" in mistake(capsys, "pack", "yard", "--raw", "nowhere")
     assert "--workers is 0" in mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "0")
-    assert (
-        '"trian"' in (line := mistake(capsys, "pack", "yard", "--raw", "raw", "--split", "trian")) and "train" in line
-    )
+    assert '"trian"' in (line := mistake(capsys, "pack", "yard", "--raw", "raw", "--split", "trian"))
+    assert "train" in line
     (yard / "raw/masks/2.png").unlink()
     assert "2.jpg" in mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "1")
     Image.new("L", (10, 10)).save(yard / "raw/masks/2.png")
@@ -274,7 +280,8 @@ def test_a_raw_id_without_class_is_an_error_when_the_spec_says_so(
 ) -> None:
     (yard / "domains/yard.yaml").write_text(SPEC + "unknown: error\n")
     line = mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "1")
-    assert "9" in line and "masks/" in line
+    assert "9" in line
+    assert "masks/" in line
     assert not list(yard.glob("data/shards/**/*.tar"))
 
 
@@ -312,7 +319,9 @@ def test_a_train_id_outside_the_table_is_named_by_shard_and_key(
     path = yard / "tiny.yaml"
     path.write_text(tiny_recipe(data__workers=1).to_yaml())
     line = mistake(capsys, path, "--domains", domains)
-    assert "train-00000.tar: key 'train_0" in line and "train id 2" in line and "classes 0 to 1" in line
+    assert "train-00000.tar: key 'train_0" in line
+    assert "train id 2" in line
+    assert "classes 0 to 1" in line
 
 
 def test_a_run_that_fails_exits_with_1(
@@ -322,7 +331,9 @@ def test_a_run_that_fails_exits_with_1(
     path.write_text(tiny_recipe(optimiser={"lr": 1e30}, training={"steps": 9, "max_skipped": 1}).to_yaml())
     assert main([str(path), "--domains", str(two_domains / "domains")]) == 1
     line = capsys.readouterr().err.strip()
-    assert line.startswith("error: step 3: ") and "is nan; keys" in line and "\n" not in line
+    assert line.startswith("error: step 3: ")
+    assert "is nan; keys" in line
+    assert "\n" not in line
 
 
 def test_mistakes_about_runs(tiny_run: Path, yard: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -382,7 +393,9 @@ def test_a_wheel_carries_domains_and_recipes_and_works_outside_the_clone(tmp_pat
         timeout=120,
         env={"PATH": "", "COLUMNS": "200"},
     )
-    assert str(tmp_path / "site") in known.stdout and "pascal_voc" in known.stdout and known.returncode == 0
+    assert str(tmp_path / "site") in known.stdout
+    assert "pascal_voc" in known.stdout
+    assert known.returncode == 0
     trained = subprocess.run(
         [sys.executable, "-c", code, "recipes/demo.yaml"],
         cwd=tmp_path,
@@ -391,7 +404,8 @@ def test_a_wheel_carries_domains_and_recipes_and_works_outside_the_clone(tmp_pat
         timeout=120,
         env={"PATH": ""},
     )
-    assert trained.returncode == 2 and "toy_street has no train shards" in trained.stderr
+    assert trained.returncode == 2
+    assert "toy_street has no train shards" in trained.stderr
 
 
 def test_the_changelog_has_a_section_for_the_version() -> None:
@@ -432,7 +446,8 @@ def test_the_traceback_of_a_mistake_is_shown_when_asked_for(
 ) -> None:
     assert main(arguments) == 2
     shown = capsys.readouterr().err
-    assert shown.startswith("Traceback (most recent call last):") and "multidomain_cct.errors.UserError: " in shown
+    assert shown.startswith("Traceback (most recent call last):")
+    assert "multidomain_cct.errors.UserError: " in shown
     # The one line stays the last.
     assert shown.splitlines()[-1].startswith("error: ")
 
@@ -441,6 +456,7 @@ def test_the_environment_can_ask_for_tracebacks(
     yard: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MDCCT_TRACEBACK", "1")
-    assert main(["absent.yaml"]) == 2 and "Traceback" in capsys.readouterr().err
+    assert main(["absent.yaml"]) == 2
+    assert "Traceback" in capsys.readouterr().err
     monkeypatch.setenv("MDCCT_TRACEBACK", "0")
     mistake(capsys, "absent.yaml")

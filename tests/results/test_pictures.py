@@ -72,7 +72,8 @@ def test_a_legend_has_a_swatch_for_each_class_that_is_present(domain: Domain) ->
 
 def test_a_legend_flows_into_as_many_columns_as_fit(domain: Domain) -> None:
     narrow, wide = legend(domain, [0, 1, 2], width=40), legend(domain, [0, 1, 2], width=800)
-    assert wide.width == 800 and narrow.width < 150
+    assert wide.width == 800
+    assert narrow.width < 150
     assert narrow.height > 2 * wide.height
 
 
@@ -83,7 +84,8 @@ def test_an_empty_legend_is_a_margin(domain: Domain) -> None:
 def test_a_hostile_class_name_is_drawn_on_one_line_of_bounded_length(tiny_domain: Callable[..., Domain]) -> None:
     plain = legend(tiny_domain("plain", ("a",)), [0])
     hostile = legend(tiny_domain("hostile", ("line\nbreak\x07" * 100,)), [0])
-    assert hostile.height == plain.height and hostile.width < 600
+    assert hostile.height == plain.height
+    assert hostile.width < 600
 
 
 def test_the_legend_stands_below_the_unscaled_image(domain: Domain) -> None:

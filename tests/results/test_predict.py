@@ -61,7 +61,8 @@ def test_indices_are_the_train_ids_of_the_most_probable_classes(run: TrainedRun,
             .numpy()
         )
     with Image.open(tmp_path / "out/index/a.png") as index, Image.open(tmp_path / "out/color/a.png") as color:
-        assert index.mode == "P" and index.size == color.size == (61, 43)
+        assert index.mode == "P"
+        assert index.size == color.size == (61, 43)
         assert np.array_equal(np.asarray(index), expected)
         assert np.array_equal(np.asarray(color), run.domains["fields"].palette[expected])
 
@@ -69,7 +70,8 @@ def test_indices_are_the_train_ids_of_the_most_probable_classes(run: TrainedRun,
 def test_an_overlay_shows_the_image_at_its_size_above_a_legend(run: TrainedRun, tmp_path: Path) -> None:
     segment(run, [draw(tmp_path / "a.png", size=(400, 300))], tmp_path / "out")
     with Image.open(tmp_path / "out/overlay/a.png") as overlay:
-        assert overlay.width == 400 and 310 < overlay.height < 400
+        assert overlay.width == 400
+        assert 310 < overlay.height < 400
 
 
 def test_an_image_that_lies_on_its_side_is_turned_upright(run: TrainedRun, tmp_path: Path) -> None:
@@ -148,7 +150,8 @@ def test_an_input_is_never_written_over(run: TrainedRun, tmp_path: Path, link: b
         source.symlink_to(image)
     with pytest.raises(UserError, match=r"color/a\.png is an input and would be replaced"):
         segment(run, [source], tmp_path)
-    assert image.read_bytes() == content and not (tmp_path / "index").exists()
+    assert image.read_bytes() == content
+    assert not (tmp_path / "index").exists()
 
 
 def test_a_link_out_of_the_output_folder_is_replaced_not_followed(run: TrainedRun, tmp_path: Path) -> None:

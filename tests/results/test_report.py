@@ -94,7 +94,8 @@ def test_scores_of_every_domain_are_those_of_the_log(page: Page, tiny_run: Path)
         "val/shapes/iou/ground",
     ):
         assert f"{100 * last[key]:.1f}" in page.text
-    assert "grass" in page.text and "Tiny shapes" in page.text
+    assert "grass" in page.text
+    assert "Tiny shapes" in page.text
     assert "val split at label resolution, whole image, mean over 3 of 3 classes" in page.text
 
 
@@ -122,8 +123,11 @@ def test_pictures_show_image_truth_prediction_and_errors(page: Page) -> None:
     pictures = page.pictures()
     assert len(pictures) == 2 * 2 * 4  # domains, panels, pictures of a panel
     assert all(picture.size == (96, 72) for picture in pictures)
-    assert page.text.count("prediction") == 4 and len(re.findall(r"[\d.]+ % wrong", page.text)) == 4
-    assert "val_000" in page.text and "val_002" in page.text and "val_001" not in page.text
+    assert page.text.count("prediction") == 4
+    assert len(re.findall(r"[\d.]+ % wrong", page.text)) == 4
+    assert "val_000" in page.text
+    assert "val_002" in page.text
+    assert "val_001" not in page.text
 
 
 def test_large_pictures_are_made_small(
@@ -195,7 +199,8 @@ def test_a_run_that_was_not_evaluated_yet_says_so(copied_run: Path) -> None:
     (copied_run / "metrics.jsonl").write_text("".join(lines))
     text = read_page(write_report([copied_run], panels=1)).text
     assert "copy has no evaluation of fields yet." in text
-    assert "supervised loss" in text and "val mIoU, %" not in text
+    assert "supervised loss" in text
+    assert "val mIoU, %" not in text
 
 
 def test_a_run_that_died_at_once_has_a_page(copied_run: Path) -> None:

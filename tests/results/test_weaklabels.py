@@ -94,7 +94,8 @@ def test_a_class_that_nearly_every_image_shows_gets_no_pseudo_labels(
     found = masks(workspace)
     assert all(0 not in ids for ids in found.values())
     # Every image shows grass somewhere, so nowhere is it sure that what is no sky is background.
-    assert all(2 not in ids for ids in found.values()) and (found["train_000"] == IGNORE).all()
+    assert all(2 not in ids for ids in found.values())
+    assert (found["train_000"] == IGNORE).all()
 
 
 def test_the_images_are_those_of_the_training_split_byte_for_byte(workspace: Path) -> None:
@@ -108,7 +109,8 @@ def test_the_images_are_those_of_the_training_split_byte_for_byte(workspace: Pat
 def test_a_contact_sheet_lies_beside_the_shards(workspace: Path) -> None:
     run(workspace)
     with Image.open(workspace / "shards" / "fields" / "fields-train_weak.png") as sheet:
-        assert sheet.width > 4 * 250 and sheet.height > 4 * 190
+        assert sheet.width > 4 * 250
+        assert sheet.height > 4 * 190
 
 
 def test_the_table_says_how_much_is_labelled_and_how_right_it_is(
@@ -223,7 +225,8 @@ def test_mistakes_are_one_line_and_nothing_is_written(
 ) -> None:
     assert run(workspace, *words) == 2
     error = capsys.readouterr().err
-    assert message.format(recipe=workspace / "recipe.yaml") in error and error.count("\n") == 1
+    assert message.format(recipe=workspace / "recipe.yaml") in error
+    assert error.count("\n") == 1
     assert not list((workspace / "shards" / "fields").glob("*weak*"))
 
 
@@ -249,7 +252,8 @@ def test_a_loss_that_is_not_finite_ends_the_command_with_its_step(
 ) -> None:
     assert run(workspace, "pseudo_labels.lr=1e30", "pseudo_labels.steps=5") == 1
     error = capsys.readouterr().err
-    assert "the classifier's loss is" in error and "Lower pseudo_labels.lr." in error
+    assert "the classifier's loss is" in error
+    assert "Lower pseudo_labels.lr." in error
 
 
 def test_precision_and_miou_follow_from_the_confusion() -> None:

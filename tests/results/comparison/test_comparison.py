@@ -53,7 +53,9 @@ def refusal(capsys: pytest.CaptureFixture[str], words: Sequence[str]) -> str:
     """The one line that the command prints when it exits with 2."""
     assert main(words) == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith("error: ") and printed.err.count("\n") == 1 and not printed.out
+    assert printed.err.startswith("error: ")
+    assert printed.err.count("\n") == 1
+    assert not printed.out
     return printed.err
 
 
@@ -68,54 +70,43 @@ def test_an_experiment_is_trained_a_failed_run_named_and_finished_runs_skipped(
     rows = {"plain": NO_CONSISTENCY, "broken": {"set": ["domains.fields.labelled=99"]}, "cct": {}}
     assert main([*bench(rows, title="Rivals [red]", baseline="plain"), "--jobs", "2"]) == 1
     printed = capsys.readouterr()
-    assert (
-        "error: broken-seed0 failed: " in printed.err
-        and "asks for 99 labelled images; there are 10" in printed.err
-        and "broken-seed0.log" in printed.err
-    )
-    assert "Rivals [red]" in printed.out and "cct-seed0  fields " in printed.out
+    assert "error: broken-seed0 failed: " in printed.err
+    assert "asks for 99 labelled images; there are 10" in printed.err
+    assert "broken-seed0.log" in printed.err
+    assert "Rivals [red]" in printed.out
+    assert "cct-seed0  fields " in printed.out
     text = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert text.startswith("# Rivals [red]\n\n    python -m multidomain_cct compare ") and "--jobs 2" in text
-    assert (
-        "**Not complete**: 2 of 3 runs are finished; missing: broken-seed0." in text
-        and "- broken-seed0 failed: " in text
-    )
+    assert text.startswith("# Rivals [red]\n\n    python -m multidomain_cct compare ")
+    assert "--jobs 2" in text
+    assert "**Not complete**: 2 of 3 runs are finished; missing: broken-seed0." in text
+    assert "- broken-seed0 failed: " in text
     runs = tmp_path / "runs" / "rivals"
     found = {each["row"]: each for each in json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))["runs"]}
     line = json.loads((runs / "cct-seed0" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert (
-        found["cct"]["miou"] == {"fields": line["val/fields/miou"], "shapes": line["val/shapes/miou"]}
-        and found["cct"]["step"] == 2
-    )
-    assert (
-        found["cct"]["iou"]["fields"]["barn"] == line["val/fields/iou/barn"]
-        and found["plain"]["overrides"][0] == "consistency.weight=0"
-    )
-    assert (
-        found["cct"]["environment"]["device"] in text
-        and found["cct"]["peak_mib"] > 0
-        and 0 < found["cct"]["minutes"] < 10
-    )
+    assert found["cct"]["miou"] == {"fields": line["val/fields/miou"], "shapes": line["val/shapes/miou"]}
+    assert found["cct"]["step"] == 2
+    assert found["cct"]["iou"]["fields"]["barn"] == line["val/fields/iou/barn"]
+    assert found["plain"]["overrides"][0] == "consistency.weight=0"
+    assert found["cct"]["environment"]["device"] in text
+    assert found["cct"]["peak_mib"] > 0
+    assert 0 < found["cct"]["minutes"] < 10
     assert f"| plain | {100 * found['plain']['miou']['fields']:.1f} (1) | " in text
 
     before = times(runs)
     assert main(bench({"plain": NO_CONSISTENCY, "cct": {}})) == 0
     assert times(runs) == before
     printed = capsys.readouterr()
-    assert printed.out.count("(was finished)") == 2 and not printed.err
+    assert printed.out.count("(was finished)") == 2
+    assert not printed.err
     assert "Not complete" not in (tmp_path / "table.md").read_text(encoding="utf-8")
 
     assert main([*bench({"plain": {}, "cct": {}, "new": {}}), "--dry-run"]) == 0
     printed = capsys.readouterr()
-    assert (
-        "plain-seed0 (will fail: " in printed.out
-        and "holds a run of another recipe, consistency.weight: 0" in printed.out
-    )
-    assert (
-        "cct-seed0 (finished): " in printed.out
-        and "new-seed0 (new): " in printed.out
-        and "seed=0 name=new-seed0" in printed.out
-    )
+    assert "plain-seed0 (will fail: " in printed.out
+    assert "holds a run of another recipe, consistency.weight: 0" in printed.out
+    assert "cct-seed0 (finished): " in printed.out
+    assert "new-seed0 (new): " in printed.out
+    assert "seed=0 name=new-seed0" in printed.out
     assert times(runs) == before
     words = bench({"cct": {}}, common=["evaluation.flip=true"])
     assert "cct-seed0 was scored with other evaluation settings" in refusal(capsys, words)
@@ -154,10 +145,8 @@ def test_a_run_that_was_stopped_goes_on(
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         begun = file.tell()
         assert main(words) == 1
-    assert (
-        "is being written by a training that is still running" in capsys.readouterr().err
-        and log.stat().st_size == begun
-    )
+    assert "is being written by a training that is still running" in capsys.readouterr().err
+    assert log.stat().st_size == begun
 
     reached = max(int(path.name.removeprefix("step-")) for path in folder.glob("checkpoints/step-*"))
     assert main([*words, "--dry-run"]) == 0
@@ -168,12 +157,11 @@ def test_a_run_that_was_stopped_goes_on(
         recipe.read_text(encoding="utf-8").replace("steps: 500", f"steps: {reached + 1}"), encoding="utf-8"
     )
     assert main(bench({"cct": {}}, common=[f"training.steps={reached + 1}", "training.keep=1"])) == 0
-    assert (
-        f"step {reached + 1}/{reached + 1}" in (later := log.read_bytes()[begun:].decode())
-        and f"step {reached}/" not in later
-    )
+    assert f"step {reached + 1}/{reached + 1}" in (later := log.read_bytes()[begun:].decode())
+    assert f"step {reached}/" not in later
     (found,) = json.loads((tmp_path / "table.json").read_text(encoding="utf-8"))["runs"]
-    assert found["step"] == reached + 1 and found["minutes"] is None
+    assert found["step"] == reached + 1
+    assert found["minutes"] is None
 
 
 @pytest.fixture
@@ -215,28 +203,28 @@ def test_the_table_agrees_with_numpy(scored: Callable[..., Comparison], tmp_path
     shares = (values["cct"].mean(0) - values["low"].mean(0)) / (values["all"].mean(0) - values["low"].mean(0))
     for place, column in enumerate(("fields", "shapes")):
         spread = comparison.spread("cct", column)
-        assert spread is not None and spread.count == 3
-        assert spread.mean == pytest.approx(values["cct"][:, place].mean()) and spread.std == pytest.approx(
-            values["cct"][:, place].std(ddof=1)
-        )
+        assert spread is not None
+        assert spread.count == 3
+        assert spread.mean == pytest.approx(values["cct"][:, place].mean())
+        assert spread.std == pytest.approx(values["cct"][:, place].std(ddof=1))
         assert comparison.gain("cct", column) == pytest.approx(
             values["cct"][:, place].mean() - values["low"][:, place].mean()
         )
         assert comparison.gap_share("cct", column) == pytest.approx(shares[place])
     spread = comparison.spread("cct", "mean")
-    assert (
-        spread is not None
-        and spread.mean == pytest.approx(values["cct"].mean())
-        and spread.std == pytest.approx(values["cct"].mean(1).std(ddof=1))
-    )
+    assert spread is not None
+    assert spread.mean == pytest.approx(values["cct"].mean())
+    assert spread.std == pytest.approx(values["cct"].mean(1).std(ddof=1))
     assert comparison.gap_share("cct", "mean") == pytest.approx(shares.mean())
-    assert comparison.gap_share("low", "mean") == 0 and comparison.gap_share("all", "mean") == 1
+    assert comparison.gap_share("low", "mean") == 0
+    assert comparison.gap_share("all", "mean") == 1
 
     write_comparison(comparison, tmp_path / "new" / "table.md", command="the command", date="2026-01-02")
     text = (tmp_path / "new" / "table.md").read_text(encoding="utf-8")
     mean, std = 100 * values["cct"].mean(0), 100 * values["cct"].std(0, ddof=1)
     assert f"| cct | {mean[0]:.1f} ± {std[0]:.1f} (3) | {mean[1]:.1f} ± {std[1]:.1f} (3) | " in text
-    assert f"| {100 * values['all'].mean():.1f} (1) | 100 | 3.0 |" in text and "| 101 | 3.0 |" in text
+    assert f"| {100 * values['all'].mean():.1f} (1) | 100 | 3.0 |" in text
+    assert "| 101 | 3.0 |" in text
     assert (
         f"| {100 * (values['cct'].mean() - values['low'].mean()):+.1f} | {100 * shares[0]:.0f} | "
         f"{100 * shares[1]:.0f} | {100 * shares.mean():.0f} |" in text
@@ -253,7 +241,8 @@ def test_there_is_no_share_of_a_gap_that_is_not_there(scored: Callable[..., Comp
         baseline="low",
         ceiling="all",
     )
-    assert comparison.gap_share("cct", "fields") is None and comparison.gap_share("cct", "mean") is None
+    assert comparison.gap_share("cct", "fields") is None
+    assert comparison.gap_share("cct", "mean") is None
     assert comparison.gap_share("cct", "shapes") == pytest.approx(0.5)
     assert comparison.tables()[1][2] == ["cct", "+10.0", "+10.0", "+10.0", "n/a", "50", "n/a"]
 
@@ -275,17 +264,18 @@ def test_a_row_may_be_measured_against_a_row_of_its_own(scored: Callable[..., Co
     assert [comparison.gain(name, "fields") for name in ("cct_ten", "cct_fifty", "fifty")] == pytest.approx(
         [0.1, 0.1, 0.2]
     )
-    assert comparison.gap_share("cct_ten", "shapes") == pytest.approx(1 / 6) and comparison.gap_share(
-        "cct_fifty", "shapes"
-    ) == pytest.approx(0.5)
+    assert comparison.gap_share("cct_ten", "shapes") == pytest.approx(1 / 6)
+    assert comparison.gap_share("cct_fifty", "shapes") == pytest.approx(0.5)
 
 
 def test_a_row_of_fewer_domains_has_no_mean(scored: Callable[..., Comparison]) -> None:
     comparison = scored({"both": np.array([[0.5, 0.2]]), "one": np.array([[0.6, np.nan]])}, baseline="both")
-    assert comparison.spread("one", "mean") is None and comparison.gain("one", "mean") is None
+    assert comparison.spread("one", "mean") is None
+    assert comparison.gain("one", "mean") is None
     assert comparison.tables()[0][2] == ["one", "60.0 (1)", "n/a", "n/a", "100", "3.0"]
     alone = scored({"one": np.array([[0.6]])}, domains=["fields"])
-    assert alone.columns == ["fields"] and len(alone.tables()) == 1
+    assert alone.columns == ["fields"]
+    assert len(alone.tables()) == 1
 
 
 def test_every_row_is_trained_once_before_any_row_is_trained_twice(bench: Callable[..., list[str]]) -> None:
@@ -299,7 +289,8 @@ def test_every_row_is_trained_once_before_any_row_is_trained_twice(bench: Callab
         "high-seed3",
         "high-seed2",
     ]
-    assert [run.recipe.seed for run in runs] == [7, 0, 4, 1, 3, 2] and not any(finished_scores(run) for run in runs)
+    assert [run.recipe.seed for run in runs] == [7, 0, 4, 1, 3, 2]
+    assert not any(finished_scores(run) for run in runs)
     assert all(run.recipe.folder.parent.name == "rivals" and run.recipe.resume == "auto" for run in runs)
 
 
@@ -316,7 +307,8 @@ def test_a_row_has_its_own_recipe_and_overrides_over_the_common_ones(
     assert (plain.recipe.decoder, plain.recipe.training.steps, plain.recipe.optimiser.lr) == ("bilinear", 4, 0.5)
     path = Path(bench({"demo": {}}, recipe="recipes/demo.yaml", runs="1.5")[1])
     (demo,) = planned_runs(path, read_experiment(path))
-    assert "toy_street" in demo.recipe.domains and demo.recipe.folder == Path("1.5/rivals/demo-seed0")
+    assert "toy_street" in demo.recipe.domains
+    assert demo.recipe.folder == Path("1.5/rivals/demo-seed0")
 
 
 @pytest.mark.parametrize(
@@ -376,8 +368,10 @@ def test_mistakes_in_an_experiment_are_one_line_before_anything_is_trained(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     line = refusal(capsys, bench(rows, **keys))
-    assert f"{tmp_path}/plans/rivals.yaml: " in line and words.replace("{recipe}", f"{tmp_path}/tiny.yaml") in line
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "table.md").exists()
+    assert f"{tmp_path}/plans/rivals.yaml: " in line
+    assert words.replace("{recipe}", f"{tmp_path}/tiny.yaml") in line
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "table.md").exists()
 
 
 def test_mistakes_in_the_command(
@@ -401,4 +395,5 @@ def test_the_experiment_in_the_documentation_can_be_planned(tmp_path: Path) -> N
     example = tmp_path / "example.yaml"
     example.write_text(page.split("```yaml\n")[1].split("```")[0], encoding="utf-8")
     runs = planned_runs(ROOT / "recipes" / "experiments" / "example.yaml", read_experiment(example))
-    assert len(runs) == 13 and {run.recipe.training.steps for run in runs} == {600}
+    assert len(runs) == 13
+    assert {run.recipe.training.steps for run in runs} == {600}
