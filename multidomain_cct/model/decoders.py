@@ -308,6 +308,7 @@ def _at_each_position(weight: Tensor, maps: Tensor, bias: Tensor | None = None, 
     return products.view(len(weight), images, -1, *maps.shape[3:])
 
 
+# Kept for later steps: what is made in inference mode could not take part in training.
 @lru_cache(maxsize=64)
 @torch.inference_mode(mode=False)
 def _interpolation(length: int, factor: int, dtype: torch.dtype, device: torch.device) -> Tensor:
