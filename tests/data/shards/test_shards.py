@@ -84,6 +84,15 @@ def test_an_error_while_writing_leaves_no_unfinished_shard(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_a_killed_packing_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    left, other = tmp_path / ".train-00000.tar.123.tmp", tmp_path / ".train-extra-00000.tar.123.tmp"
+    left.touch()
+    other.touch()
+    write_split(tmp_path)
+    assert not left.exists()
+    assert other.exists()
+
+
 def test_a_foreign_shard_is_indexed_with_its_own_endings(tmp_path: Path) -> None:
     path = write_tar(tmp_path / "train-00000.tar", [("a.image.png", b"x"), ("a.mask.png", b"y"), ("b.image.png", b"z")])
     index = index_shard(path, extensions=Extensions(image="image.png", mask="mask.png"))
