@@ -39,7 +39,7 @@ NUM_SHARDS, PER_SHARD, BATCH, WINDOW = 100_000, 10_000, 8, 64
 
 @dataclass(frozen=True)
 class MadeUpFolder:
-    """Shards of which only one image is there."""
+    """Made-up shards that all show one image, with the methods of LocalFolder."""
 
     image: Path
 
