@@ -324,11 +324,11 @@ def test_a_row_has_its_own_recipe_and_overrides_over_the_common_ones(
         ({"cct": {}}, {"baseline": "ctc"}, "baseline is 'ctc'; it is one of cct. Did you mean \"cct\"?"),
         ({"cct": {}}, {"baseline": "cct", "ceiling": "all"}, "ceiling is 'all'; it is one of cct."),
         ({"cct": {"baseline": "cc"}}, {}, "rows.cct.baseline is 'cc'; it is one of cct. Did you mean"),
-        ({"cct": {}}, {"ceiling": "cct"}, "ceiling is 'cct' and baseline is missing; the gap lies between the two."),
+        ({"cct": {}}, {"ceiling": "cct"}, "ceiling is 'cct' and baseline is missing; the gap is between the two."),
         (
             {"cct": {}},
             {"baseline": "cct", "ceiling": "cct"},
-            "baseline and ceiling are both 'cct'; the gap lies between two rows.",
+            "baseline and ceiling are both 'cct'; the gap is between two rows.",
         ),
         ({}, {}, "rows is empty; name at least one, for example `rows: {cct: {}}`."),
         ([], {"title": "no rows"}, "rows is empty; name at least one"),
