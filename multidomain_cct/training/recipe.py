@@ -1,6 +1,4 @@
-"""Recipe: everything a run is decided by, read from one YAML file and `key=value` overrides, checked before anything is
-loaded.
-"""
+"""Recipe: every setting of a run, read from one YAML file and `key=value` overrides and checked key by key."""
 
 from __future__ import annotations
 
@@ -33,6 +31,11 @@ from multidomain_cct.weak.cams import PseudoLabelSettings
 
 PRECISIONS = ("no", "bf16", "fp16")
 RESUME = ("never", "auto", "force")
+_MAY_CHANGE = (
+    r"name|runs|resume|init_from|evaluation\..*|domains\..*\.remote|data\.(shards|workers|prefetch|remote|cache|cache_gib)|"
+    r"training\.(accumulation|log_every|evaluate_every|save_every|keep|trackers|max_skipped)"
+)
+"""What a resumed run may change: where files lie, how work is cut, and how often it is logged, scored and saved."""
 INHERITED = ("consistency", "perturbations")
 """Sections that a domain may have too: its keys replace those of the recipe's section, the others stay."""
 RENAMED = {"optimiser.trunk_factor": "optimiser.backbone_factor"}
@@ -48,7 +51,7 @@ class TrainingSettings:
     precision: str = "no"
     """Mixed precision: `no`, `bf16` or `fp16`."""
     accumulation: int = 1
-    """Micro-batches per step and process. The batch sizes in `data` are those of a whole step, however it is cut."""
+    """Micro-batches per step and process; the batch sizes in `data` are those of the whole step."""
     clip: float = 0.0
     """Largest norm of the gradient; 0 does not clip."""
     log_every: int = 10
@@ -58,9 +61,9 @@ class TrainingSettings:
     save_every: int = 1000
     """Steps between checkpoints; the last step and each new best are always saved."""
     keep: int = 2
-    """Newest checkpoints that are kept, beside the best."""
+    """Newest checkpoints that are kept, besides the best."""
     max_skipped: int = 10
-    """Steps in a row that may be skipped for a loss or gradient that is not finite; one more ends the run."""
+    """Steps in a row that may be skipped because a loss or gradient is not finite; one more ends the run."""
     trackers: list[str] = field(default_factory=list)
     """Trackers of Accelerate that also receive the metrics, for example tensorboard."""
 
@@ -73,7 +76,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class DomainRecipe(DomainSettings):
-    """What the recipe takes of one domain, and what it asks of the model for it."""
+    """What the recipe uses of one domain, and how the model learns from it."""
 
     consistency: ConsistencySettings | None = None
     """The unsupervised loss of this domain; keys left out are those of the recipe's `consistency`."""
@@ -224,22 +227,20 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
         key = str(error.full_key or error.key)
         reason = str(error.msg or error).splitlines()[0].rstrip(".")
         reason = "a list is expected" if "ListConfig" in reason else reason
-        raise UserError(f"{where}: {key} is {_at(plain, key)!r}: {reason}. See docs/recipe.md for its type.") from None
-    except (UserError, ValueError) as error:
-        # Settings of the model still refuse with ValueError.
+        value = OmegaConf.select(OmegaConf.create(plain), key)
+        raise UserError(f"{where}: {key} is {value!r}: {reason}. See docs/recipe.md for its type.") from None
+    except UserError as error:
         raise UserError(f"{where}: {error}") from error
     assert isinstance(recipe, Recipe)
     for key, value in _flat(asdict(recipe)).items():
-        if any(
-            isinstance(number, float) and not math.isfinite(number)
-            for number in (value if isinstance(value, list) else [value])
-        ):
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{where}: {key} is {value}; it is a finite number.")
     return recipe
 
 
 def _with_inherited(choice: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """A domain's plain values, in which the sections it has are completed by the recipe's."""
+    """A domain's plain values; its sections are completed by the recipe's."""
 
     def completed(own: Any, general: Any) -> Any:
         if not isinstance(own, dict) or not isinstance(general, dict):
@@ -252,33 +253,17 @@ def _with_inherited(choice: dict[str, Any], recipe: dict[str, Any]) -> dict[str,
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
-    """What of the new recipe would make another run of the old one, as `key: old -> new`.
+    """The settings that would make the new recipe another run than the old one, as `key: old -> new`."""
+    return changes(asdict(old), asdict(new), may_change=_MAY_CHANGE)
 
-    Left out is what a resumed run may change: where files lie, how work is cut and how often it is logged or saved.
-    """
-    free = {
-        "name",
-        "runs",
-        "resume",
-        "init_from",
-        "data.shards",
-        "data.workers",
-        "data.prefetch",
-        "data.remote",
-        "data.cache",
-        "data.cache_gib",
-        "training.accumulation",
-    }
-    free |= {
-        f"training.{name}" for name in ("log_every", "evaluate_every", "save_every", "keep", "trackers", "max_skipped")
-    }
-    before, after = _flat(asdict(old)), _flat(asdict(new))
-    free |= {f"domains.{name}.remote" for name in {**old.domains, **new.domains}}
-    changed = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+
+def changes(old: dict[str, Any], new: dict[str, Any], *, may_change: str = "") -> list[str]:
+    """`key: old -> new` for every nested value that differs, but for keys that match the pattern."""
+    before, after = _flat(old), _flat(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in changed
-        if key not in free and not key.startswith("evaluation.")
+        for key in {**before, **after}
+        if before.get(key) != after.get(key) and not re.fullmatch(may_change, key)
     ]
 
 
@@ -305,20 +290,17 @@ def _set(plain: dict[str, Any], keys: list[str], value: Any, override: str) -> N
 
 
 def _check_keys(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> None:
-    """Refuse keys that no field has, and strings that OmegaConf would interpolate."""
+    """Raises UserError for keys that no field has, and for strings that OmegaConf would interpolate."""
     here = ".".join(path)
     if isinstance(value, str) and "${" in value:
         raise UserError(f"{where}: {here} is {value!r}; recipes hold plain values, without ${{...}}.")
     if get_origin(kind) is UnionType and value is not None:
         kind = get_args(kind)[0]
     if is_dataclass(kind):
-        if not isinstance(value, dict):
-            raise UserError(
-                f"{where}: {here} is {value!r}; it is a section with the keys "
-                f"{', '.join(f.name for f in fields(kind))}."
-            )
         types = get_type_hints(kind)
-        hints = {f.name: types[f.name] for f in fields(kind)}
+        hints = {each.name: types[each.name] for each in fields(kind)}
+        if not isinstance(value, dict):
+            raise UserError(f"{where}: {here} is {value!r}; it is a section with the keys {', '.join(hints)}.")
         for key, item in value.items():
             if key not in hints:
                 full = ".".join((*path, str(key)))
@@ -337,17 +319,12 @@ def _check_keys(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> Non
             _check_keys(item, None, where, path)
 
 
-def _at(plain: Any, key: str) -> Any:
-    for part in key.replace("[", ".").replace("]", "").split("."):
-        plain = plain.get(part) if isinstance(plain, dict) else plain
-    return plain
-
-
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
+    """Every value of nested mappings and lists by its key, such as `fields.classes[2].name`."""
+    if isinstance(value, dict):
+        parts = [(f"{path}.{key}" if path else str(key), part) for key, part in value.items()]
+    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
+        parts = [(f"{path}[{number}]", part) for number, part in enumerate(value)]
+    else:
         return {path: value}
-    return {
-        key: item
-        for name, part in value.items()
-        for key, item in _flat(part, f"{path}.{name}" if path else str(name)).items()
-    }
+    return {key: item for place, part in parts for key, item in _flat(part, place).items()}

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -17,7 +16,7 @@ from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import make_folder, replace_text
 from multidomain_cct.files.printable import first_few
 from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint, read_state
-from multidomain_cct.training.recipe import Recipe, differences, read_run_recipe
+from multidomain_cct.training.recipe import Recipe, changes, differences, read_run_recipe
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,15 @@ class Start:
     checkpoint: Path | None = None
     """None: at the first step."""
     notices: tuple[str, ...] = ()
-    """What the user should know of it."""
+    """What to print about it."""
     forced: tuple[str, ...] = ()
-    """Differences from the run so far, `key: old -> new`, that `resume=force` has overruled."""
+    """Differences from the run so far, `key: old -> new`, that `resume=force` overrules."""
 
 
 def find_start(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[DomainStreams]) -> Start:
     """Where the recipe's run begins: anew, or at the newest whole checkpoint of its folder.
 
-    Raises UserError rather than touch a folder that holds another run, or go on with other settings or data than it
-    had.
+    Raises UserError for a folder that holds something else, or a run with other settings or data.
     """
     folder = recipe.folder
     if not folder.exists() or _never_began(folder):
@@ -47,9 +45,8 @@ def find_start(recipe: Recipe, domains: Mapping[str, Domain], streams: Sequence[
         raise UserError(f"{folder} exists and is not a run (it has no recipe.yaml). Choose another name=.")
     checkpoint, warnings = newest_checkpoint(folder / "checkpoints")
     settings = differences(read_run_recipe(folder), recipe) + _changed_domains(folder, domains)
-    data = (
-        [] if checkpoint is None else _changed_data(read_state(checkpoint).fingerprints, fingerprints(recipe, streams))
-    )
+    trained_on = read_state(checkpoint).fingerprints if checkpoint is not None else None
+    data = [] if trained_on is None else changes(trained_on, fingerprints(recipe, streams))
     if recipe.resume == "force":
         forced = (*settings, *data)
         return Start(checkpoint, (*warnings, *(f"resume=force goes on although {change}" for change in forced)), forced)
@@ -67,30 +64,9 @@ def _changed_domains(folder: Path, domains: Mapping[str, Domain]) -> list[str]:
     for name, domain in domains.items():
         path = folder / "domains" / f"{name}.yaml"
         if path.is_file():
-            old, new = (
-                _flat(yaml.safe_load(text), name) for text in (path.read_text(encoding="utf-8"), domain.to_yaml())
-            )
-            changed += [
-                f"{key}: {old.get(key)} -> {new.get(key)}" for key in {**old, **new} if old.get(key) != new.get(key)
-            ]
+            old, new = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(domain.to_yaml())
+            changed += changes({name: old}, {name: new})
     return changed
-
-
-def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
-    return [
-        f"{split}: {old.get(split)} -> {new.get(split)}" for split in {**old, **new} if old.get(split) != new.get(split)
-    ]
-
-
-def _flat(value: Any, path: str) -> dict[str, Any]:
-    """Every value of nested mappings and lists by its place, such as `fields.classes[2].name`."""
-    if isinstance(value, dict):
-        parts = [(f"{path}.{key}", part) for key, part in value.items()]
-    elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
-        parts = [(f"{path}[{number}]", part) for number, part in enumerate(value)]
-    else:
-        return {path: value}
-    return {key: item for place, part in parts for key, item in _flat(part, place).items()}
 
 
 def _never_began(folder: Path) -> bool:
@@ -101,7 +77,7 @@ def _never_began(folder: Path) -> bool:
 
 
 def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], environment: Mapping[str, object]) -> None:
-    """Write what a reader, and `evaluate`, need to know: recipe, domains as used, environment of each start."""
+    """Write the recipe, the domains as used, and the environment of each start."""
     make_folder(recipe.folder / "domains")
     replace_text(recipe.folder / "recipe.yaml", recipe.to_yaml())
     for name, domain in domains.items():
@@ -110,24 +86,20 @@ def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], environment:
     try:
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError:
-        raise UserError(
-            f"{path}: this is not the record of a run's environment. Remove it to go on without the earlier starts."
-        ) from None
+        raise UserError(f"{path}: this is not JSON. Remove it to go on without the record of earlier starts.") from None
     # The first start is what made the run; later ones are listed under it.
     content = earlier | {"resumed": [*earlier.get("resumed", []), environment]} if earlier else environment
     replace_text(path, json.dumps(content, indent=1))
 
 
 def fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, str]:
-    """Contents of the shards a run trains on, by domain/split, and which of their images are labelled, by
-    domain/labelled.
-    """
-    found = {}
+    """Hashes of the shards that a run trains on, by domain/split, and of its labelled keys, by domain/labelled."""
+    hashes = {}
     for stream in streams:
         choice = recipe.domains[stream.domain.name]
         splits = [choice.train_split, *choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
         for split, shards in zip(splits, stream.sources, strict=False):
-            found[f"{stream.domain.name}/{split}"] = shards.fingerprint
+            hashes[f"{stream.domain.name}/{split}"] = shards.fingerprint
         keys = [stream.sources[source].keys[number] for source, number in stream.labelled]
-        found[f"{stream.domain.name}/labelled"] = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
-    return found
+        hashes[f"{stream.domain.name}/labelled"] = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
+    return hashes

@@ -1,8 +1,9 @@
-"""What a run tells: metrics.jsonl, one live line (or plain lines when not at a terminal), and the run's folder."""
+"""The log of a run: metrics.jsonl, one live line (plain lines outside a terminal), and its environment."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import resource
@@ -10,10 +11,10 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -29,18 +30,13 @@ from multidomain_cct.files.printable import printable
 
 
 class RunLog:
-    """Records the metrics of a run and shows its progress.
-
-    Disabled, it does nothing: only the first process of a run tells.
-    """
+    """Records the metrics of a run and shows its progress. Only the first process of a run has it `enabled`."""
 
     def __init__(
         self, folder: Path, *, first_step: int, num_steps: int, enabled: bool = True, scored: bool = True
     ) -> None:
-        """Lines of metrics.jsonl beyond `first_step`, which an interrupted run wrote after its last checkpoint, are
-        dropped.
-
-        So are the scores of `first_step` itself when it has still to be `scored`.
+        """Drops what an interrupted run logged after `first_step`, its last checkpoint, and the scores of `first_step`
+        itself unless it is `scored`.
         """
         self.enabled, self.num_steps, self.first_step = enabled, num_steps, first_step
         self.console = Console(highlight=False, soft_wrap=True)
@@ -55,14 +51,17 @@ class RunLog:
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         if self.console.is_terminal:
-            # On a narrow terminal the losses, at the end, are what is cut.
-            count = TextColumn(
-                "{task.completed}/{task.total}",
-                table_column=Column(no_wrap=True, min_width=2 * len(str(num_steps)) + 1),
+            # A narrow terminal cuts the losses, which come last.
+            whole = Column(no_wrap=True, min_width=max(7, 2 * len(str(num_steps)) + 1))
+            cut = Column(no_wrap=True, overflow="ellipsis", ratio=1)
+            self._progress = Progress(
+                TextColumn("{task.completed}/{task.total}", table_column=whole),
+                BarColumn(bar_width=10),
+                TimeRemainingColumn(table_column=whole.copy()),
+                TextColumn("{task.description}", table_column=cut),
+                console=self.console,
+                expand=True,
             )
-            left = TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7))
-            rest = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
-            self._progress = Progress(count, BarColumn(bar_width=10), left, rest, console=self.console, expand=True)
             self._task = self._progress.add_task("starting", total=num_steps, completed=first_step)
 
     def __enter__(self) -> RunLog:
@@ -70,9 +69,7 @@ class RunLog:
             self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._progress is not None:
             self._progress.stop()
         if self.enabled:
@@ -81,9 +78,7 @@ class RunLog:
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
         """Append one line; numbers that are not finite are written as null, which JSON can hold."""
         if self.enabled:
-            finite = {
-                key: value if value is not None and abs(value) < float("inf") else None for key, value in values.items()
-            }
+            finite = {key: value if math.isfinite(value or 0) else None for key, value in values.items()}
             self._file.write(json.dumps({"step": step} | finite) + "\n")
             self._file.flush()
 
@@ -117,12 +112,12 @@ class Window:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what happened between two steps (evaluation, saving) out of the rates."""
+        """Leave the time between two steps (evaluation, saving) out of the rates."""
         self.started = time.perf_counter()
         self.images, self.waited = 0, 0.0
 
     def timed_next(self, micro_batches: Iterator[dict[str, Batch]]) -> dict[str, Batch]:
-        """The next micro-batch, and the time that waiting for it took."""
+        """The next micro-batch; the time that it takes is counted as waiting."""
         before = time.perf_counter()
         batches = next(micro_batches)
         self.waited += time.perf_counter() - before
@@ -161,18 +156,16 @@ class Window:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a line that a crash cut off is left out."""
+    """The lines of a metrics.jsonl but one that a crash has cut."""
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
-        try:
+        with suppress(ValueError):
             lines.append(json.loads(text))
-        except ValueError:
-            continue
     return lines
 
 
 def peak_mib(device: torch.device) -> float:
-    """Largest memory the process has used so far: of the GPU on one, else resident."""
+    """Largest memory that the process has used so far: the GPU's, or resident without one."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     scale = 2**20 if sys.platform == "darwin" else 2**10
@@ -180,17 +173,13 @@ def peak_mib(device: torch.device) -> float:
 
 
 def environment(command: str, device: torch.device, world: int) -> dict[str, Any]:
-    """What a reader needs to know of where a run was made."""
+    """Command, hardware and versions of a start, for env.json."""
     packages = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow")
-    hardware = (
-        torch.cuda.get_device_name(device)
-        if device.type == "cuda"
-        else f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    )
+    on_gpu, cpu = device.type == "cuda", f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
         "command": command,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": hardware,
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu,
         "processes": world,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -1,7 +1,4 @@
-"""The learning rate as a function of the step, and the optimiser that it drives.
-
-No state: resuming needs the step only.
-"""
+"""The optimiser, and its learning rate as a function of the step alone."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import require_choice, require_number
 
 SCHEDULES = ("poly", "cosine", "constant")
 
@@ -39,22 +36,14 @@ class OptimiserSettings:
     """Steps of linear rise at the start."""
 
     def __post_init__(self) -> None:
-        if self.name not in ("sgd", "adamw"):
-            raise UserError(f"optimiser.name is {self.name!r}; it is one of sgd, adamw.")
-        if self.schedule not in SCHEDULES:
-            raise UserError(f"optimiser.schedule is {self.schedule!r}; it is one of {', '.join(SCHEDULES)}.")
-        if not self.lr > 0:
-            raise UserError(f"optimiser.lr is {self.lr}; it is above 0.")
-        if not 0 <= self.momentum < 1:
-            raise UserError(f"optimiser.momentum is {self.momentum}; it lies in 0 to below 1.")
-        for name, value in (
-            ("backbone_factor", self.backbone_factor),
-            ("weight_decay", self.weight_decay),
-            ("power", self.power),
-            ("warmup", self.warmup),
-        ):
-            if value < 0:
-                raise UserError(f"optimiser.{name} is {value}; it is 0 or more.")
+        require_choice("optimiser.name", self.name, ("sgd", "adamw"))
+        require_choice("optimiser.schedule", self.schedule, SCHEDULES)
+        require_number("optimiser.lr", self.lr, above=0)
+        require_number("optimiser.momentum", self.momentum, at_least=0, below=1)
+        require_number("optimiser.backbone_factor", self.backbone_factor, at_least=0)
+        require_number("optimiser.weight_decay", self.weight_decay, at_least=0)
+        require_number("optimiser.power", self.power, at_least=0)
+        require_number("optimiser.warmup", self.warmup, at_least=0)
 
 
 def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> float:

@@ -2,8 +2,8 @@
 
 `checkpoints/step-00000100/` holds model.safetensors, optimiser.safetensors, state.json and MANIFEST.json (sizes and
 sha256 of the others). It is written under a temporary name, synced and renamed, so a folder with its final name is
-whole. Nothing else is needed to resume: order, augmentation, learning rate and per-step randomness are functions of the
-step. Names that begin with a dot are on their way in or out, and belong to the writer alone.
+whole. A resume needs nothing else: order, augmentation, learning rate and randomness are functions of the step. Names
+that begin with a dot are being written or removed.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.specification import read_domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import file_sha256, make_folder, sync, write_tensors, write_text
+from multidomain_cct.files.printable import first_few
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.build import build_model
 from multidomain_cct.training.checkpoints.optimiser_state import optimiser_tensors, restore_optimiser
@@ -34,19 +35,6 @@ SCHEMA = 3
 _MODEL, _OPTIMISER, _STATE, _MANIFEST = "model.safetensors", "optimiser.safetensors", "state.json", "MANIFEST.json"
 _REPLACED = ".before"
 """Ending of a checkpoint while another of the same step takes its place."""
-_STATE_TYPES: dict[str, Any] = {
-    "step": int,
-    "fingerprints": dict,
-    "best_step": int,
-    "best_miou": (int, float),
-    "owes_evaluation": bool,
-    "images": dict,
-    "recipe": str,
-    "domains": dict,
-    "schema": int,
-    "optimiser": list,
-    "scaler": (dict, type(None)),
-}
 _ANOTHER = "Choose another checkpoint, or start another run with name=OTHER."
 
 
@@ -64,12 +52,28 @@ class RunState:
     owes_evaluation: bool = False
     """The run was asked to stop before this step's evaluation was done."""
     images: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Images read and skipped, over all processes, of each domain where bad ones may be skipped."""
+    """Images read and skipped, over all processes, by domain that may skip some."""
     recipe: str = ""
-    """The recipe as YAML, so that a checkpoint tells what it is without its run's folder."""
+    """The recipe as YAML, so that a checkpoint can be understood without its run's folder."""
     domains: dict[str, str] = field(default_factory=dict)
     """The domains' specifications as YAML, by name."""
     schema: int = SCHEMA
+
+
+_STATE_TYPES: dict[str, tuple[type, ...]] = {
+    "step": (int,),
+    "fingerprints": (dict,),
+    "best_step": (int,),
+    "best_miou": (int, float),
+    "owes_evaluation": (bool,),
+    "images": (dict,),
+    "recipe": (str,),
+    "domains": (dict,),
+    "schema": (int,),
+    "optimiser": (list,),
+    "scaler": (dict, type(None)),
+}
+"""The contents of state.json: the fields of RunState, the names of the optimiser's tensors, and a scaler's state."""
 
 
 def save_checkpoint(
@@ -81,10 +85,10 @@ def save_checkpoint(
     *,
     keep: int,
 ) -> Path:
-    """Publish a checkpoint in `folder` and remove older ones but the newest `keep` and the best.
+    """Publish a checkpoint in `folder`; of the older ones keep the newest `keep` and the best.
 
-    When it returns, the checkpoint outlives a loss of power. Raises OSError, and leaves nothing behind, when the disk
-    does not take it.
+    The checkpoint survives a loss of power once this returns. Raises OSError, and leaves nothing behind, when it cannot
+    be written.
     """
     target = folder / f"step-{state.step:08d}"
     temporary, replaced = folder / f".{target.name}.tmp", target.with_name(f"{target.name}{_REPLACED}")
@@ -95,7 +99,7 @@ def save_checkpoint(
         temporary.mkdir()
         _write(temporary, state, model, optimiser, scaler)
         if target.exists():
-            # It keeps a name that is still found: at no moment may a run be without a checkpoint.
+            # It keeps a name that `checkpoints` lists: a run is never without a checkpoint.
             if replaced.exists():
                 _discard(replaced)
             os.replace(target, replaced)
@@ -104,7 +108,7 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    # Later steps can only be damaged ones that a resume passed over; they must not push this one out.
+    # Later steps are damaged checkpoints that a resume passed over; they must not push this one out.
     own = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.name <= target.name]
     for old in [*own[:-keep], replaced]:
         if old.name != f"step-{state.best_step:08d}" and old.exists():
@@ -136,7 +140,7 @@ def _write(
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Published checkpoints, oldest first; one that is being replaced stands before the one that replaces it."""
+    """Published checkpoints, oldest first; one that is being replaced comes before its replacement."""
     return sorted(
         (path for path in folder.glob("step-*") if path.is_dir()),
         key=lambda path: (path.name.removesuffix(_REPLACED), not path.suffix),
@@ -234,24 +238,20 @@ def _plain_state(checkpoint: Path) -> dict[str, Any]:
         # Each process counted bad images for itself, from its own start.
         plain |= {"schema": SCHEMA, "images": {}}
     if plain.get("schema") != SCHEMA:
+        schema = plain.get("schema")
         raise UserError(
-            f"{path}: the checkpoint has the schema {plain.get('schema')!r}; this version reads 1 to {SCHEMA}. "
-            f"{_ANOTHER}"
+            f"{path}: the checkpoint has the schema {schema!r}; this version reads 1 to {SCHEMA}. {_ANOTHER}"
         )
-    trouble = [f"{name} is missing" for name in _STATE_TYPES if name not in plain] + [
-        f"{name} is unknown" for name in plain if name not in _STATE_TYPES
+    trouble = [f"{name} is missing" for name in _STATE_TYPES if name not in plain]
+    trouble += [f"{name} is unknown" for name in plain if name not in _STATE_TYPES]
+    # type(), because to isinstance True is a number.
+    trouble += [
+        f"{key} is {plain[key]!r}"
+        for key, types in _STATE_TYPES.items()
+        if key in plain and type(plain[key]) not in types
     ]
-    for name, kind in _STATE_TYPES.items():
-        # To Python, True is a number.
-        if name in plain and (
-            not isinstance(plain[name], kind) or (isinstance(plain[name], bool) and kind is not bool)
-        ):
-            trouble.append(f"{name} is {plain[name]!r}")
     if trouble:
-        raise UserError(
-            f"{path}: {', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}. "
-            f"{_ANOTHER}"
-        )
+        raise UserError(f"{path}: {first_few(trouble)}. {_ANOTHER}")
     return plain
 
 
@@ -268,7 +268,7 @@ def load_checkpoint(
     entries = [_current_name(entry) for entry in plain["optimiser"]]
     restore_optimiser(model, optimiser, _tensors(checkpoint / _OPTIMISER), entries, str(checkpoint))
     saved, own = plain["scaler"], scaler.state_dict() if scaler else None
-    if (saved is None) != (own is None) or (saved is not None and own is not None and saved.keys() != own.keys()):
+    if (saved is None) != (own is None) or (saved or {}).keys() != (own or {}).keys():
         raise UserError(
             f"{checkpoint}: the gradient scaler's state is {saved!r}, this run's has {sorted(own or {})}. Use the "
             "precision that it was saved with."
@@ -288,17 +288,14 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor], where: str) -
     wanted = model.state_dict()
     trouble = [f"{name} is missing" for name in wanted if name not in tensors]
     trouble += [f"{name} is unknown" for name in tensors if name not in wanted]
-    for name, own in wanted.items():
-        found = tensors.get(name)
-        if found is not None and found.shape != own.shape:
-            trouble.append(f"{name} is {list(found.shape)}, not {list(own.shape)}")
-        elif found is not None and found.dtype != own.dtype:
-            trouble.append(f"{name} is {found.dtype}, not {own.dtype}")
+    for name in [name for name in wanted if name in tensors]:
+        saved, own = tensors[name], wanted[name]
+        if saved.shape != own.shape:
+            trouble.append(f"{name} is {list(saved.shape)}, not {list(own.shape)}")
+        elif saved.dtype != own.dtype:
+            trouble.append(f"{name} is {saved.dtype}, not {own.dtype}")
     if trouble:
-        raise UserError(
-            f"{where} does not fit the model: "
-            f"{', '.join(trouble[:4])}{f', and {len(trouble) - 4} more' if len(trouble) > 4 else ''}."
-        )
+        raise UserError(f"{where} does not fit the model: {first_few(trouble)}.")
     model.load_state_dict(dict(tensors))
 
 
@@ -324,9 +321,8 @@ def load_run(run: Path, which: str = "last") -> LoadedRun:
     checkpoint = choose_checkpoint(run, which)
     model = build_model(recipe, domains, pretrained=False)
     tensors = model_tensors(checkpoint)
-    load_strictly(
-        model, {name: tensor for name, tensor in tensors.items() if ".auxiliaries." not in name}, str(checkpoint)
-    )
+    kept = {name: tensor for name, tensor in tensors.items() if ".auxiliaries." not in name}
+    load_strictly(model, kept, str(checkpoint))
     return LoadedRun(run, recipe, domains, model.eval(), checkpoint, read_state(checkpoint))
 
 
@@ -349,7 +345,7 @@ def _require_whole(checkpoint: Path) -> None:
 
 
 def _discard(checkpoint: Path) -> None:
-    """Remove a checkpoint so that at no moment a part of it bears its name."""
+    """Remove a checkpoint under another name, so that its own name never shows a part of it."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(checkpoint, hidden)

@@ -13,25 +13,22 @@ from multidomain_cct.training.checkpoints.checkpoint import choose_checkpoint, m
 
 
 def load_initial_weights(run: Path, model: Segmenter, domains: Mapping[str, Domain]) -> list[str]:
-    """Start `model` from another run's last checkpoint: the encoder, and the heads whose names and classes match.
-    Returns one line per thing that was left out.
+    """Start `model` from the last checkpoint of a run. Returns a line for everything that was left out.
 
     Raises UserError when the encoders differ.
     """
     checkpoint = choose_checkpoint(run, "last")
     tensors = model_tensors(checkpoint)
-    if any(name.startswith("teacher.") for name in tensors):
-        # What such a run was scored with.
-        tensors = {
-            name.removeprefix("teacher."): tensor for name, tensor in tensors.items() if name.startswith("teacher.")
-        }
+    if taught := {name.removeprefix("teacher."): t for name, t in tensors.items() if name.startswith("teacher.")}:
+        # The teacher is what such a run was scored with.
+        tensors = taught
     own = model.state_dict()
     old_domains, matching = _old_domains(run), set(matching_heads(run, domains))
     left_out = [f"head {name}: not in this run" for name in old_domains if name not in domains]
     left_out += [f"head {name}: its classes differ" for name in old_domains if name in domains and name not in matching]
     taken = {}
     for name, tensor in tensors.items():
-        # A teacher starts from the model, and what other methods keep beside it belongs to their run.
+        # What methods keep besides encoder and heads belongs to their run.
         if not name.startswith(("encoder.", "heads.")):
             continue
         in_head = name.split(".")[1] if name.startswith("heads.") else None

@@ -1,4 +1,4 @@
-"""What ends a run: errors that become one line, and processes that must not outlive it."""
+"""Errors that end a run with one line, in all its processes."""
 
 from __future__ import annotations
 
@@ -26,35 +26,30 @@ class RunFailed(RuntimeError):
 
 @contextmanager
 def mistakes_in_common(accelerator: Accelerator) -> Iterator[None]:
-    """Mistakes that one process finds become an error in all of them, so that none waits for the others.
+    """An error of one process becomes an error in all of them, so that none waits for the others.
 
-    An error that not all of them share names the rank. A file that cannot be fetched, or read by some of them only, is
-    RunFailed.
+    An error that not all of them share names the rank. A file that cannot be fetched, or not read by all, is RunFailed.
     """
-    own: UserError | OSError | None = None
+    mine: UserError | OSError | None = None
     try:
         yield
     except (UserError, OSError) as error:
-        own = error
-    found: list[tuple[str, bool] | None] = gather_object(
-        [None if own is None else (str(own), isinstance(own, OSError))]
-    )
-    first = next((rank for rank, trouble in enumerate(found) if trouble is not None), None)
-    if first is None or (trouble := found[first]) is None:
+        mine = error
+    errors: list[tuple[str, bool] | None] = gather_object([mine and (str(mine), isinstance(mine, OSError))])
+    first = next(((rank, error) for rank, error in enumerate(errors) if error), None)
+    if first is None:
         return
-    text, lost = trouble
-    shared = len(set(found)) == 1
-    if own is not None and shared and not isinstance(own, SourceError):
-        raise own
-    raise (RunFailed if lost else UserError)(text if shared else f"rank {first}: {text}") from own
+    rank, (text, lost) = first
+    shared = len(set(errors)) == 1
+    if mine is not None and shared and not isinstance(mine, SourceError):
+        raise mine
+    raise (RunFailed if lost else UserError)(text if shared else f"rank {rank}: {text}") from mine
 
 
 @contextmanager
 def one_line_errors(rank: int, world: int) -> Iterator[None]:
-    """Errors of data, disk, network, loaders and other ranks as UserError or RunFailed with one line; what is a fault
-    of this software passes as it is.
-
-    With several processes the line begins with the rank, unless it tells of another rank's end.
+    """Errors of data, disk, network, loaders and other ranks become UserError or RunFailed with one line; a fault of
+    this software keeps its type. With several processes the line names the rank.
     """
     where = f"rank {rank}: " if world > 1 else ""
     try:
@@ -63,15 +58,13 @@ def one_line_errors(rank: int, world: int) -> Iterator[None]:
         # All processes find too many bad images at once, in the same words.
         raise
     except UserError as error:
-        # One process's data may be at fault; the others end without a word of their own.
+        # Only one process may have read bad data; the others end silently.
         raise UserError(f"{where}{error}") from error
     except SourceError as error:
         raise RunFailed(f"{where}{error}") from None
     except OSError as error:
-        raise RunFailed(
-            f"{where}{error.filename or 'input or output'}: {error.strerror or error}. Make room or choose another "
-            f"place. {GO_ON}"
-        ) from None
+        name, reason = error.filename or "input or output", error.strerror or error
+        raise RunFailed(f"{where}{name}: {reason}. Make room or choose another place. {GO_ON}") from None
     except RuntimeError as error:
         text = " ".join(str(error).split())
         if text.startswith("DataLoader worker (pid"):
@@ -89,8 +82,8 @@ def one_line_errors(rank: int, world: int) -> Iterator[None]:
 
 @contextmanager
 def no_process_left() -> Iterator[None]:
-    """End the loader processes that an error leaves behind: they ignore SIGTERM, by which Python would end them, and it
-    would wait for them for ever.
+    """End the loader processes that an error leaves behind. They ignore SIGTERM, with which Python would end them, so
+    it would wait for ever.
     """
     before = set(multiprocessing.active_children())
     try:

@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Sequence
-from types import FrameType, TracebackType
+from types import FrameType
 
 import torch
 from accelerate import Accelerator
@@ -82,9 +82,7 @@ class StopRequest:
             threading.Thread(target=_end_at_the_second, args=(reader,), daemon=True).start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._listens:
             signal.set_wakeup_fd(self._earlier_file)
             for number, handler in self._earlier.items():
