@@ -1,8 +1,8 @@
 """assert_resumes_exactly: a test for transforms, methods and recipes of your own.
 
-A run that is killed and goes on must end with the bytes of one that was not. It does when everything random hangs on
-the step or on the sample: a transform that draws from numpy's or Python's global generator, counts its calls or reads
-the clock breaks that, and this is how to find out:
+A run that is killed and resumed must end with the same bytes as one that was not. It does when all randomness depends
+on the step or the sample alone. A transform that draws from numpy's or Python's global generator, counts its calls or
+reads the clock breaks that:
 
     from multidomain_cct.testing import assert_resumes_exactly
     from multidomain_cct.training.recipe import read_recipe
@@ -15,8 +15,6 @@ the clock breaks that, and this is how to find out:
 from __future__ import annotations
 
 import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -36,13 +34,11 @@ Train = Callable[[Recipe, Sequence[Path]], object]
 def assert_resumes_exactly(
     recipe: Recipe, folders: Sequence[Path], workspace: Path, *, start: Train = train, timeout: float = 600
 ) -> None:
-    """Train the recipe in `workspace` without interruption, and again with a SIGKILL half-way and resume=auto, and
-    compare.
+    """Train the recipe in `workspace` without interruption, then with a SIGKILL half-way and resume=auto, and compare.
 
-    `folders` hold domain files. `start` trains: `train`, or a function of an importable module that sets up what is
-    your own and then calls it. Each run has a process of its own, in which nothing of an earlier one is left, and
-    `timeout` seconds. Raises AssertionError that names the first step whose losses differ, or the checkpoint's file;
-    and RuntimeError when a run fails. Only as many steps as needed: give the recipe few.
+    `folders` hold domain files. `start` is `train`, or a function of an importable module that sets up your own code
+    and calls it. Each run has a fresh process and `timeout` seconds; few steps are enough. Raises AssertionError that
+    names the first step with other losses, or the file with other bytes; and RuntimeError when a run fails.
     """
     half = recipe.training.steps // 2
     if half < 1:
@@ -56,17 +52,10 @@ def assert_resumes_exactly(
         if each.folder.exists():
             raise UserError(f"{each.folder} exists. Give a workspace without the runs of an earlier comparison.")
     _finish(_started(start, straight, folders), timeout)
-    process, saved = _started(start, killed, folders), killed.folder / "checkpoints" / f"step-{half:08d}"
-    deadline = time.monotonic() + timeout
-    while process.is_alive() and not saved.exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    if process.is_alive() and process.pid is not None:
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    if not saved.exists():
-        raise RuntimeError(f"the run to be killed did not reach step {half}; what it printed says why.")
-    # It may have come further before it died.
-    for later in checkpoints(killed.folder / "checkpoints"):
+    saved = killed.folder / "checkpoints" / f"step-{half:08d}"
+    _kill_once_saved(_started(start, killed, folders), saved, timeout)
+    for later in checkpoints(saved.parent):
+        # It may have come further before it died.
         if later.name > saved.name:
             later.rename(later.with_name(f".{later.name}.old"))
     _finish(_started(start, killed, folders), timeout)
@@ -79,8 +68,18 @@ def _started(start: Train, recipe: Recipe, folders: Sequence[Path]) -> BaseProce
     return process
 
 
+def _kill_once_saved(process: BaseProcess, saved: Path, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while process.is_alive() and not saved.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    if not saved.exists():
+        raise RuntimeError(f"the run to be killed did not reach {saved.name}; what it printed says why.")
+
+
 def _run(start: Train, recipe: Recipe, folders: list[Path]) -> None:
-    # A spawned process would spawn its loader processes too; a run forks them.
+    # A spawned process would spawn its loader processes; a run forks them.
     multiprocessing.set_start_method("fork", force=True)
     start(recipe, folders)
 
@@ -113,9 +112,8 @@ def _compare(straight: Path, killed: Path) -> None:
 
 def _logged(run: Path) -> dict[int, dict[str, Any]]:
     """Losses, scores and learning rate by step."""
-    found: dict[int, dict[str, Any]] = {}
+    steps: dict[int, dict[str, Any]] = {}
     for line in read_metrics(run / "metrics.jsonl"):
-        found.setdefault(line["step"], {}).update(
-            {key: value for key, value in line.items() if not key.startswith("sys/")}
-        )
-    return found
+        kept = {key: value for key, value in line.items() if not key.startswith("sys/")}
+        steps.setdefault(line["step"], {}).update(kept)
+    return steps

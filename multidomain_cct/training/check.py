@@ -27,7 +27,7 @@ class Finding:
     """Something to know about a recipe before it is trained."""
 
     severity: Literal["error", "warning", "notice"]
-    """An error stops the training; a warning is a likely mistake; a notice tells what the run will not do."""
+    """An error stops the training; a warning is a likely mistake; a notice says what the run leaves out."""
     key: str
     """The setting or section that it is about."""
     message: str
@@ -94,7 +94,7 @@ def check_recipe(recipe: Recipe) -> Iterator[Finding]:
         if choice.train_split in choice.unlabelled_splits or len(set(further)) < len(further):
             yield _error(
                 f"{key}.unlabelled_splits",
-                "names a split twice, or the train_split or weak_split, which have their own keys.",
+                "names a split twice, or names the train_split or weak_split. Leave it out here.",
             )
         if choice.val_split and choice.val_split in further:
             yield _error(

@@ -289,16 +289,16 @@ def _set(plain: dict[str, Any], keys: list[str], value: Any, override: str) -> N
     plain[last] = value
 
 
-def _check_keys(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> None:
+def _check_keys(value: Any, annotation: Any, where: str, path: tuple[str, ...]) -> None:
     """Raises UserError for keys that no field has, and for strings that OmegaConf would interpolate."""
     here = ".".join(path)
     if isinstance(value, str) and "${" in value:
         raise UserError(f"{where}: {here} is {value!r}; recipes hold plain values, without ${{...}}.")
-    if get_origin(kind) is UnionType and value is not None:
-        kind = get_args(kind)[0]
-    if is_dataclass(kind):
-        types = get_type_hints(kind)
-        hints = {each.name: types[each.name] for each in fields(kind)}
+    if get_origin(annotation) is UnionType and value is not None:
+        annotation = get_args(annotation)[0]
+    if is_dataclass(annotation):
+        types = get_type_hints(annotation)
+        hints = {each.name: types[each.name] for each in fields(annotation)}
         if not isinstance(value, dict):
             raise UserError(f"{where}: {here} is {value!r}; it is a section with the keys {', '.join(hints)}.")
         for key, item in value.items():
@@ -311,9 +311,9 @@ def _check_keys(value: Any, kind: Any, where: str, path: tuple[str, ...]) -> Non
                     f"{', '.join(hints)}.{did_you_mean(str(key), hints)}"
                 )
             _check_keys(item, hints[key], where, (*path, str(key)))
-    elif get_origin(kind) is dict and isinstance(value, dict):
+    elif get_origin(annotation) is dict and isinstance(value, dict):
         for key, item in value.items():
-            _check_keys(item, get_args(kind)[1], where, (*path, str(key)))
+            _check_keys(item, get_args(annotation)[1], where, (*path, str(key)))
     elif isinstance(value, (list, dict)):
         for item in value.values() if isinstance(value, dict) else value:
             _check_keys(item, None, where, path)

@@ -52,7 +52,7 @@ class Run:
 def open_run(
     recipe: Recipe, folders: Sequence[Path], stop: StopRequest, *, named_by: str
 ) -> tuple[Run, RunState, Start]:
-    """Everything that the loop needs, the state in which it begins, and what the user should know.
+    """What the loop needs, the state in which it begins, and what to print about it.
 
     Raises UserError, in all processes, for what the user has to change.
     """
@@ -97,9 +97,9 @@ def open_run(
 
 def _require_the_same_start(recipe: Recipe, start: Start, accelerator: Accelerator) -> None:
     """Raises UserError when the processes do not begin at the same checkpoint: each would train another run."""
-    found: list[str] = gather_object([start.checkpoint.name if start.checkpoint else "no checkpoint"])
-    if len(set(found)) > 1:
-        listed = ", ".join(f"rank {rank} finds {name}" for rank, name in enumerate(found))
+    starts: list[str] = gather_object([start.checkpoint.name if start.checkpoint else "no checkpoint"])
+    if len(set(starts)) > 1:
+        listed = ", ".join(f"rank {rank} finds {name}" for rank, name in enumerate(starts))
         raise UserError(
             f"{recipe.folder} is not the same for all processes: {listed}. Put `runs` on storage that all nodes share."
         )

@@ -145,8 +145,8 @@ class Window:
         """Speed, waiting for data, memory, and the losses by domain."""
         domains: dict[str, list[str]] = defaultdict(list)
         for term, total in self.sums.items():
-            name, _, kind = term.partition("/")
-            domains[name].append(f"{kind[:3]} {total / self.counts[term]:.3f}")
+            name, _, loss = term.partition("/")
+            domains[name].append(f"{loss[:3]} {total / self.counts[term]:.3f}")
         values = self.metrics(device)
         losses = " | ".join(f"{name} {' '.join(terms)}" for name, terms in domains.items())
         return (

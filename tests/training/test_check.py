@@ -75,7 +75,7 @@ def test_the_first_error_is_raised_and_the_rest_is_returned() -> None:
         ({"crop": [100, 100]}, "crop", r"Use for example \[96, 96\]"),
         ({"crop": [64]}, "crop", r"it is \[width, height\]"),
         ({"val_split": "test"}, "val_split", "Use `val`"),
-        ({"unlabelled_splits": ["train"]}, "unlabelled_splits", "which have their own keys"),
+        ({"unlabelled_splits": ["train"]}, "unlabelled_splits", "Leave it out here"),
         ({"weak_split": "x_weak", "unlabelled_splits": ["x_weak"]}, "unlabelled_splits", "names a split twice"),
         ({"weak_split": "train"}, "weak_split", "which end in _weak"),
         ({"unlabelled_splits": ["val"]}, "", "Name another split"),

@@ -405,7 +405,7 @@ def test_init_from_takes_the_encoder_and_the_heads_that_match(
 
 def test_init_from_another_encoder_is_refused(tiny_run: Path, tiny_recipe: TinyRecipe, two_domains: Path) -> None:
     recipe = tiny_recipe(init_from=str(tiny_run), encoder__width=64)
-    with pytest.raises(UserError, match="the encoder of .* is another one"):
+    with pytest.raises(UserError, match="the encoder of .* differs in"):
         start(recipe, two_domains)
     assert not recipe.folder.exists()
 

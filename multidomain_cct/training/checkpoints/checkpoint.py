@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -61,15 +61,7 @@ class RunState:
 
 
 _STATE_TYPES: dict[str, tuple[type, ...]] = {
-    "step": (int,),
-    "fingerprints": (dict,),
-    "best_step": (int,),
-    "best_miou": (int, float),
-    "owes_evaluation": (bool,),
-    "images": (dict,),
-    "recipe": (str,),
-    "domains": (dict,),
-    "schema": (int,),
+    **{name: (get_origin(hint) or hint,) for name, hint in get_type_hints(RunState).items()},
     "optimiser": (list,),
     "scaler": (dict, type(None)),
 }
@@ -109,8 +101,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     # Later steps are damaged checkpoints that a resume passed over; they must not push this one out.
-    own = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.name <= target.name]
-    for old in [*own[:-keep], replaced]:
+    published = [checkpoint for checkpoint in checkpoints(folder) if checkpoint.name <= target.name]
+    for old in [*published[:-keep], replaced]:
         if old.name != f"step-{state.best_step:08d}" and old.exists():
             _discard(old)
     return target
@@ -185,10 +177,10 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
 def choose_checkpoint(run: Path, which: str) -> Path:
     """The checkpoint that `last`, `best` or a folder names. Raises UserError when it is absent or damaged."""
     if which in ("last", "best"):
-        found = checkpoints(run / "checkpoints")
-        if not found:
+        published = checkpoints(run / "checkpoints")
+        if not published:
             raise UserError(f"{run} has no checkpoints; train it first.")
-        checkpoint = found[-1]
+        checkpoint = published[-1]
         _require_whole(checkpoint)
         if which == "last":
             return checkpoint
@@ -235,7 +227,7 @@ def _plain_state(checkpoint: Path) -> dict[str, Any]:
         # It had no owed evaluations, and a place for plain numbers that no optimiser used.
         plain |= {"schema": 2, "owes_evaluation": False, "optimiser": plain["optimiser"].get("entries")}
     if plain.get("schema") == 2:
-        # Each process counted bad images for itself, from its own start.
+        # Each process counted its bad images, from its last start.
         plain |= {"schema": SCHEMA, "images": {}}
     if plain.get("schema") != SCHEMA:
         schema = plain.get("schema")
