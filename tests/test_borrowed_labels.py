@@ -273,7 +273,7 @@ def test_a_label_space_without_a_labelled_image_is_refused(tiny_recipe: TinyReci
     ):
         recipe = tiny_recipe(domains=domains, data__shards=str(kinds_of_domains))
         with pytest.raises(
-            UserError, match="domains.shapes has no labelled image, and no other domain with its classes has one"
+            UserError, match="domains.shapes has no labelled image, nor has another domain with its classes"
         ):
             train(recipe, [kinds_of_domains / "domains"])
         assert not recipe.folder.exists()
@@ -310,10 +310,7 @@ def test_a_domain_that_adds_nothing_has_no_norms_of_its_own(tiny_recipe: TinyRec
         data__shards=str(kinds_of_domains),
         encoder=encoder,
     )
-    with pytest.raises(
-        UserError,
-        match="domains.dusk has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded",
-    ):
+    with pytest.raises(UserError, match="domains.dusk has no image to train its own norms"):
         train(recipe, [kinds_of_domains / "domains"])
 
 
@@ -321,7 +318,7 @@ def test_comparing_label_spaces_needs_unlabelled_images(tiny_recipe: TinyRecipe,
     recipe = tiny_recipe(
         method="usss", domains={"fields": LABELS_ONLY, "shapes": LABELS_ONLY}, data__shards=str(kinds_of_domains)
     )
-    with pytest.raises(UserError, match="method is `usss`, which learns from unlabelled images, and no domain has any"):
+    with pytest.raises(UserError, match="method is `usss`, which needs unlabelled images; no domain has any"):
         train(recipe, [kinds_of_domains / "domains"])
 
 

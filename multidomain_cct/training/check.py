@@ -83,49 +83,31 @@ def require(findings: Iterable[Finding]) -> list[str]:
 
 def check_recipe(recipe: Recipe) -> Iterator[Finding]:
     """What settings say about each other."""
+    stride = recipe.encoder.stride
     for name, choice in recipe.domains.items():
         key = f"domains.{name}"
         further = [*choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
         if choice.val_split == "test":
             yield _error(
-                f"{key}.val_split",
-                "is `test`; `best` is chosen on it, and nothing is chosen on a test split. Use `val`, or none.",
+                f"{key}.val_split", "is `test`, on which `best` must not be chosen. Use `val`, or leave it empty."
             )
         if choice.train_split in choice.unlabelled_splits or len(set(further)) < len(further):
-            yield _error(
-                f"{key}.unlabelled_splits",
-                "names a split twice, or names the train_split or weak_split. Leave it out here.",
-            )
+            yield _error(f"{key}.unlabelled_splits", "repeats a split, the train_split or weak_split. Name each once.")
         if choice.val_split and choice.val_split in further:
-            yield _error(
-                key, f"trains on its val_split {choice.val_split!r}, which is scored. Name another split to train on."
-            )
+            yield _error(key, f"trains on its val_split {choice.val_split!r}, which is scored. Name another split.")
         if choice.weak_split and not choice.weak_split.endswith(WEAK_ENDING):
-            yield _error(
-                f"{key}.weak_split",
-                f"is {choice.weak_split!r}; it names pseudo-labels made by `weaklabels`, which end in {WEAK_ENDING}.",
-            )
+            text = f"is {choice.weak_split!r}; the pseudo-labels that `weaklabels` makes end in {WEAK_ENDING}."
+            yield _error(f"{key}.weak_split", text)
         if choice.image_labels and not choice.weak_split:
-            yield Finding(
-                "notice",
-                f"{key}.image_labels",
-                f"{name}: image_labels is not read in training; make pseudo-labels with `weaklabels` and name them in "
-                f"{key}.weak_split.",
-            )
-        stride = recipe.consistency_of(name).stride
-        if recipe.encoder.stride % stride:
-            yield _error(
-                f"{key}.consistency.stride",
-                f"is {stride}, which does not divide encoder.stride {recipe.encoder.stride}.",
-            )
+            text = f"is not read in training; make pseudo-labels with `weaklabels` and name them in {key}.weak_split."
+            yield _notice(f"{key}.image_labels", text)
+        if stride % recipe.consistency_of(name).stride:
+            text = f"is {recipe.consistency_of(name).stride}, which does not divide encoder.stride {stride}."
+            yield _error(f"{key}.consistency.stride", text)
     yield from _check_crops(recipe)
     if (recipe.encoder.norm, recipe.encoder.weights, recipe.init_from) == ("frozen", "none", None):
-        yield Finding(
-            "warning",
-            "encoder.norm",
-            "encoder.norm=frozen with encoder.weights=none freezes norms that were never trained; norm=shared, or "
-            "pretrained weights, train better.",
-        )
+        text = "is `frozen` with encoder.weights=none: untrained norms stay. Use norm=shared, or pretrained weights."
+        yield _warning("encoder.norm", text)
 
 
 def _check_crops(recipe: Recipe) -> Iterator[Finding]:
@@ -146,10 +128,9 @@ def check_machine(recipe: Recipe) -> Iterator[Finding]:
     available = [str(tracker) for tracker in get_available_trackers()]
     for name in recipe.training.trackers:
         if name not in available:
-            yield _error(
-                "training.trackers",
-                f"names {name!r}. Installed: {', '.join(available) or 'none'}. For example: pip install tensorboard",
-            )
+            installed = ", ".join(available) or "none"
+            text = f"names {name!r}. Installed: {installed}. For example: pip install tensorboard"
+            yield _error("training.trackers", text)
     if recipe.training.precision == "fp16" and not torch.accelerator.is_available():
         yield _error("training.precision", "is `fp16`, which a CPU does not train in. Use `bf16` or `no` there.")
 
@@ -160,27 +141,23 @@ def _check_domains(recipe: Recipe, domains: dict[str, Domain]) -> Iterator[Findi
     for name, domain in domains.items():
         lender = domain.labels_of
         if lender and lender not in recipe.domains:
-            yield _error(
-                f"domains.{name}",
-                f'borrows the labels of "{lender}", which is not in the recipe. Add it: domains.{lender}.',
-            )
+            text = f'borrows the labels of "{lender}", which is not in the recipe. Add it: domains.{lender}.'
+            yield _error(f"domains.{name}", text)
         if method.has_auxiliaries and not lender and wants_unlabelled(recipe, name):
             usable, asked = len(auxiliary_decoders(recipe, domain)), len(recipe.perturbations_of(name).each())
             if usable < asked:
-                yield Finding(
-                    "notice",
+                yield _notice(
                     f"domains.{name}.perturbations",
-                    f"{name}: its class table marks no class, or every class, as `thing`, so {asked - usable} "
-                    "auxiliary decoders with object masks, context masks and guided cutout are left out."
+                    f"leaves out {asked - usable} auxiliary decoders with object masks, context masks and guided "
+                    "cutout: the class table marks no class, or every class, as `thing`."
                     f"{'' if usable else ' None is left, so its unlabelled images are not used.'}",
                 )
     spaces = {domain.labels_of or name for name, domain in domains.items()}
     if domains.keys() == recipe.domains.keys() and len(spaces) < method.min_label_spaces:
-        yield _error(
-            "method",
-            f"is `{recipe.method}`, which compares label spaces, and the recipe has one. Add a domain, or use another "
-            "method.",
+        text = (
+            f"is `{recipe.method}`, which compares label spaces, and there is one. Add a domain, or use another method."
         )
+        yield _error("method", text)
 
 
 def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
@@ -188,69 +165,60 @@ def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
     taught = set(matching_heads(Path(recipe.init_from), data.domains)) if recipe.init_from is not None else set()
     taught |= {stream.domain.labels_of or stream.domain.name for stream in data.streams if stream.labelled}
     if not any(stream.labelled or stream.unlabelled for stream in data.streams):
-        yield Finding(
-            "error",
-            "domains",
-            "domains: none has images to train on. Set `labelled` of one, or use a method for unlabelled images.",
-        )
+        text = "have no images to train on. Set `labelled` of one, or use a method for unlabelled images."
+        yield _error("domains", text)
     for stream in data.streams:
-        name = stream.domain.name
-        if (stream.domain.labels_of or name) not in taught:
+        key = f"domains.{stream.domain.name}"
+        if (stream.domain.labels_of or stream.domain.name) not in taught:
             yield _error(
-                f"domains.{name}",
-                "has no labelled image, and no other domain with its classes has one, so its main decoder cannot "
-                f"learn. Give it some (domains.{name}.labelled), name its pseudo-labels as train_split, or start "
-                "from a run that has its head (init_from).",
+                key,
+                "has no labelled image, nor has another domain with its classes, so its main decoder cannot learn. "
+                f"Give it some ({key}.labelled), name its pseudo-labels as train_split, or start from a run that has "
+                "its head (init_from).",
             )
         if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
-            yield _error(
-                f"domains.{name}",
-                "has no image to train on, so with encoder.norm=per_domain its norms would stay as loaded. Leave the "
-                "domain out, or use norm=shared or norm=frozen.",
-            )
+            text = "has no image to train its own norms (encoder.norm=per_domain). Leave it out, or use norm=shared."
+            yield _error(key, text)
     if METHODS[recipe.method].needs_unlabelled and not any(stream.unlabelled for stream in data.streams):
-        yield _error(
-            "method",
-            f"is `{recipe.method}`, which learns from unlabelled images, and no domain has any. Add some, or use "
-            "method=supervised.",
-        )
+        text = "which needs unlabelled images; no domain has any. Add some, or use method=supervised."
+        yield _error("method", f"is `{recipe.method}`, {text}")
 
 
 def _check_batches(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[Finding]:
-    """Batches that cannot be cut into parts, mixed, or seen by the decoders drawn."""
-    method = METHODS[recipe.method]
+    """Batches that cannot be cut into parts or mixed, and decoders that cannot be drawn."""
+    mixes = METHODS[recipe.method].cutmix(recipe.method_settings) > 0
     decoders = decoders_by_head(recipe, data.domains, {s.domain.name: bool(s.unlabelled) for s in data.streams})
     for stream in data.streams:
-        name = stream.domain.name
-        for key, size, samples in (
-            ("labelled_batch", stream.labelled_batch, stream.labelled),
-            ("unlabelled_batch", stream.unlabelled_batch, stream.unlabelled),
-        ):
-            if samples and size % parts:
-                processes = parts // recipe.training.accumulation
-                yield Finding(
-                    "error",
-                    f"domains.{name}.{key}",
-                    f"{name}: {key} is {size}, which {processes} process(es) x {recipe.training.accumulation} "
-                    f"accumulated micro-batches do not divide. Use a multiple of {parts}.",
+        key = f"domains.{stream.domain.name}"
+        for subset in ("labelled", "unlabelled"):
+            size = stream.batch(subset)
+            if stream.samples(subset) and size % parts:
+                accumulation = recipe.training.accumulation
+                yield _error(
+                    f"{key}.{subset}_batch",
+                    f"is {size}, which {parts // accumulation} process(es) x {accumulation} accumulated micro-batches "
+                    f"do not divide. Use a multiple of {parts}.",
                 )
-        if stream.unlabelled and method.cutmix(recipe.method_settings) > 0 and stream.unlabelled_batch == parts:
-            yield Finding(
-                "warning",
-                f"domains.{name}.unlabelled_batch",
-                f"{name}: one unlabelled image per process and micro-batch has no other to be mixed with, so cutmix "
-                "does nothing.",
-            )
-        drawn, available = recipe.consistency_of(name).sample, len(decoders.get(stream.domain.labels_of or name, []))
+        if stream.unlabelled and mixes and stream.unlabelled_batch == parts:
+            text = "is one image per process and micro-batch, with no other to be mixed with: cutmix does nothing."
+            yield _warning(f"{key}.unlabelled_batch", text)
+        drawn = recipe.consistency_of(stream.domain.name).sample
+        available = len(decoders.get(stream.domain.labels_of or stream.domain.name, []))
         if stream.unlabelled and 0 < available < drawn:
-            yield _error(
-                f"domains.{name}.consistency.sample",
-                f"is {drawn}, but there are {available} auxiliary decoders. Draw at most that many; 0 takes all.",
-            )
+            text = f"is {drawn}, but there are {available} auxiliary decoders. Draw at most that many; 0 takes all."
+            yield _error(f"{key}.consistency.sample", text)
 
 
 def _error(key: str, text: str) -> Finding:
     return Finding("error", key, f"{key} {text}")
+
+
+def _warning(key: str, text: str) -> Finding:
+    return Finding("warning", key, f"{key} {text}")
+
+
+def _notice(key: str, text: str) -> Finding:
+    return Finding("notice", key, f"{key} {text}")
 
 
 def _fails(findings: Iterable[Finding]) -> bool:

@@ -1,4 +1,4 @@
-"""train(recipe): assemble, then the loop."""
+"""train(recipe): open the run, then step, log, evaluate and save."""
 
 from __future__ import annotations
 
@@ -95,18 +95,13 @@ def _loop(run: Run, state: RunState, log: RunLog) -> None:
     bad_images, backup = BadImages(run.data, state.images), BufferBackup(run.model)
     run.model.train()
     for step in range(state.step, settings.steps):
-        # Order, augmentation, learning rate and randomness depend on the step alone: all that a resume needs.
-        torch.manual_seed(seed_from(recipe.seed, step, run.accelerator.process_index, "step"))
-        lr = learning_rate(recipe.optimiser, step, settings.steps)
-        set_learning_rate(run.optimiser, lr)
-        progress = step / settings.steps
+        lr, progress = _prepare(run, step), step / settings.steps
         result = take_step(run, micro_batches, progress, window=window, bad_images=bad_images, backup=backup)
         done, last = step + 1, step + 1 == settings.steps
         for line in bad_images.untold:
             log.notice(f"step {done}: {line}")
         bad_images.untold.clear()
-        if result.trouble is not None:
-            window.skipped += 1
+        window.skipped += result.trouble is not None
         skips.count(done, result.trouble, log)
         ends_window = last or done % settings.log_every == 0
         log.advance(done, window.text(device), plain=ends_window)
@@ -119,6 +114,18 @@ def _loop(run: Run, state: RunState, log: RunLog) -> None:
         save = last or state.best_step == done or done % settings.save_every == 0
         _save_or_stop(run, state, save=save, stopping=result.stopping or state.owes_evaluation)
         window.restart_clock()
+
+
+def _prepare(run: Run, step: int) -> float:
+    """Seed the step and set its learning rate, which is returned.
+
+    Order, augmentation, learning rate and randomness depend on the step alone, so a resume needs nothing else.
+    """
+    recipe = run.recipe
+    torch.manual_seed(seed_from(recipe.seed, step, run.accelerator.process_index, "step"))
+    lr = learning_rate(recipe.optimiser, step, recipe.training.steps)
+    set_learning_rate(run.optimiser, lr)
+    return lr
 
 
 @dataclass

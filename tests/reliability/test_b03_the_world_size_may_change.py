@@ -75,6 +75,6 @@ def test_a_batch_that_does_not_divide_is_one_line_before_anything_is_read(
     )
     assert [rank.wait() for rank in ranks] == [2, 2]
     (line,) = [line for rank in ranks for line in rank.errors]
-    assert "fields: labelled_batch is 3, which 2 process(es)" in line and "Use a multiple of 2." in line
+    assert "domains.fields.labelled_batch is 3, which 2 process(es)" in line and "Use a multiple of 2." in line
     assert "Traceback" not in ranks[0].text + ranks[1].text
     assert not (tmp_path / "runs").exists() and not (tmp_path / "seen").exists()

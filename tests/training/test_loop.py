@@ -446,7 +446,7 @@ def test_checkpoints_beyond_the_newest_and_the_best_are_removed(tiny_recipe: Tin
         ),
         (
             {"data__labelled_batch": 3, "training": {"steps": 1, "accumulation": 2}},
-            r"fields: labelled_batch is 3.*multiple of 2",
+            r"domains.fields.labelled_batch is 3.*multiple of 2",
         ),
         ({"domains": {"feilds": {}}}, r'names the domain "feilds".*Did you mean "fields"'),
         (
