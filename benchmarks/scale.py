@@ -43,7 +43,7 @@ class MadeUpFolder:
 
     image: Path
 
-    def place(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return name
 
     def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:

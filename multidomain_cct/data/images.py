@@ -99,8 +99,8 @@ def _grey_step(image: Image.Image) -> int:
 def _orientation(image: Image.Image, name: str) -> int:
     """The EXIF tag: 1 is upright, 5 to 8 lie on their side."""
     with _errors_that_name(name):
-        found: int = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return found if found in range(1, 9) else 1
+        tag: int = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return tag if tag in range(1, 9) else 1
 
 
 @contextmanager

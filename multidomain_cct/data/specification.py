@@ -68,11 +68,11 @@ def domain_folders(extra: Sequence[Path] = (), recipe: Path | None = None) -> li
 
 def known_domains(folders: Iterable[Path]) -> dict[str, Path]:
     """The specification file of every known domain, by name."""
-    found: dict[str, Path] = {}
+    paths: dict[str, Path] = {}
     for folder in folders:
         for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
-            found.setdefault(path.stem, path)
-    return dict(sorted(found.items()))
+            paths.setdefault(path.stem, path)
+    return dict(sorted(paths.items()))
 
 
 def find_domain(name: str, folders: Sequence[Path], named_by: str = "the command") -> Domain:

@@ -161,12 +161,12 @@ def _globbed(raw: Path, pattern: str, where: str) -> dict[str, Path]:
 
 
 def unique_names(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+    by_name: dict[str, Path] = {}
     for name, path in named:
-        if name in found:
-            raise UserError(f"{path}: goes by the name {name}, as {found[name]} does. Keep one, or rename one.")
-        found[name] = path
-    return found
+        if name in by_name:
+            raise UserError(f"{path}: goes by the name {name}, as {by_name[name]} does. Keep one, or rename one.")
+        by_name[name] = path
+    return by_name
 
 
 def listed_stems(path: Path) -> list[str]:

@@ -80,11 +80,11 @@ def download(
             time.sleep(patience.wait * 2 ** (attempt - 1))
         try:
             expected = _append(address, target, size, patience)
-            found = target.stat().st_size
-            if expected is not None and found < expected:
-                trouble = f"{found} of {expected} bytes came"
+            received = target.stat().st_size
+            if expected is not None and received < expected:
+                trouble = f"{received} of {expected} bytes came"
                 continue
-            if (expected is None or found == expected) and (sha256 is None or sha256.hex() == file_sha256(target)):
+            if (expected is None or received == expected) and (sha256 is None or sha256.hex() == file_sha256(target)):
                 return
             trouble = "it is not the file that was indexed: its size or checksum differs"
             target.unlink()

@@ -127,9 +127,9 @@ class Shards:
     def read(self, number: int, *, with_mask: bool = True) -> Record:
         """The sample's bytes. Raises BadSample, naming shard and key, when they differ from the indexed ones."""
         shard, row = self._locate(number)
-        index, place = self._index(shard), self.source.place(self.catalogue.names[shard])
+        index, location = self._index(shard), self.source.location(self.catalogue.names[shard])
         mask = self._member(shard, index, row, MASK) if with_mask and index.size[row, MASK] >= 0 else None
-        return Record(index.keys[row], place, self._member(shard, index, row, IMAGE), mask)
+        return Record(index.keys[row], location, self._member(shard, index, row, IMAGE), mask)
 
     def _start(self, shard: int) -> int:
         return int(self.ends[shard] - self.catalogue.samples[shard])
@@ -156,10 +156,10 @@ class Shards:
         # pread keeps no file position, so forked workers may share the descriptor.
         content = os.pread(self._descriptor(shard), size, int(index.offset[row, column]))
         if len(content) != size or zlib.crc32(content) != index.crc32[row, column]:
-            place, field = self.source.place(self.catalogue.names[shard]), "image" if column == IMAGE else "mask"
+            location, field = self.source.location(self.catalogue.names[shard]), "image" if column == IMAGE else "mask"
             raise BadSample(
-                f"{place}: key {index.keys[row]!r}: the bytes differ from what was indexed ({field}). Copy the shard "
-                f"again, or if it was changed on purpose: python -m multidomain_cct index {place}",
+                f"{location}: key {index.keys[row]!r}: the bytes differ from what was indexed ({field}). Copy the "
+                f"shard again, or if it was changed on purpose: python -m multidomain_cct index {location}",
                 f"{field}: bytes differ from the index",
             )
         return content

@@ -21,7 +21,7 @@ class LocalFolder:
 
     folder: Path
 
-    def place(self, name: str) -> str:
+    def location(self, name: str) -> str:
         """Path of a shard, for messages."""
         return str(self.folder / name)
 
@@ -57,7 +57,7 @@ class RemoteFolder:
     address: str
     cache: FileCache
 
-    def place(self, name: str) -> str:
+    def location(self, name: str) -> str:
         return f"{self.address.rstrip('/')}/{name}"
 
     def catalogue(self, split: str) -> Catalogue:
@@ -68,14 +68,14 @@ class RemoteFolder:
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.cache.folder, prefix="lock-") as folder:
             path = Path(folder) / f"{split}.catalogue"
-            download(self.place(path.name), path, patience=self.cache.patience)
+            download(self.location(path.name), path, patience=self.cache.patience)
             try:
                 return Catalogue.load(path)
             except UserError as error:
-                raise UserError(str(error).replace(str(path), self.place(path.name))) from None
+                raise UserError(str(error).replace(str(path), self.location(path.name))) from None
 
     def index(self, catalogue: Catalogue, shard: int) -> ShardIndex:
-        address = self.place(index_path(Path(catalogue.names[shard])).name)
+        address = self.location(index_path(Path(catalogue.names[shard])).name)
         descriptor = self.cache.descriptor(address, catalogue.index_sha256[shard].tobytes())
         try:
             return ShardIndex.load(Path(f"/dev/fd/{descriptor}"))
@@ -84,4 +84,4 @@ class RemoteFolder:
 
     def descriptor(self, catalogue: Catalogue, shard: int) -> int:
         sha256, size = catalogue.shard_sha256[shard].tobytes(), int(catalogue.shard_bytes[shard])
-        return self.cache.descriptor(self.place(catalogue.names[shard]), sha256, size)
+        return self.cache.descriptor(self.location(catalogue.names[shard]), sha256, size)

@@ -146,8 +146,8 @@ def _paint_tree(scene: Scene, x: float, z: float) -> None:
             scene.polygon(TREE, leaves, triangle, 0.85 + 0.12 * level)
         return
     for lift in np.linspace(-0.5, 0.9, 14):
-        place = (x + rng.normal(0, 0.45) * crown, trunk + crown * (1 + 0.8 * lift), z)
-        scene.disc(TREE, leaves, place, crown * rng.uniform(0.4, 0.65), tone=1 + 0.3 * lift + rng.normal(0, 0.06))
+        center = (x + rng.normal(0, 0.45) * crown, trunk + crown * (1 + 0.8 * lift), z)
+        scene.disc(TREE, leaves, center, crown * rng.uniform(0.4, 0.65), tone=1 + 0.3 * lift + rng.normal(0, 0.06))
 
 
 def _paint_car(scene: Scene, x: float, z: float) -> None:
