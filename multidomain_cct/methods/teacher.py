@@ -28,9 +28,11 @@ class Teacher(nn.Module):
         """Move toward the model: floating-point tensors keep the share `decay`, counters are copied."""
         theirs = [*model.encoder.state_dict().values(), *model.heads.state_dict().values()]
         pairs = list(zip(self.state_dict().values(), theirs, strict=True))
-        torch._foreach_lerp_(*_columns([pair for pair in pairs if pair[0].is_floating_point()]), 1 - decay)
-        if counters := [pair for pair in pairs if not pair[0].is_floating_point()]:
-            torch._foreach_copy_(*_columns(counters))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        counters = [pair for pair in pairs if not pair[0].is_floating_point()]
+        torch._foreach_lerp_([mine for mine, _ in floats], [their for _, their in floats], 1 - decay)
+        if counters:
+            torch._foreach_copy_([mine for mine, _ in counters], [their for _, their in counters])
 
     def logits(self, images: Tensor, domain: str, head: str) -> Tensor:
         """(B, C, H, W) logits for (B, 3, H, W) uint8 images."""
@@ -40,7 +42,3 @@ class Teacher(nn.Module):
 def warm_decay(decay: float, updates: int) -> float:
     """The decay at an update, counted from 1: a plain mean at first, so that the random start is soon forgotten."""
     return min(decay, 1 - 1 / (updates + 1))
-
-
-def _columns(pairs: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
