@@ -142,8 +142,8 @@ def score(
     confusion = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64, device=device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
     sizes = set()
-    own = range(rank, len(shards), world)
-    for batch in _batches(scored_images(shards, domain, own, workers=workers), settings.batch, between):
+    numbers = range(rank, len(shards), world)
+    for batch in _batches(scored_images(shards, domain, numbers, workers=workers), settings.batch, between):
         height, width = batch[0].mask.shape
         # Stacked as they lie in memory, pixel by pixel: putting channel after channel takes several times as long.
         pictures = torch.stack([item.image.permute(1, 2, 0) for item in batch]).to(device).permute(0, 3, 1, 2)
@@ -154,7 +154,7 @@ def score(
         sizes.add(f"{width}x{height}")
         for item in batch:
             seen(item.key)
-    if len(own) < math.ceil(len(shards) / world):
+    if len(numbers) < math.ceil(len(shards) / world):
         between()
     model.train(was_training)
     confusion, images = total(confusion), int(total(count))

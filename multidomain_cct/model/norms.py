@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 class Segments:
-    """Which domain the images of the batch in hand are of, in order; per-domain norms read it."""
+    """The domains of the images of the current batch, in order, for per-domain norms."""
 
     def __init__(self) -> None:
         self.parts: tuple[tuple[str, int], ...] = ()
@@ -28,17 +28,15 @@ class PerDomainNorm(nn.Module):
         self.segments = segments
 
     def forward(self, features: Tensor) -> Tensor:
-        parts = self.segments.parts
-        pieces = torch.split(features, [count for _, count in parts])
-        # A domain's labelled and unlabelled images may stand apart; its statistics are taken over both.
-        joined: dict[str, list[Tensor]] = {}
-        for (name, _), piece in zip(parts, pieces, strict=True):
-            joined.setdefault(name, []).append(piece)
-        normed = {
-            name: iter(torch.split(self.norms[name](torch.cat(own)), [len(piece) for piece in own]))
-            for name, own in joined.items()
-        }
-        return torch.cat([next(normed[name]) for name, _ in parts])
+        names, counts = zip(*self.segments.parts, strict=True)
+        pieces = list(torch.split(features, list(counts)))
+        # Statistics are taken over a domain's labelled and unlabelled images, which need not be neighbours.
+        for name in dict.fromkeys(names):
+            numbers = [number for number, other in enumerate(names) if other == name]
+            normed = self.norms[name](torch.cat([pieces[number] for number in numbers]))
+            for number, piece in zip(numbers, torch.split(normed, [counts[n] for n in numbers]), strict=True):
+                pieces[number] = piece
+        return torch.cat(pieces)
 
 
 def split_batch_norms(module: nn.Module, domains: Sequence[str], segments: Segments) -> None:

@@ -11,12 +11,11 @@ RAMPS = ("exp", "linear", "cosine", "log", "none")
 
 
 def ramp_at(kind: str, fraction: float, progress: float) -> float:
-    """Factor on a weight, 0 to 1, when `progress` (0 to 1) of the run is done and the ramp is to end at `fraction` of
-    it.
+    """Factor on a weight, 0 to 1, at `progress` (0 to 1) of a run; the ramp ends at `fraction` of it.
 
-    With t the share of the ramp that is done: `exp` is exp(-5 (1 - t)^2) (Laine and Aila 2017), `linear` t, `cosine` (1
-    - cos(pi t)) / 2, `log` 1 - exp(-5 t), which rises fast and then slowly (the schedule of the annealed bootstrapped
-    cross-entropy in the authors' code).
+    With t the share of the ramp that is done: `exp` is exp(-5 (1 - t)^2) (Laine and Aila 2017), `linear` t, `cosine`
+    (1 - cos(pi t)) / 2, `log` 1 - exp(-5 t) (the schedule of the annealed bootstrapped cross-entropy in the authors'
+    code).
     """
     if kind == "none" or progress >= fraction:
         return 1.0

@@ -91,16 +91,16 @@ def lite_weights(encoder: str) -> dict[str, Tensor]:
     path = getattr(package, f"EfficientnetLite{size}ModelFile").get_model_file_path()
     saved: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     stages = timm.create_model(encoder, pretrained=False).blocks
-    places = [f"blocks.{stage}.{index}" for stage, blocks in enumerate(stages) for index in range(len(blocks))]
-    return {_timm_name(name, places): tensor for name, tensor in saved.items()}
+    blocks = [f"blocks.{stage}.{index}" for stage, members in enumerate(stages) for index in range(len(members))]
+    return {_timm_name(name, blocks): tensor for name, tensor in saved.items()}
 
 
-def _timm_name(name: str, places: list[str]) -> str:
+def _timm_name(name: str, blocks: list[str]) -> str:
     """The package numbers its blocks throughout, timm by stage; the blocks of timm's first stage have other layers."""
     first, *rest = name.split(".")
     if first != "_blocks":
         return ".".join([_STEM_AND_HEAD[first], *rest])
     number, layer, *rest = rest
-    place = places[int(number)]
-    layers = _SEPARABLE if place.startswith("blocks.0.") else _INVERTED
-    return ".".join([place, layers[layer], *rest])
+    block = blocks[int(number)]
+    layers = _SEPARABLE if block.startswith("blocks.0.") else _INVERTED
+    return ".".join([block, layers[layer], *rest])

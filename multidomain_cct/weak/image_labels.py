@@ -84,10 +84,10 @@ def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, l
     trained = open_streams(domain, choice, data, use_unlabelled=False)
     train = trained.sources[0]
     sources = (train, *(Shards.open(Path(data.shards) / domain.name, split) for split in choice.unlabelled_splits))
-    places: dict[str, tuple[int, int]] = {}
+    positions: dict[str, tuple[int, int]] = {}
     for source, shards in enumerate(sources):
         for number, key in enumerate(shards.keys):
-            places.setdefault(key, (source, number))
+            positions.setdefault(key, (source, number))
     if choice.image_labels == FROM_MASKS:
         numbers = np.flatnonzero(train.labelled).tolist()
         if not numbers:
@@ -99,16 +99,16 @@ def open_tagged(domain: Domain, choice: DomainSettings, data: DataSettings, *, l
         if not path.is_file():
             where = f"domains.{domain.name}.image_labels is {choice.image_labels!r}"
             raise UserError(f"{where}; it is `masks`, or a text or JSON file that is there.")
-        shown = read_image_labels(path, domain, places)
+        shown = read_image_labels(path, domain, positions)
     budget = [number for _, number in trained.labelled if train.keys[number] not in shown]
     known = shown | classes_of_masks(train, domain, budget, least_share=least_share)
     background = {background_class(domain)}
     return TaggedImages(
         domain=domain,
         sources=sources,
-        samples={key: place for key, place in places.items() if key in known},
+        samples={key: position for key, position in positions.items() if key in known},
         classes={key: frozenset(classes - background) for key, classes in known.items()},
-        listed=tuple(key for key in places if key in shown),
+        listed=tuple(key for key in positions if key in shown),
     )
 
 
