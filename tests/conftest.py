@@ -5,6 +5,7 @@ them.
 from __future__ import annotations
 
 import io
+import signal
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,10 @@ from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe, recipe_from
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    # As a background job of a shell: the processes that tests start would inherit it, and never see Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 TINY_DOMAINS = {"fields": ("grass", "sky", "barn"), "shapes": ("square", "ground")}
 
