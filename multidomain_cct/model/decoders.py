@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from multidomain_cct.errors import UserError, require_choice
 
 DECODERS = ("pixelshuffle", "bilinear")
-LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**25}
+LOGITS_AT_ONCE = {"cpu": 2**20, "cuda": 2**25}
 """What a group of decoders may hold. More would leave a CPU's caches; on a GPU (not measured) it bounds the memory."""
 
 

@@ -165,7 +165,7 @@ class PixelLoss:
         Images that are not `left`, (G, B) bool, contribute 0.
         """
         pixels = self.value(logits, piece.of(self.target))
-        # where, not products: what does not count may be infinite.
+        # Filled, not multiplied by 0: what does not count may be infinite.
         counted = piece.of(self.counted) & left[:, piece.images, None, None]
-        images = pixels.where(counted, pixels.new_zeros(())).sum(dim=(2, 3))  # (G, b)
+        images = pixels.masked_fill(~counted, 0).sum(dim=(2, 3))  # (G, b)
         return (images / self.divisor[piece.images]).sum()
