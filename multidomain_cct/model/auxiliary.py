@@ -119,8 +119,8 @@ class _GradientsOnly(torch.autograd.Function):
         for first, group in plan.groups(still):
             of_pieces, gradients = _group_losses(plan, group, first, still)
             values += of_pieces
-            for total, new in zip(kept, gradients, strict=False):  # none without a graph
-                total.add(new)
+            for number, new in enumerate(gradients):  # none without a graph
+                kept[number].add(new)
         if plan.differentiate:
             ctx.save_for_backward(*(tensor for gradients in kept for tensor in gradients.tensors()))
         ctx.num_decoders, ctx.num_losses, ctx.dtype = len(weights[0]), len(plan.losses), features.dtype
