@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 import multidomain_cct
+from multidomain_cct.__main__ import main
 from multidomain_cct.errors import UserError
 from multidomain_cct.results.trained_run import TrainedRun
 
@@ -94,11 +97,10 @@ def test_a_file_that_is_not_an_image_is_named(run: TrainedRun, tmp_path: Path) -
             run.predict(tmp_path / name, "fields")
 
 
-def test_evaluate_is_the_json_of_the_command(tiny_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import json
-
-    from multidomain_cct.__main__ import main
-
-    assert main(["evaluate", str(tiny_run), "--json", "--domain", "fields", "--flip"]) == 0
+def test_evaluate_is_the_json_of_the_command(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = shutil.copytree(tiny_run, tmp_path / "run")  # The command writes its scores into the run's folder.
+    assert main(["evaluate", str(copy), "--json", "--domain", "fields", "--flip"]) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert multidomain_cct.evaluate(multidomain_cct.load_run(tiny_run), "fields", flip=True) == printed
+    assert multidomain_cct.evaluate(multidomain_cct.load_run(copy), "fields", flip=True) == printed
