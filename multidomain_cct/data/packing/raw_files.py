@@ -13,6 +13,7 @@ from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from multidomain_cct.data.domain import Domain, Split
+from multidomain_cct.data.shards.keys import escape_key
 from multidomain_cct.errors import UserError
 
 IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -107,12 +108,8 @@ def unlabelled_samples(images: Mapping[str, Path]) -> list[RawSample]:
 
 
 def sample_key(stem: str) -> str:
-    """The path as a flat name: ASCII letters, digits, - and _ stay, every other byte becomes =XX. Different paths have
-    different keys.
-    """
-    # surrogateescape: a file name on Linux need not be UTF-8.
-    path = stem.encode("utf-8", "surrogateescape")
-    key = re.sub(rb"[^A-Za-z0-9_-]", lambda byte: b"=%02X" % byte.group()[0], path).decode("ascii")
+    """The key of a path in the shards."""
+    key = escape_key(stem)
     if len(key) > LONGEST_KEY:
         raise UserError(
             f"{stem}: gives a sample key of {len(key)} characters; at most {LONGEST_KEY} fit. Shorten its names."
