@@ -45,30 +45,23 @@ class InferenceSettings:
         return view + (f", scales {self.scales}" if self.scales != [1.0] else "") + (", flip" if self.flip else "")
 
 
-def predict_probabilities(
-    model: Segmenter, image: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings
-) -> Tensor:
-    """(C, H', W') class probabilities of a (3, H, W) uint8 image, at `size` = (H', W')."""
-    return batch_probabilities(model, image[None], domain, size, settings)[0]
-
-
-def batch_probabilities(
+def class_probabilities(
     model: Segmenter, images: Tensor, domain: str, size: tuple[int, int], settings: InferenceSettings
 ) -> Tensor:
     """(B, C, H', W') class probabilities of (B, 3, H, W) uint8 images, at `size` = (H', W').
 
     Up to rounding, an image gets the same ones alone.
     """
+    views = [
+        (scale, mirrored) for scale in settings.scales for mirrored in ((False, True) if settings.flip else (False,))
+    ]
     total = torch.zeros((), device=images.device)
-    for scale in settings.scales:
-        for mirrored in (False, True) if settings.flip else (False,):
-            view = scaled(images, scale)
-            logits = _window_logits(model, view.flip(-1) if mirrored else view, domain, settings).float()
-            logits = logits.flip(-1) if mirrored else logits
-            if logits.shape[-2:] != size:
-                logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-            total = total + logits.softmax(dim=1)
-    return total / (len(settings.scales) * (2 if settings.flip else 1))
+    for scale, mirrored in views:
+        view = scaled(images, scale)
+        logits = _window_logits(model, view.flip(-1) if mirrored else view, domain, settings).float()
+        logits = F.interpolate(logits.flip(-1) if mirrored else logits, size=size, mode="bilinear")
+        total = total + logits.softmax(dim=1)
+    return total / len(views)
 
 
 def _window_logits(model: Segmenter, images: Tensor, domain: str, settings: InferenceSettings) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from multidomain_cct.data.batches.loader import ScoredImage, scored_images
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.shards.reader import Shards
-from multidomain_cct.evaluation.inference import InferenceSettings, batch_probabilities
+from multidomain_cct.evaluation.inference import InferenceSettings, class_probabilities
 from multidomain_cct.model.network import Segmenter
 
 
@@ -102,18 +103,16 @@ def arithmetic_and_harmonic(values: list[float]) -> tuple[float, float]:
     return float(np.mean(values)), 0.0 if min(values) <= 0 else len(values) / sum(1 / value for value in values)
 
 
-def _batches(images: Iterable[ScoredImage], size: int, between: Callable[[], None]) -> Iterator[list[ScoredImage]]:
-    """The images in their order, up to `size` of equal shapes together; `between` is called before each image."""
-    batch: list[ScoredImage] = []
-    for item in images:
-        between()
-        fits = all((item.image.shape, item.mask.shape) == (other.image.shape, other.mask.shape) for other in batch)
-        if len(batch) == size or not fits:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
+@dataclass(frozen=True)
+class Share:
+    """One process's part of an evaluation by several: every `world`-th image, from number `rank`."""
+
+    rank: int = 0
+    world: int = 1
+    total: Callable[[Tensor], Tensor] = lambda count: count
+    """Sums a tensor over the processes."""
+    between: Callable[[], None] = lambda: None
+    """Called before each image, equally often in every process; it may raise to end the scoring."""
 
 
 @torch.inference_mode()
@@ -124,39 +123,42 @@ def score(
     split: str,
     settings: InferenceSettings,
     *,
-    device: torch.device,
     workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    total: Callable[[Tensor], Tensor] = lambda count: count,
-    seen: Callable[[str], None] = lambda key: None,
-    between: Callable[[], None] = lambda: None,
+    share: Share | None = None,
 ) -> Score:
-    """Score every image of a split once.
-
-    With several processes each takes every world-th image, and `total` sums tensors over the processes. `seen` is
-    called with each key, `between` before each image, equally often in every process; it may raise to end the scoring.
-    """
+    """Score every image of a split once, on the model's device; `share` None: in this process alone."""
+    share, device = share or Share(), next(model.parameters()).device
     was_training = model.training
     model.eval()
     confusion = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64, device=device)
     count = torch.zeros(1, dtype=torch.int64, device=device)
     sizes = set()
-    numbers = range(rank, len(shards), world)
-    for batch in _batches(scored_images(shards, domain, numbers, workers=workers), settings.batch, between):
+    numbers = range(share.rank, len(shards), share.world)
+    for batch in _batches(scored_images(shards, domain, numbers, workers=workers), settings.batch, share.between):
         height, width = batch[0].mask.shape
         # Stacked as they lie in memory, pixel by pixel: putting channel after channel takes several times as long.
         pictures = torch.stack([item.image.permute(1, 2, 0) for item in batch]).to(device).permute(0, 3, 1, 2)
         masks = torch.stack([item.mask for item in batch]).to(device)
-        prediction = batch_probabilities(model, pictures, domain.name, (height, width), settings).argmax(dim=1)
+        prediction = class_probabilities(model, pictures, domain.name, (height, width), settings).argmax(dim=1)
         confusion += confusion_of(masks, prediction, domain.num_classes)
         count += len(batch)
         sizes.add(f"{width}x{height}")
-        for item in batch:
-            seen(item.key)
-    if len(numbers) < math.ceil(len(shards) / world):
-        between()
+    if len(numbers) < math.ceil(len(shards) / share.world):
+        share.between()
     model.train(was_training)
-    confusion, images = total(confusion), int(total(count))
+    confusion, images = share.total(confusion), int(share.total(count))
     assert images == len(shards), f"{images} of {len(shards)} images were scored"
     return Score(domain, split, confusion.cpu().numpy(), images, tuple(sorted(sizes)), settings)
+
+
+def _batches(images: Iterable[ScoredImage], size: int, between: Callable[[], None]) -> Iterator[list[ScoredImage]]:
+    """The images in their order, up to `size` of equal shapes together; `between` is called before each image."""
+
+    def announced() -> Iterator[ScoredImage]:
+        for item in images:
+            between()
+            yield item
+
+    for _, equal in groupby(announced(), key=lambda item: (item.image.shape, item.mask.shape)):
+        while batch := list(islice(equal, size)):
+            yield batch

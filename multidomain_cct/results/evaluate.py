@@ -41,7 +41,7 @@ def evaluate(
     root = shards or Path(run.recipe.data.shards)
     opened = {name: Shards.open(root / name, each) for name, each in splits.items()}
     settings = settings or run.recipe.evaluation
-    score_split = partial(score, run.model, settings=settings, device=run.device, workers=workers)
+    score_split = partial(score, run.model, settings=settings, workers=workers)
     return [score_split(opened[name], run.domains[name], each) for name, each in splits.items()]
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -83,24 +82,21 @@ def _with_legend(result: Prediction) -> Image.Image:
 
 def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
     """Every image by its name below `out/<kind>`. An image that is reached twice counts once."""
+    below: dict[Path, PurePath] = {}
     for source in sources:
         if not (source.is_dir() or source.is_file()):
             raise UserError(f"{source}: there is no such image or folder.")
-    relative: dict[Path, PurePath] = {}
-    for source in sources:
-        images = list(_images_in(source, out)) if source.is_dir() else [source]
+        images = _images_in(source, out) if source.is_dir() else [source]
         if not images:
             raise UserError(
                 f"{source} holds no images. Images end in {', '.join(ENDINGS)}; hidden files and folders are left out."
             )
         for path in images:
-            below = path.relative_to(source) if source.is_dir() else PurePath(source.name)
-            relative.setdefault(_unlinked(path), below)
-    counts = Counter(below.with_suffix(".png") for below in relative.values())
+            below.setdefault(_unlinked(path), path.relative_to(source if source.is_dir() else source.parent))
+    counts = Counter(name.with_suffix("") for name in below.values())
     names: dict[PurePath, Path] = {}
-    for path, below in relative.items():
-        name = below.with_suffix(".png")
-        name = name if counts[name] == 1 else below.with_name(below.name + ".png")
+    for path, name in below.items():
+        name = name.with_suffix(".png") if counts[name.with_suffix("")] == 1 else name.with_name(f"{name.name}.png")
         if name in names:
             raise UserError(
                 f"{names[name]} and {path} would both be written as {name}. Predict them one after the other, each "
@@ -110,28 +106,28 @@ def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:
     return names
 
 
-def _images_in(folder: Path, out: Path) -> Iterator[Path]:
+def _images_in(folder: Path, out: Path) -> list[Path]:
     """The images below a folder, in order, without those that an earlier prediction wrote to `out`."""
     written = {(out / kind).resolve() for kind in KINDS}
     earlier = written if all(path.is_dir() for path in written) else set()
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(
-            name for name in folders if not name.startswith(".") and (Path(parent) / name).resolve() not in earlier
+
+    def wanted(path: Path) -> bool:
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        return (
+            path.suffix.lower() in ENDINGS and not hidden and path.is_file() and not earlier & {*path.resolve().parents}
         )
-        for path in (Path(parent) / name for name in sorted(files) if not name.startswith(".")):
-            if path.suffix.lower() in ENDINGS and path.is_file():
-                yield path
+
+    return sorted(filter(wanted, folder.rglob("*")))
 
 
 def _require_safe_outputs(images: dict[PurePath, Path], out: Path) -> None:
+    for folder in (out, *(out / kind for kind in KINDS)):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file; --out names a folder, which receives {', '.join(KINDS)}.")
     inputs = {path.resolve() for path in images.values()} | {_unlinked(path) for path in images.values()}
-    for kind in KINDS:
-        for folder in (out, out / kind):
-            if folder.exists() and not folder.is_dir():
-                raise UserError(f"{folder} is a file; --out names a folder, which receives {', '.join(KINDS)}.")
-        for name in images:
-            if _unlinked(out / kind / name) in inputs:
-                raise UserError(f"{out / kind / name} is an input and would be replaced. Choose another --out.")
+    for target in (out / kind / name for kind in KINDS for name in images):
+        if _unlinked(target) in inputs:
+            raise UserError(f"{target} is an input and would be replaced. Choose another --out.")
 
 
 def _unlinked(path: Path) -> Path:

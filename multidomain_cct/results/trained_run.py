@@ -20,7 +20,7 @@ from multidomain_cct.data.batches.views import image_tensor
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.images import decoded, load_image
 from multidomain_cct.errors import UserError, did_you_mean
-from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.evaluation.inference import InferenceSettings, class_probabilities
 from multidomain_cct.results.pictures import colored, overlay
 from multidomain_cct.training.checkpoints.checkpoint import LoadedRun, load_run
 
@@ -95,13 +95,8 @@ class TrainedRun(LoadedRun):
         self, *, window: Sequence[int] | None = None, scales: Sequence[float] | None = None, flip: bool = False
     ) -> InferenceSettings:
         """The recipe's inference settings, with these replaced."""
-        recipe = self.recipe.evaluation
-        return replace(
-            recipe,
-            window=recipe.window if window is None else list(window),
-            scales=recipe.scales if scales is None else list(scales),
-            flip=flip or recipe.flip,
-        )
+        asked = {"window": window and list(window), "scales": scales and list(scales), "flip": flip}
+        return replace(self.recipe.evaluation, **{key: value for key, value in asked.items() if value})  # type: ignore[arg-type]
 
     # A path is a sequence of paths to the type checker, and the first signature is the one that it takes.
     @overload
@@ -148,13 +143,8 @@ class TrainedRun(LoadedRun):
         self, image: ImageInput, domain: Domain, probabilities: bool, settings: InferenceSettings | None
     ) -> Prediction:
         picture = as_rgb(image)
-        scores = predict_probabilities(
-            self.model,
-            image_tensor(picture).to(self.device),
-            domain.name,
-            (picture.height, picture.width),
-            settings or self.recipe.evaluation,
-        )
+        pixels, size = image_tensor(picture).to(self.device)[None], (picture.height, picture.width)
+        scores = class_probabilities(self.model, pixels, domain.name, size, settings or self.recipe.evaluation)[0]
         return Prediction(
             ids=scores.argmax(dim=0).to(torch.uint8).cpu().numpy(),
             probabilities=scores.cpu().numpy() if probabilities else None,

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast
 
 from multidomain_cct.data.batches.bad_images import BadImages
 from multidomain_cct.data.batches.loader import steps
-from multidomain_cct.evaluation.scoring import Score, arithmetic_and_harmonic, score
+from multidomain_cct.evaluation.scoring import Score, Share, arithmetic_and_harmonic, score
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.training.build import compile_encoder
 from multidomain_cct.training.checkpoints.checkpoint import RunState, save_checkpoint
@@ -180,6 +180,12 @@ def _evaluate(run: Run, log: RunLog, step: int) -> float:
     for buffer in model.buffers():
         # Each process has its own running statistics; the first process's are scored, because they are saved.
         buffer.copy_(broadcast(buffer.clone()))
+    share = Share(
+        accelerator.process_index,
+        accelerator.num_processes,
+        total=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
+        between=lambda: _leave_if_asked(run.stop),
+    )
     scores: dict[str, Score] = {}
     # In 32 bits whatever the precision of training, so that `evaluate` gives the same numbers.
     for name, shards in run.scored.items():
@@ -189,12 +195,8 @@ def _evaluate(run: Run, log: RunLog, step: int) -> float:
             run.domains[name],
             recipe.domains[name].val_split,
             recipe.evaluation,
-            device=accelerator.device,
             workers=min(1, recipe.data.workers),
-            rank=accelerator.process_index,
-            world=accelerator.num_processes,
-            total=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
-            between=lambda: _leave_if_asked(run.stop),
+            share=share,
         )
     _record(run, log, step, _score_metrics(scores))
     log.notice(f"step {step}: " + "  ".join(f"{name} mIoU {100 * result.miou:.1f}" for name, result in scores.items()))

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from multidomain_cct.errors import UserError
-from multidomain_cct.evaluation.inference import InferenceSettings, batch_probabilities, predict_probabilities
+from multidomain_cct.evaluation.inference import InferenceSettings, class_probabilities
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.network import Segmenter, Task
 
@@ -41,9 +41,13 @@ def picture(height: int, width: int, seed: int = 0) -> Tensor:
 
 def predict(model: Segmenter, image: Tensor, size: tuple[int, int] | None = None, **settings: object) -> Tensor:
     with torch.no_grad():
-        return predict_probabilities(
-            model, image, "room", size or tuple(image.shape[1:]), InferenceSettings(**settings)
-        )  # type: ignore[arg-type]
+        return class_probabilities(
+            model,
+            image[None],
+            "room",
+            size or tuple(image.shape[1:]),  # type: ignore[arg-type]
+            InferenceSettings(**settings),  # type: ignore[arg-type]
+        )[0]
 
 
 @pytest.mark.parametrize(
@@ -144,7 +148,7 @@ def test_scales_average_their_probabilities() -> None:
 def test_a_batch_gives_what_its_images_give_alone(settings: dict[str, object]) -> None:
     model, images = network(), torch.stack([picture(70, 90, seed) for seed in range(3)])
     with torch.no_grad():
-        found = batch_probabilities(model, images, "room", (50, 100), InferenceSettings(**settings))  # type: ignore[arg-type]
+        found = class_probabilities(model, images, "room", (50, 100), InferenceSettings(**settings))  # type: ignore[arg-type]
     assert found.shape == (3, CLASSES, 50, 100)
     torch.testing.assert_close(
         found, torch.stack([predict(model, image, (50, 100), **settings) for image in images]), rtol=1e-4, atol=1e-5

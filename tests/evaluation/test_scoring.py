@@ -1,5 +1,4 @@
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,10 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.index import index_path
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.evaluation.inference import InferenceSettings
-from multidomain_cct.evaluation.scoring import arithmetic_and_harmonic, class_iou, confusion_of, mean_iou, score
+from multidomain_cct.evaluation.scoring import Share, arithmetic_and_harmonic, class_iou, confusion_of, mean_iou, score
+from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.checkpoints.checkpoint import load_run
 
 TinyShards = Callable[..., Path]
@@ -69,50 +70,66 @@ def test_both_means_over_domains() -> None:
     assert arithmetic_and_harmonic([0.0, 0.6])[1] == 0
 
 
-def test_a_split_is_scored_once_whole_and_at_the_labels_resolution(tiny_run: Path, two_domains: Path) -> None:
-    run = load_run(tiny_run)
-    seen: list[str] = []
-    shards = Shards.open(two_domains / "shapes", "val")
-    result = score(
-        run.model,
-        shards,
-        run.domains["shapes"],
-        "val",
-        run.recipe.evaluation,
-        device=torch.device("cpu"),
-        seen=seen.append,
-    )
-    assert sorted(seen) == sorted(shards.keys) and result.images == 5
-    assert result.sizes == ("96x72",) and result.confusion.sum() == 5 * 94 * 72
-    assert "5 images" in result.protocol and "96x72" in result.protocol and "whole image" in result.protocol
+@pytest.fixture
+def model(tiny_run: Path) -> Segmenter:
+    return load_run(tiny_run).model.to("cpu")
 
 
-def shapes_of(model: torch.nn.Module) -> list[int]:
+@pytest.fixture
+def shapes(tiny_run: Path, two_domains: Path) -> tuple[Shards, Domain, str]:
+    """Five images of a domain that the model knows."""
+    return Shards.open(two_domains / "shapes", "val"), load_run(tiny_run).domains["shapes"], "val"
+
+
+def test_a_split_is_scored_once_whole_and_at_the_labels_resolution(
+    model: Segmenter, shapes: tuple[Shards, Domain, str]
+) -> None:
+    asked: list[int] = []
+    share = Share(between=lambda: asked.append(1))
+    result = score(model, *shapes, InferenceSettings(), share=share)
+    assert len(asked) == result.images == 5
+    assert result.sizes == ("96x72",)
+    assert result.confusion.sum() == 5 * 94 * 72
+    for words in ("5 images", "96x72", "whole image"):
+        assert words in result.protocol
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_scoring_leaves_the_model_in_the_mode_it_was_in(
+    model: Segmenter, shapes: tuple[Shards, Domain, str], training: bool
+) -> None:
+    model.train(training)
+    modes: list[bool] = []
+    model.encoder.register_forward_pre_hook(lambda module, inputs: modes.append(module.training))
+    score(model, *shapes, InferenceSettings())
+    assert set(modes) == {False}
+    assert {module.training for module in model.modules()} == {training}
+
+
+def shapes_of(model: Segmenter) -> list[int]:
     """A list that grows by the number of images each time the encoder is used."""
     found: list[int] = []
-    model.encoder.register_forward_pre_hook(lambda module, inputs: found.append(len(inputs[0])))  # type: ignore[union-attr, operator]
+    model.encoder.register_forward_pre_hook(lambda module, inputs: found.append(len(inputs[0])))
     return found
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_of_equal_size_are_predicted_together(tiny_run: Path, two_domains: Path, workers: int) -> None:
-    run = load_run(tiny_run)
-    shards, sizes, seen = Shards.open(two_domains / "shapes", "val"), shapes_of(run.model), []
-    settings = replace(run.recipe.evaluation, batch=2)
-    results = []
-    for chosen in (run.recipe.evaluation, settings):
-        options = {"device": torch.device("cpu"), "workers": workers, "seen": seen.append}
-        results.append(score(run.model, shards, run.domains["shapes"], "val", chosen, **options))  # type: ignore[arg-type]
-    assert sizes == [1] * 5 + [2, 2, 1] and seen == [*shards.keys, *shards.keys]
-    alone, together = results
+def test_images_of_equal_size_are_predicted_together(
+    model: Segmenter, shapes: tuple[Shards, Domain, str], workers: int
+) -> None:
+    sizes = shapes_of(model)
+    alone, together = (score(model, *shapes, InferenceSettings(batch=batch), workers=workers) for batch in (1, 2))
+    assert sizes == [1] * 5 + [2, 2, 1]
     assert alone.images == together.images == 5
     # Rounding may turn a pixel whose two best classes are all but equal.
-    assert np.abs(alone.confusion - together.confusion).sum() <= 4 and alone.confusion.sum() == together.confusion.sum()
+    assert np.abs(alone.confusion - together.confusion).sum() <= 4
+    assert alone.confusion.sum() == together.confusion.sum()
 
 
-def test_an_image_of_another_size_begins_a_new_batch(tiny_run: Path, tiny_shards: TinyShards, tmp_path: Path) -> None:
-    run = load_run(tiny_run)
-    domain, sizes, expected = run.domains["shapes"], shapes_of(run.model), 0
+def test_an_image_of_another_size_begins_a_new_batch(
+    model: Segmenter, shapes: tuple[Shards, Domain, str], tiny_shards: TinyShards, tmp_path: Path
+) -> None:
+    domain, sizes, expected = shapes[1], shapes_of(model), 0
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for number, size in enumerate([(96, 72), (96, 72), (64, 96), (96, 72)]):
@@ -121,17 +138,14 @@ def test_an_image_of_another_size_begins_a_new_batch(tiny_run: Path, tiny_shards
         index_path(shard).rename(index_path(mixed / f"val-{number:05d}.tar"))
         shard.rename(mixed / f"val-{number:05d}.tar")
         expected += (size[0] - 2) * size[1]
-    result = score(
-        run.model, Shards.open(mixed, "val"), domain, "val", InferenceSettings(batch=8), device=torch.device("cpu")
-    )
-    assert sizes == [2, 1, 1] and result.images == 4
-    assert result.confusion.sum() == expected and set(result.sizes) == {"96x72", "64x96"}
+    result = score(model, Shards.open(mixed, "val"), domain, "val", InferenceSettings(batch=8))
+    assert sizes == [2, 1, 1]
+    assert result.images == 4
+    assert result.confusion.sum() == expected
+    assert set(result.sizes) == {"96x72", "64x96"}
 
 
-def test_parts_of_a_split_add_up_to_the_whole(tiny_run: Path, two_domains: Path) -> None:
-    run = load_run(tiny_run)
-    shards = Shards.open(two_domains / "shapes", "val")
-    whole = score(run.model, shards, run.domains["shapes"], "val", run.recipe.evaluation, device=torch.device("cpu"))
+def test_parts_of_a_split_add_up_to_the_whole(model: Segmenter, shapes: tuple[Shards, Domain, str]) -> None:
     counts: list[torch.Tensor] = []
 
     def add(tensor: torch.Tensor) -> torch.Tensor:
@@ -140,26 +154,7 @@ def test_parts_of_a_split_add_up_to_the_whole(tiny_run: Path, two_domains: Path)
         return tensor if len(counts) <= 2 else tensor + counts[len(counts) - 3]
 
     with pytest.raises(AssertionError, match="3 of 5 images were scored"):
-        score(
-            run.model,
-            shards,
-            run.domains["shapes"],
-            "val",
-            run.recipe.evaluation,
-            device=torch.device("cpu"),
-            rank=0,
-            world=2,
-            total=add,
-        )
-    both = score(
-        run.model,
-        shards,
-        run.domains["shapes"],
-        "val",
-        run.recipe.evaluation,
-        device=torch.device("cpu"),
-        rank=1,
-        world=2,
-        total=add,
-    )
-    assert np.array_equal(both.confusion, whole.confusion) and both.images == 5
+        score(model, *shapes, InferenceSettings(), share=Share(0, 2, add))
+    both = score(model, *shapes, InferenceSettings(), share=Share(1, 2, add))
+    assert np.array_equal(both.confusion, score(model, *shapes, InferenceSettings()).confusion)
+    assert both.images == 5

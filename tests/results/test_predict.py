@@ -13,7 +13,7 @@ from PIL import Image
 
 from multidomain_cct.data.batches.views import image_tensor
 from multidomain_cct.errors import UserError
-from multidomain_cct.evaluation.inference import InferenceSettings, predict_probabilities
+from multidomain_cct.evaluation.inference import InferenceSettings, class_probabilities
 from multidomain_cct.results.predict import PredictSummary, predict
 from multidomain_cct.results.trained_run import TrainedRun
 
@@ -56,8 +56,8 @@ def test_indices_are_the_train_ids_of_the_most_probable_classes(run: TrainedRun,
     segment(run, [path], tmp_path / "out")
     with Image.open(path) as image, torch.inference_mode():
         expected = (
-            predict_probabilities(run.model, image_tensor(image), "fields", (43, 61), InferenceSettings())
-            .argmax(dim=0)
+            class_probabilities(run.model, image_tensor(image)[None], "fields", (43, 61), InferenceSettings())
+            .argmax(dim=1)[0]
             .numpy()
         )
     with Image.open(tmp_path / "out/index/a.png") as index, Image.open(tmp_path / "out/color/a.png") as color:
