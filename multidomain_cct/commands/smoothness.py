@@ -55,6 +55,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out.suffix.lower() != ".png" or options.out.is_dir():
         raise UserError(f"--out is {options.out}; it names the picture, a file that ends in .png.")
     require_number("--images", options.images, at_least=1, at_most=MOST_IMAGES)
+    if options.limit is not None:
+        require_number("--limit", options.limit, at_least=1)
     settings = DiagnosisSettings(options.split, options.borders, options.limit, options.images)
     subject, domain, root = _open(options)
     shards = Shards.open(root / domain.name, options.split)
@@ -76,18 +78,20 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     say(f"{where}: {diagnosis.images} images, borders of the {diagnosis.borders}")
     rows = []
     for score in diagnosis.stages:
-        areas = (_pair(score.auc, score.pooled_auc), _pair(score.patch_auc, score.patch_pooled_auc))
-        error = "" if score.gain_error is None else f"±{score.gain_error:.3f}"
-        gain = "none" if score.gain is None else f"{score.gain:+.3f}{error}"
+        auc, patch_auc, gain, error = (
+            "none" if value is None else format(value, form)
+            for value, form in (
+                (score.auc, ".3f"),
+                (score.patch_auc, ".3f"),
+                (score.gain, "+.3f"),
+                (score.gain_error, ".3f"),
+            )
+        )
         share = f"{100 * score.border_share:.0f} %"
-        rows.append((score.name, str(score.stride), str(score.channels), share, *areas, gain))
-    titles = ("border\nshare", "AUC features\n(pooled)", "AUC patches\n(pooled)", "difference")
-    show_table(("stage", "stride", "channels", *titles), rows, numbers=True)
-    say("AUC: mean over images (of all positions together); difference: its mean over images ± standard error")
-
-
-def _pair(mean: float | None, pooled: float | None) -> str:
-    return "none" if mean is None or pooled is None else f"{mean:.3f} ({pooled:.3f})"
+        rows.append((score.name, str(score.stride), str(score.channels), share, auc, patch_auc, f"{gain} ± {error}"))
+    heading = ("stage", "stride", "channels", "border\nshare", "AUC\nfeatures", "AUC\npatches", "difference")
+    show_table(heading, rows, numbers=True)
+    say("AUC: mean over images; difference: its mean over images ± standard error")
 
 
 def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from multidomain_cct.data.batches.bad_images import BadImages, skipped_in
@@ -318,25 +318,19 @@ def average_precision(scores: np.ndarray, truth: np.ndarray) -> np.ndarray:
 def _sheet_row(made: _Made, domain: Domain) -> list[Image.Image]:
     """The image, its labels from the maps, after the random field, and the true ones if there are any."""
     labels = [made.from_maps, made.ids, *([] if made.truth is None else [made.truth])]
-    cells = [made.picture, *(overlay(made.picture, ids.cpu().numpy(), domain, opacity=0.65) for ids in labels)]
-    return [ImageOps.contain(cell, (SHEET_CELL, SHEET_CELL)) for cell in cells]
+    return [made.picture, *(overlay(made.picture, ids.cpu().numpy(), domain, opacity=0.65) for ids in labels)]
 
 
 def _contact_sheet(rows: Sequence[Sequence[Image.Image]], domain: Domain, pixels: np.ndarray) -> Image.Image:
     """The rows under each other, a title over each column, and a legend of the train ids that have `pixels`."""
     titles = ("image", "activation maps", "pseudo-labels", "truth")[: max(len(row) for row in rows)]
-    gap, head = 6, 24
-    size = (gap + (SHEET_CELL + gap) * len(titles), head + sum(row[0].height + gap for row in rows))
-    sheet = Image.new("RGB", size, "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=14)
-    lefts = [gap + (SHEET_CELL + gap) * column for column in range(len(titles))]
-    for left, title in zip(lefts, titles, strict=True):
-        draw.text((left, head // 2), title, fill="black", font=font, anchor="lm")
-    top = head
-    for row in rows:
-        for left, cell in zip(lefts, row, strict=False):
-            sheet.paste(cell, (left, top))
-        top += row[0].height + gap
+    cell, head = SHEET_CELL, 24
+    sheet = Image.new("RGB", (cell * len(titles), head + cell * len(rows)), "white")
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((cell * column + 3, head // 2), title, fill="black", font_size=14, anchor="lm")
+    for top, row in enumerate(rows):
+        for column, picture in enumerate(row):
+            sheet.paste(ImageOps.contain(picture, (cell - 6, cell - 6)), (cell * column + 3, head + cell * top))
     present = np.flatnonzero(pixels[: domain.num_classes]).tolist()
     return with_legend(sheet, legend(domain, present, width=sheet.width))
 

@@ -165,36 +165,25 @@ class Lattice:
 
 def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Of each point's simplex: remainder-0 vertex, ranks of the coordinates, barycentric weights, each (d + 1, N)."""
-    d, num = features.shape
+    d = len(features)
     # Rows of E span the plane whose coordinates sum to 0; scaled so that the blur's variance is 1.
     axes = torch.arange(1, d + 1, device=features.device, dtype=torch.float32)[:, None]
     scaled = features * ((d + 1) * (2 / 3) ** 0.5 / (axes * (axes + 1)).sqrt())
-    elevated = features.new_empty(d + 1, num)
-    above = torch.zeros_like(scaled[0])
-    for axis in range(d, 0, -1):
-        elevated[axis] = above - axis * scaled[axis - 1]
-        above = above + scaled[axis - 1]
-    elevated[0] = above
+    later = scaled.flip(0).cumsum(0).flip(0)  # (d, N) sums of a coordinate and all behind it
+    elevated = F.pad(later, (0, 0, 0, 1)) - F.pad(axes * scaled, (0, 0, 1, 0))  # (d + 1, N)
     zero = (elevated / (d + 1)).round() * (d + 1)
-    excess = (zero.sum(dim=0) / (d + 1)).round().int()  # (N,)
     difference = elevated - zero
-    rank = excess.repeat(d + 1, 1)
-    for i in range(d + 1):
-        for j in range(i + 1, d + 1):
-            lower = difference[i] < difference[j]
-            rank[i] += lower
-            rank[j] += ~lower
+    # The rank is the number of larger differences; of equal ones the first counts as larger. Sorting takes longer.
+    rank = torch.stack(
+        [(difference[:i] >= difference[i]).sum(0) + (difference[i + 1 :] > difference[i]).sum(0) for i in range(d + 1)]
+    ).int()
+    rank += (zero.sum(dim=0) / (d + 1)).round().int()
     shift = ((rank < 0).int() - (rank > d).int()) * (d + 1)
     rank += shift
     zero += shift
-    difference = (elevated - zero) / (d + 1)
-    weights = features.new_zeros(d + 2, num)
-    for axis in range(d + 1):
-        row = (d - rank[axis]).long()[None]
-        weights.scatter_add_(0, row, difference[axis][None])
-        weights.scatter_add_(0, row + 1, -difference[axis][None])
-    weights[0] += 1 + weights[d + 1]
-    return zero.int(), rank, weights[: d + 1]
+    ascending = ((elevated - zero) / (d + 1)).sort(dim=0).values
+    weights = torch.cat([1 + ascending[:1] - ascending[-1:], ascending.diff(dim=0)])
+    return zero.int(), rank, weights
 
 
 def _vertex_keys(zero: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:

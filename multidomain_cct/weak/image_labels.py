@@ -11,7 +11,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -134,7 +133,7 @@ def read_image_labels(path: Path, domain: Domain, keys: Collection[str]) -> dict
     spaces are written in double quotes. A JSON list is {key: [class, ...]}. `keys` are those of all images.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{path}: this is not text in UTF-8. {_FORMATS}") from None
     rows = _json_rows(path, text) if path.suffix.lower() == ".json" else _text_rows(path, text)
@@ -171,17 +170,13 @@ def _text_rows(path: Path, text: str) -> Iterable[tuple[str, str, list[str]]]:
 
 def _json_rows(path: Path, text: str) -> Iterable[tuple[str, str, list[str]]]:
     try:
-        # A dictionary would silently keep the last of two equal keys.
-        pairs = json.loads(text, object_pairs_hook=_Pairs)
+        # Pairs, because a dictionary would silently keep the last of two equal keys.
+        pairs = json.loads(text, object_pairs_hook=tuple)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: line {error.lineno}: this is not valid JSON ({error.msg}).") from None
-    if not isinstance(pairs, _Pairs):
+    if not isinstance(pairs, tuple):
         raise UserError(f"{path}: holds {type(pairs).__name__}; it is {{key: [class, ...]}}.")
     for key, names in pairs:
-        if not isinstance(names, list) or isinstance(names, _Pairs) or not all(isinstance(name, str) for name in names):
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise UserError(f"{path}: the key {key!r} has {json.dumps(names)[:60]}; it has a list of class names.")
         yield str(path), key, names
-
-
-class _Pairs(list[tuple[str, Any]]):
-    """A JSON object as it is written."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from dataclasses import asdict, dataclass, field
+from functools import cache
+from statistics import mean, stdev
 from typing import Any
 
 import numpy as np
@@ -23,18 +24,11 @@ from torch import Tensor
 from multidomain_cct.data.batches.views import PAD, decode, image_tensor, mask_tensor
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
-from multidomain_cct.errors import UserError, require_choice, require_number
+from multidomain_cct.errors import UserError
 from multidomain_cct.model.encoder import Stages, encoder_stages, model_stages
-from multidomain_cct.results.smoothness.variation import (
-    Tally,
-    area_under_curve,
-    class_borders,
-    image_patches,
-    local_variation,
-)
+from multidomain_cct.results.smoothness.variation import area_under_curve, class_borders, image_patches, local_variation
 from multidomain_cct.results.trained_run import TrainedRun
 
-BORDERS = ("labels", "prediction")
 OUTPUT = "output"
 """Last stage of a run: the output of its context module."""
 MOSTLY_BORDER = 0.9
@@ -75,26 +69,21 @@ def trained_encoder(run: TrainedRun, domain: str) -> Subject:
 
     Raises UserError when the run has no head for the domain.
     """
-    model, device = run.model, run.device
     run.head(domain)
-    encoder = model.encoder
-    levels = encoder_stages(encoder, run.recipe.encoder, domain=domain, domains=run.domains).to(device)
-
-    def features(image: Tensor) -> list[Tensor]:
-        return [*levels(image), encoder(image, [(domain, 1)])]
-
-    def predict(image: Tensor) -> Tensor:
-        return model.logits(image, domain)[0].argmax(dim=0).to(torch.uint8)
-
-    stages = (*_stages(levels), Stage(OUTPUT, encoder.stride, encoder.channels))
-    return Subject(f"{run.folder.resolve().name}, {run.checkpoint.name}", stages, features, predict, device)
+    model, encoder = run.model, run.model.encoder
+    levels = encoder_stages(encoder, run.recipe.encoder, domain=domain, domains=run.domains).to(run.device)
+    return Subject(
+        name=f"{run.folder.resolve().name}, {run.checkpoint.name}",
+        stages=(*_stages(levels), Stage(OUTPUT, encoder.stride, encoder.channels)),
+        features=lambda image: [*levels(image), encoder(image, [(domain, 1)])],
+        predict=lambda image: model.logits(image, domain)[0].argmax(dim=0).to(torch.uint8),
+        device=run.device,
+    )
 
 
 def _stages(levels: Stages) -> tuple[Stage, ...]:
-    return tuple(
-        Stage(f"stage {number}", stride, channels)
-        for number, (stride, channels) in enumerate(zip(levels.strides, levels.channels, strict=True), start=1)
-    )
+    sizes = zip(levels.strides, levels.channels, strict=True)
+    return tuple(Stage(f"stage {number}", *size) for number, size in enumerate(sizes, start=1))
 
 
 @dataclass(frozen=True)
@@ -110,19 +99,10 @@ class Measured:
     """(h, w) bool."""
     counted: Tensor
     """(h, w) bool: False where the patch holds ignored pixels only."""
-
-    @cached_property
-    def area(self) -> float | None:
-        """AUC of the features, 0 to 1."""
-        return area_under_curve(self.features[self.counted], self.border[self.counted])
-
-    @cached_property
-    def patch_area(self) -> float | None:
-        """AUC of the patches, 0 to 1."""
-        return area_under_curve(self.patches[self.counted], self.border[self.counted])
-
-    def cpu(self) -> Measured:
-        return Measured(self.stage, self.features.cpu(), self.patches.cpu(), self.border.cpu(), self.counted.cpu())
+    area: float | None
+    """AUC of the features, 0 to 1."""
+    patch_area: float | None
+    """AUC of the patches, 0 to 1."""
 
 
 @torch.inference_mode()
@@ -138,43 +118,71 @@ def measure(subject: Subject, image: Tensor, *, ids: Tensor, num_classes: int) -
     padded[:, :height, :width] = image
 
     @cache
-    def on_grid(stride: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Variation of the patches, borders, and which positions count."""
+    def on_grid(stride: int) -> tuple[Tensor, Tensor, Tensor, float | None]:
+        """Variation of the patches, borders, which positions count, and the patches' AUC."""
         variation = local_variation(image_patches(image, stride))
-        return variation, *class_borders(ids, (height, width), stride=stride, num_classes=num_classes)
+        border, counted = class_borders(ids, (height, width), stride=stride, num_classes=num_classes)
+        return variation, border, counted, area_under_curve(variation[counted], border[counted])
 
     result = []
     for stage, features in zip(subject.stages, subject.features(padded[None]), strict=True):
-        whole = features[0, :, : height // stage.stride, : width // stage.stride]
-        result.append(Measured(stage, local_variation(whole), *on_grid(stage.stride)))
+        variation = local_variation(features[0, :, : height // stage.stride, : width // stage.stride])
+        patches, border, counted, patch_area = on_grid(stage.stride)
+        area = area_under_curve(variation[counted], border[counted])
+        result.append(Measured(stage, variation, patches, border, counted, area, patch_area))
     return result
 
 
 @dataclass(frozen=True)
-class StageScore:
+class StageScore(Stage):
     """How well a stage's local variation finds the class borders.
 
     AUCs are 0 to 1, and None where no image has both borders and insides on this grid.
     """
 
-    name: str
-    stride: int
-    channels: int
     border_share: float
     """Share of the counted positions that are borders."""
     images: int
     """Images that have an AUC."""
     auc: float | None
     """Mean over the images."""
-    pooled_auc: float | None
-    """Of all images' positions together."""
     patch_auc: float | None
     """Of the image's patches of the same size: mean over the images."""
-    patch_pooled_auc: float | None
     gain: float | None
     """auc less patch_auc."""
     gain_error: float | None
     """Standard error of the gain over the images; None for fewer than two."""
+
+
+@dataclass
+class _Tally:
+    """One stage over all images."""
+
+    stage: Stage
+    border: int = 0
+    counted: int = 0
+    """Positions."""
+    areas: list[tuple[float, float]] = field(default_factory=list)
+    """AUC of the features and of the patches, by image."""
+
+    def add(self, result: Measured) -> None:
+        self.border += int(result.border[result.counted].sum())
+        self.counted += int(result.counted.sum())
+        if result.area is not None and result.patch_area is not None:
+            self.areas.append((result.area, result.patch_area))
+
+    def score(self) -> StageScore:
+        count, gains = len(self.areas), [area - patch_area for area, patch_area in self.areas]
+        auc, patch_auc = (mean(values) for values in zip(*self.areas, strict=True)) if count else (None, None)
+        return StageScore(
+            **asdict(self.stage),
+            border_share=self.border / max(1, self.counted),
+            images=count,
+            auc=auc,
+            patch_auc=patch_auc,
+            gain=mean(gains) if gains else None,
+            gain_error=stdev(gains) / math.sqrt(count) if count > 1 else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -186,8 +194,7 @@ class Example:
     """(H, W, 3) uint8."""
     ids: np.ndarray
     """(H', W') uint8 train ids whose borders count."""
-    measured: tuple[Measured, ...]
-    """On the CPU."""
+    measured: Sequence[Measured]
 
 
 @dataclass(frozen=True)
@@ -198,7 +205,7 @@ class Diagnosis:
     domain: Domain
     split: str
     borders: str
-    """One of BORDERS."""
+    """`labels` or `prediction`."""
     images: int
     stages: tuple[StageScore, ...]
 
@@ -220,9 +227,9 @@ class Diagnosis:
         if best is None or best.gain is None:
             return f"No stage can be judged: no grid has enough positions both at borders and inside classes.{left_out}"
         error = "" if best.gain_error is None else f", standard error {best.gain_error:.3f}"
-        place = "the encoder's output" if best.name == OUTPUT else best.name
+        where = "the encoder's output" if best.name == OUTPUT else best.name
         figures = (
-            f"{place}: its local variation finds class borders "
+            f"{where}: its local variation finds class borders "
             f"with AUC {best.auc:.3f}, that of {best.stride} x {best.stride} image patches with {best.patch_auc:.3f} "
             f"(difference {best.gain:+.3f}{error}).{left_out}"
         )
@@ -232,14 +239,11 @@ class Diagnosis:
 
     def as_json(self) -> dict[str, Any]:
         """The same as plain values."""
-        return {
-            "subject": self.subject,
+        best = self.best.name if self.best else None
+        return vars(self) | {
             "domain": self.domain.name,
-            "split": self.split,
-            "borders": self.borders,
-            "images": self.images,
             "stages": [asdict(score) for score in self.stages],
-            "best": self.best.name if self.best else None,
+            "best": best,
             "verdict": self.verdict,
         }
 
@@ -250,19 +254,13 @@ class DiagnosisSettings:
 
     split: str = "val"
     borders: str | None = None
-    """One of BORDERS; None takes the labels when the split has masks, else the prediction. With labels, images without
-    a mask are left out.
+    """`labels` or `prediction`; None takes the labels when the split has masks, else the prediction. With labels,
+    images without a mask are left out.
     """
     limit: int | None = None
     """How many images are measured, the first of the shards; None: all."""
     examples: int = 0
     """How many of them are kept for a picture."""
-
-    def __post_init__(self) -> None:
-        if self.borders is not None:
-            require_choice("--borders", self.borders, BORDERS)
-        if self.limit is not None:
-            require_number("--limit", self.limit, at_least=1)
 
 
 def diagnose(
@@ -281,26 +279,21 @@ def diagnose(
     borders = _choose_borders(settings, subject, f"{domain.name}/{settings.split}", labelled=bool(labelled))
     numbers = (labelled if borders == "labels" else range(len(shards)))[: settings.limit]
     examples: list[Example] = []
-    of_features, of_patches = ([Tally(subject.device) for _ in subject.stages] for _ in range(2))
+    tallies = [_Tally(stage) for stage in subject.stages]
     for number in progress(numbers, len(numbers)):
         record = shards.read(number, with_mask=borders == "labels")
         picture, mask = decode(record, domain)
         image = image_tensor(picture).to(subject.device)
         ids = _predicted(subject, image) if mask is None else mask_tensor(mask).to(subject.device)
-        measured = measure(subject, image, ids=ids, num_classes=domain.num_classes)
-        for result, features, patches in zip(measured, of_features, of_patches, strict=True):
+        results = measure(subject, image, ids=ids, num_classes=domain.num_classes)
+        for result, tally in zip(results, tallies, strict=True):
             if not bool(result.features.isfinite().all()):
-                raise UserError(
-                    f"{record.shard}: key {record.key!r}: the features of {result.stage.name} are not finite. Use "
-                    "another checkpoint or weights."
-                )
-            border = result.border[result.counted]
-            features.add(result.features[result.counted], border, result.area)
-            patches.add(result.patches[result.counted], border, result.patch_area)
+                found = f"the features of {result.stage.name} are not finite"
+                raise UserError(f"{record.where}: {found}. Use another checkpoint or weights.")
+            tally.add(result)
         if len(examples) < settings.examples:
-            kept = tuple(result.cpu() for result in measured)
-            examples.append(Example(record.key, np.asarray(picture), ids.cpu().numpy(), kept))
-    scores = tuple(map(_score, subject.stages, of_features, of_patches))
+            examples.append(Example(record.key, np.asarray(picture), ids.cpu().numpy(), results))
+    scores = tuple(tally.score() for tally in tallies)
     return Diagnosis(subject.name, domain, settings.split, borders, len(numbers), scores), examples
 
 
@@ -318,22 +311,3 @@ def _choose_borders(settings: DiagnosisSettings, subject: Subject, where: str, *
 def _predicted(subject: Subject, image: Tensor) -> Tensor:
     assert subject.predict is not None
     return subject.predict(image[None])
-
-
-def _score(stage: Stage, features: Tally, patches: Tally) -> StageScore:
-    gains = np.subtract(features.areas, patches.areas)
-    error = float(gains.std(ddof=1) / math.sqrt(len(gains))) if len(gains) > 1 else None
-    auc, patch_auc, gain = (
-        float(np.mean(values)) if len(values) else None for values in (features.areas, patches.areas, gains)
-    )
-    return StageScore(
-        **asdict(stage),
-        border_share=features.border_share,
-        images=len(gains),
-        auc=auc,
-        pooled_auc=features.pooled,
-        patch_auc=patch_auc,
-        patch_pooled_auc=patches.pooled,
-        gain=gain,
-        gain_error=error,
-    )

@@ -6,18 +6,13 @@ stride, n positions.
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE
-
-_NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))
-"""Half of the 8: each pair of positions is measured once."""
-_BINS, _BITS = 1 << 19, 12
-"""A float32 that is not negative, less its last 12 bits, is one of 2**19 numbers in the same order, each within 0.05 %
-of the float.
-"""
 
 
 def local_variation(features: Tensor) -> Tensor:
@@ -25,28 +20,24 @@ def local_variation(features: Tensor) -> Tensor:
 
     A grid of one position gives 0.
     """
-    features = features.float()
     height, width = features.shape[-2:]
-    total, count = features.new_zeros(height, width), features.new_zeros(height, width)
-    for down, right in _NEIGHBOURS:
-        upper, lower = slice(0, height - down), slice(down, height)
-        left, shifted = slice(max(0, -right), width - max(0, right)), slice(max(0, right), width - max(0, -right))
-        distance = torch.linalg.vector_norm(features[:, upper, left] - features[:, lower, shifted], dim=0)
-        for rows, columns in ((upper, left), (lower, shifted)):
-            total[rows, columns] += distance
-            count[rows, columns] += 1
-    return total / count.clamp(min=1)
+    around = F.pad(features.float(), (1, 1, 1, 1))
+    inside = F.pad(around.new_ones(height, width), (1, 1, 1, 1))
+    total, count = around.new_zeros(height, width), around.new_zeros(height, width)
+    for down, right in product(range(3), repeat=2):
+        shifted = (..., slice(down, down + height), slice(right, right + width))
+        total += torch.linalg.vector_norm(around[shifted] - features, dim=0) * inside[shifted]
+        count += inside[shifted]
+    # The position itself adds 0 to the sum.
+    return total / (count - 1).clamp(min=1)
 
 
 def image_patches(image: Tensor, stride: int) -> Tensor:
     """(3 s s, h, w) float32: the pixels, 0 to 1, of each whole s x s patch of a (3, H, W) uint8 image."""
     height, width = (side // stride for side in image.shape[-2:])
     whole = image[:, : height * stride, : width * stride].float() / 255
-    return (
-        whole.reshape(3, height, stride, width, stride)
-        .permute(0, 2, 4, 1, 3)
-        .reshape(3 * stride * stride, height, width)
-    )
+    blocks = whole.reshape(3, height, stride, width, stride).permute(0, 2, 4, 1, 3)
+    return blocks.reshape(3 * stride * stride, height, width)
 
 
 def class_borders(ids: Tensor, size: tuple[int, int], *, stride: int, num_classes: int) -> tuple[Tensor, Tensor]:
@@ -60,9 +51,6 @@ def class_borders(ids: Tensor, size: tuple[int, int], *, stride: int, num_classe
     if ids.shape[0] < size[0] or ids.shape[1] < size[1]:
         ids = F.interpolate(ids[None, None], size=size, mode="nearest-exact")[0, 0]
     height, width = size[0] // stride, size[1] // stride
-    if not height * width:
-        empty = torch.zeros(height, width, dtype=torch.bool, device=ids.device)
-        return empty, empty
     rows, columns = (
         ((torch.arange(length, device=ids.device) + 0.5) * side / length).long() // stride
         for length, side in zip(ids.shape, size, strict=True)
@@ -72,7 +60,7 @@ def class_borders(ids: Tensor, size: tuple[int, int], *, stride: int, num_classe
     present = torch.zeros(num_classes, height * width, device=ids.device)
     present[ids[inside].long(), cells] = 1
     present = present.view(num_classes, height, width)
-    around = F.max_pool2d(present[None], 3, stride=1, padding=1)[0]
+    around = F.max_pool2d(present, 3, stride=1, padding=1) if cells.numel() else present
     return around.sum(dim=0) > 1, present.any(dim=0)
 
 
@@ -81,38 +69,7 @@ def area_under_curve(values: Tensor, border: Tensor) -> float | None:
     positions are of one kind.
     """
     levels, ranks = torch.unique(values, return_inverse=True)
-    at_border, inside = (torch.bincount(ranks[kind], minlength=len(levels)) for kind in (border, ~border))
-    return _area_of_counts(at_border, inside)
-
-
-def _area_of_counts(at_border: Tensor, inside: Tensor) -> float | None:
-    """The same, from the number of positions of each kind at each value, in order of the values."""
-    pairs = float(at_border.sum()) * float(inside.sum())
-    if not pairs:
-        return None
+    at_border, inside = (torch.bincount(ranks[kind], minlength=len(levels)).double() for kind in (border, ~border))
+    pairs = float(at_border.sum() * inside.sum())
     lower = inside.cumsum(0) - inside
-    return float((at_border.double() * (lower.double() + 0.5 * inside.double())).sum()) / pairs
-
-
-class Tally:
-    """One map over all images: the AUC of each, and histograms of the variation inside classes and at borders."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.areas: list[float] = []
-        self.counts = torch.zeros(2, _BINS, dtype=torch.int64, device=device)
-
-    def add(self, values: Tensor, border: Tensor, area: float | None) -> None:
-        keys = values.contiguous().view(torch.int32) >> _BITS
-        for kind in (0, 1):
-            self.counts[kind] += torch.bincount(keys[border == bool(kind)], minlength=_BINS)
-        if area is not None:
-            self.areas.append(area)
-
-    @property
-    def pooled(self) -> float | None:
-        return _area_of_counts(self.counts[1], self.counts[0])
-
-    @property
-    def border_share(self) -> float:
-        inside, at_border = self.counts.sum(dim=1).tolist()
-        return float(at_border / max(1, inside + at_border))
+    return float((at_border * (lower + inside / 2)).sum()) / pairs if pairs else None
