@@ -89,8 +89,6 @@ def _present_splits(domain: Domain, raw: Path) -> list[str]:
 
 
 def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -> None:
-    from multidomain_cct.data.packing.pack import ignored_share
-
     sizes = ", ".join(f"{count} of {size}" for size, count in summary.sizes.most_common(3))
     say(
         f"{domain.name}/{split}: {summary.images} images ({summary.labelled} labelled) in {summary.shards} shard(s) "
@@ -99,12 +97,9 @@ def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -
     )
     if not summary.labelled:
         return
-    total = max(1, int(summary.pixels.sum()))
-    rows = [
-        (str(train_id), label.name, f"{100 * summary.pixels[train_id] / total:.2f} %")
-        for train_id, label in enumerate(domain.classes)
-    ]
-    rows.append((str(IGNORE), "ignored", f"{100 * ignored_share(summary):.2f} %"))
+    share = 100 * summary.pixels / max(1, summary.pixels.sum())
+    names = {**dict(enumerate(label.name for label in domain.classes)), IGNORE: "ignored"}
+    rows = [(str(train_id), name, f"{share[train_id]:.2f} %") for train_id, name in names.items()]
     show_table(("train id", "class", "share of pixels"), rows)
     if summary.unknown:
         values = ", ".join(f"{value} ({count} px)" for value, count in summary.unknown.most_common(8))

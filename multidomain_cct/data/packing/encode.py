@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from PIL import Image
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.images import load_image
 from multidomain_cct.data.packing.raw_files import RawSample
-from multidomain_cct.data.packing.raw_masks import mask_picture
+from multidomain_cct.data.packing.raw_masks import read_mask
 from multidomain_cct.errors import UserError
 
 JPEG_QUALITY = 95
@@ -30,12 +31,8 @@ class Encoded:
     image: bytes
     mask: bytes | None
     meta: bytes
-    pixels: np.ndarray
-    """(256,) int64: mask pixels per train id."""
-    unknown: dict[str, int]
-    """Pixels per raw value that the class table lacks."""
-    stored_size: str
-    """WIDTHxHEIGHT of the stored image."""
+    facts: dict[str, Any]
+    """What it adds to pack's summary."""
 
 
 @dataclass(frozen=True)
@@ -60,12 +57,12 @@ class Encoder:
         source = sample.image.read_bytes()
         image = load_image(source, str(sample.image))
         original = image.size
-        pixels = np.zeros(256, dtype=np.int64)
-        unknown: dict[str, int] = {}
+        facts: dict[str, Any] = {"images": 1, "labelled": 0, "pixels": [0] * 256, "unknown": {}}
         mask = None
         stored = fitted_size(original, self.domain.size)
         if sample.mask is not None:
-            picture, unknown = mask_picture(sample.mask, self.domain)
+            train_ids, facts["unknown"] = read_mask(sample.mask, self.domain)
+            picture = Image.fromarray(train_ids)
             if picture.size != original:
                 raise UserError(
                     f"{sample.mask.path}: the mask is {_text(picture.size)} but its image {sample.image} is "
@@ -73,7 +70,7 @@ class Encoder:
                 )
             if self.split not in self.domain.score_at_full_size and stored != original:
                 picture = picture.resize(stored, Image.Resampling.NEAREST)
-            pixels = np.array(picture.histogram(), dtype=np.int64)
+            facts |= {"labelled": 1, "pixels": picture.histogram()}
             mask = mask_png(picture)
         if stored != original:
             content = _jpeg(image.resize(stored, Image.Resampling.BICUBIC))
@@ -81,8 +78,8 @@ class Encoder:
             # A plain JPEG of the right size is kept byte for byte: no second loss.
             content = source if _is_plain_jpeg(source) else _jpeg(image)
         meta = {"size": list(original), "source": sample.image.relative_to(self.raw).as_posix()}
-        description = json.dumps(meta, sort_keys=True).encode()
-        return Encoded(sample.key, content, mask, description, pixels, unknown, _text(stored))
+        facts |= {"image_bytes": len(content), "sizes": {_text(stored): 1}}
+        return Encoded(sample.key, content, mask, json.dumps(meta, sort_keys=True).encode(), facts)
 
 
 def _text(size: tuple[int, int]) -> str:

@@ -16,8 +16,7 @@ from multidomain_cct.data.packing.raw_files import (
     MaskFile,
     MissingRawFiles,
     RawSample,
-    by_stem,
-    image_files,
+    files_by_stem,
     images_in,
     listed_samples,
     listed_stems,
@@ -27,7 +26,7 @@ from multidomain_cct.data.packing.raw_files import (
     unique_names,
     unlabelled_samples,
 )
-from multidomain_cct.errors import UserError, did_you_mean
+from multidomain_cct.errors import UserError, require_choice
 
 
 def raw_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:
@@ -36,11 +35,7 @@ def raw_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     Raises MissingRawFiles when files of the split are absent, and UserError when the domain has no such split or the
     files do not fit together.
     """
-    if split not in domain.splits:
-        known = ", ".join(domain.splits)
-        raise UserError(
-            f'{domain.name} has no split "{split}". Its splits: {known}.{did_you_mean(split, domain.splits)}'
-        )
+    require_choice(f"--split of {domain.name}", split, domain.splits)
     if not raw.is_dir():
         raise MissingRawFiles(f"{raw}: there is no such folder. Name the folder of the raw files of {domain.name}.")
     samples = sorted(_LAYOUTS[domain.layout](domain, raw, split), key=lambda sample: sample.key)
@@ -48,11 +43,6 @@ def raw_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:
         raise MissingRawFiles(f"{raw}: split {split} of {domain.name} has no image. Add some, or remove the split.")
     assert all(before.key < after.key for before, after in pairwise(samples))
     return samples
-
-
-def _folder(domain: Domain, raw: Path, split: str) -> list[RawSample]:
-    """The files that the globs of the specification match."""
-    return matched_samples(domain, raw, split, domain.splits[split])
 
 
 def _toy(domain: Domain, raw: Path, split: str) -> list[RawSample]:
@@ -77,18 +67,16 @@ def _cityscapes(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     images = images_in(_first(homes), "*/*_leftImg8bit.png", domain, split)
     if split in ("train_extra", "test"):
         return unlabelled_samples(images)
-    folder = raw / "gtFine" / split
-    ending = "_gtFine_labelIds.png"
-    masks = by_stem(image_files(folder, f"*/*{ending}"), ending)
-    train_ids = not masks and bool(image_files(folder, "*/*_gtFine_labelTrainIds.png"))
-    if train_ids:
+    folder, ending = raw / "gtFine" / split, "_gtFine_labelIds.png"
+    masks = files_by_stem(folder, f"*/*{ending}")
+    if train_ids := not masks and bool(files_by_stem(folder, "*/*_gtFine_labelTrainIds.png")):
         if tuple(label.ids for label in domain.classes) != tuple((raw_id,) for raw_id in _CITYSCAPES_TRAIN_IDS):
             raise UserError(
                 f"{folder}: has labelTrainIds only, numbered as the 19 usual classes; {domain.name} has others. Make "
                 "labelIds with cityscapesscripts."
             )
         ending = "_gtFine_labelTrainIds.png"
-        masks = by_stem(image_files(folder, f"*/*{ending}"), ending)
+        masks = files_by_stem(folder, f"*/*{ending}")
     files = {stem: MaskFile(path, train_ids=train_ids) for stem, path in masks.items()}
     return paired_samples(images, files, lambda stem: str(folder / images[stem].parent.name / (stem + ending)))
 
@@ -108,7 +96,7 @@ def _camvid(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     images = images_in(stills, "*", domain, split)
     listed = raw / f"{split}.txt"
     stems = listed_stems(listed) if listed.is_file() else [stem for stem in images if _camvid_split(stem) == split]
-    masks = by_stem(image_files(labels, "*_L.png"), "_L.png")
+    masks = files_by_stem(labels, "*_L.png")
     return listed_samples(images, masks, stems, f"{listed}: names", lambda stem: str(labels / f"{stem}_L.png"))
 
 
@@ -145,7 +133,7 @@ def _sun_rgbd(domain: Domain, raw: Path, split: str) -> list[RawSample]:
         return _sun_rgbd_official(domain, raw, split)
     folder = raw / "label37" / split
     images = _numbered(images_in(raw / "image" / split, "*", domain, split), split)
-    masks = {key: MaskFile(path) for key, path in _numbered(by_stem(image_files(folder, "*")), split).items()}
+    masks = {key: MaskFile(path) for key, path in _numbered(files_by_stem(folder, "*"), split).items()}
     return paired_samples(images, masks, lambda key: f"its number in {folder}")
 
 
@@ -193,12 +181,9 @@ def _sun_rgbd_official(domain: Domain, raw: Path, split: str) -> list[RawSample]
     images = [_below_sun(row.rgbpath) for row in _cells(rows)]
     # An image is <scene>/image/<file>.
     chosen = [(cell, raw / "SUNRGBD" / image) for cell, image in enumerate(images) if image.parent.parent in scenes]
-    for _, image in chosen:
-        if not image.is_file():
-            raise MissingRawFiles(
-                f"{image}: there is no such file, but {table.name} names it in split {split}. Unpack SUNRGBD.zip in "
-                f"{raw}."
-            )
+    for image in (image for _, image in chosen if not image.is_file()):
+        named = f"{table.name} names it in split {split}"
+        raise MissingRawFiles(f"{image}: there is no such file, but {named}. Unpack SUNRGBD.zip in {raw}.")
     return [RawSample(sample_key(f"img-{cell + 1:06d}"), image, MaskFile(labels, cell=cell)) for cell, image in chosen]
 
 
@@ -230,7 +215,7 @@ def _voc(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     folder = home / ("SegmentationClassAug" if augmented else "SegmentationClass")
     if not folder.is_dir():
         raise MissingRawFiles(f"{folder}: there is no such folder; split {split} of {domain.name} needs it.")
-    masks = by_stem(image_files(folder, "*"))
+    masks = files_by_stem(folder, "*")
     listed = _first([lists / "trainaug.txt", lists / "train_aug.txt"] if augmented else [lists / f"{split}.txt"])
     if augmented and not listed.is_file():
         validation = listed_stems(lists / "val.txt")
@@ -246,7 +231,7 @@ def _first(candidates: Sequence[Path]) -> Path:
 
 
 _LAYOUTS: dict[str, Callable[[Domain, Path, str], list[RawSample]]] = {
-    "folder": _folder,
+    "folder": lambda domain, raw, split: matched_samples(domain, raw, split, domain.splits[split]),
     "toy": _toy,
     "cityscapes": _cityscapes,
     "camvid": _camvid,

@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain, islice
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import PIL
 
-from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.packing.encode import JPEG_QUALITY, Encoded, Encoder
 from multidomain_cct.data.packing.layouts import raw_samples
 from multidomain_cct.data.packing.raw_files import RawSample
@@ -33,6 +33,8 @@ from multidomain_cct.files.seeds import seed_from
 
 _CHUNK = 8
 """Samples that a worker encodes at a time."""
+_SEED = 0
+"""Of the order in the shards."""
 
 
 @dataclass
@@ -50,31 +52,19 @@ class Summary:
     """Images per stored size, WIDTHxHEIGHT."""
     shards: int = 0
 
-    def add(self, encoded: Encoded) -> None:
-        self.images += 1
-        self.labelled += encoded.mask is not None
-        self.image_bytes += len(encoded.image)
-        self.pixels += encoded.pixels
-        self.unknown.update(encoded.unknown)
-        self.sizes[encoded.stored_size] += 1
+    def add(self, facts: Mapping[str, Any]) -> None:
+        """Add what another summary, or one sample, holds, as `as_json` gives it."""
+        self.images += facts["images"]
+        self.labelled += facts["labelled"]
+        self.image_bytes += facts["image_bytes"]
+        self.pixels += np.array(facts["pixels"], dtype=np.int64)
+        self.unknown.update(facts["unknown"])
+        self.sizes.update(facts["sizes"])
 
     def as_json(self) -> dict[str, Any]:
-        return {
-            "images": self.images,
-            "labelled": self.labelled,
-            "image_bytes": self.image_bytes,
-            "pixels": self.pixels.tolist(),
-            "unknown": dict(sorted(self.unknown.items())),
-            "sizes": dict(sorted(self.sizes.items())),
+        return {name: value for name, value in vars(self).items() if name != "shards"} | {
+            "pixels": self.pixels.tolist()
         }
-
-    def add_json(self, plain: dict[str, Any]) -> None:
-        self.images += plain["images"]
-        self.labelled += plain["labelled"]
-        self.image_bytes += plain["image_bytes"]
-        self.pixels += np.array(plain["pixels"], dtype=np.int64)
-        self.unknown.update(plain["unknown"])
-        self.sizes.update(plain["sizes"])
 
 
 def pack(
@@ -84,7 +74,6 @@ def pack(
     out: Path,
     *,
     workers: int | None = None,
-    seed: int = 0,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] | None = None,
 ) -> Summary:
@@ -94,9 +83,9 @@ def pack(
     used, and, leaving them unchanged, for shards of an earlier packing with other settings.
     """
     samples = raw_samples(domain, raw, split)
-    samples.sort(key=lambda sample: (seed_from(seed, sample.key, "pack"), sample.key))
+    samples.sort(key=lambda sample: (seed_from(_SEED, sample.key, "pack"), sample.key))
     folder = out / domain.name
-    plan = _plan(domain, split, samples, seed, max_shard_bytes)
+    plan = _plan(domain, split, samples, max_shard_bytes)
     summary, shards_done = _finished_part(folder, split, plan, samples)
     remaining = samples[summary.images :]
     current = Summary()
@@ -110,20 +99,20 @@ def pack(
             # Before the sample is added: the note of a finished shard does not count the first sample of the next.
             if writer.is_full(len(item.image) + len(item.mask or b"")):
                 writer.publish()
-                summary.add_json(current.as_json())
+                summary.add(current.as_json())
                 current = Summary()
             writer.write(item.key, image=item.image, mask=item.mask, meta=item.meta)
-            current.add(item)
-    summary.add_json(current.as_json())
+            current.add(item.facts)
+    summary.add(current.as_json())
     summary.shards = len(shard_paths(folder, split))
     return summary
 
 
-def _plan(domain: Domain, split: str, samples: list[RawSample], seed: int, max_shard_bytes: int) -> str:
+def _plan(domain: Domain, split: str, samples: list[RawSample], max_shard_bytes: int) -> str:
     """Digest of everything that determines the bytes of the shards; of raw files the sizes, not the contents."""
     labels = [(label.name, label.ids, label.colors, label.color) for label in domain.classes]
     facts: list[Any] = [domain.name, split, domain.size, domain.unknown, split in domain.score_at_full_size, labels]
-    facts += [domain.ignore_ids, domain.ignore_colors, seed, max_shard_bytes, JPEG_QUALITY, PIL.__version__]
+    facts += [domain.ignore_ids, domain.ignore_colors, _SEED, max_shard_bytes, JPEG_QUALITY, PIL.__version__]
     for sample in samples:
         mask = sample.mask and [sample.mask.train_ids, sample.mask.path.stat().st_size]
         facts.append([sample.key, sample.image.stat().st_size, mask or False])
@@ -144,22 +133,21 @@ def _finished_part(folder: Path, split: str, plan: str, samples: list[RawSample]
             # Otherwise the next shard's samples would count as those of the missing one.
             remedy = f"Put that back, or remove the {split} shards to pack the split again."
             raise UserError(f"{path} exists, but {expected} before it is missing. {remedy}")
-        summary.add_json(notes["summary"])
+        summary.add(notes["summary"])
     return summary, len(paths)
 
 
 def _encode_all(encode: Encoder, samples: list[RawSample], workers: int) -> Iterator[Encoded]:
     """The encoded samples, in order, a bounded number of them ahead of the writer."""
-    for item in chain.from_iterable(_encoded_chunks(encode, samples, workers)):
+    alone = workers == 1 or len(samples) < 2
+    chunks = map(encode, ([sample] for sample in samples)) if alone else _encode_in_processes(encode, samples, workers)
+    for item in chain.from_iterable(chunks):
         if isinstance(item, str):
             raise UserError(item)
         yield item
 
 
-def _encoded_chunks(encode: Encoder, samples: list[RawSample], workers: int) -> Iterator[list[Encoded | str]]:
-    if workers == 1 or len(samples) < 2:
-        yield from (encode([sample]) for sample in samples)
-        return
+def _encode_in_processes(encode: Encoder, samples: list[RawSample], workers: int) -> Iterator[list[Encoded | str]]:
     chunks = (samples[start : start + _CHUNK] for start in range(0, len(samples), _CHUNK))
     # Spawned, not forked: the parent draws its progress from a thread, and a fork would copy that thread's locks.
     context = multiprocessing.get_context("spawn")
@@ -173,8 +161,3 @@ def _encoded_chunks(encode: Encoder, samples: list[RawSample], workers: int) -> 
             yield finished
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def ignored_share(summary: Summary) -> float:
-    """Share of mask pixels without a class, 0 to 1."""
-    return float(summary.pixels[IGNORE]) / max(1, int(summary.pixels.sum()))

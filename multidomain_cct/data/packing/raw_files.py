@@ -1,13 +1,14 @@
-"""Raw files: which are images, their sample keys, and which mask belongs to which image.
+"""Raw files: which are images, and which mask belongs to which image.
 
 Images and masks are paired by name, never by listing order: one missing file would silently shift all later pairs.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
@@ -21,6 +22,7 @@ MASK_ENDINGS = ("_mask", "-mask", "_label", "_gt")
 """Endings that a mask's name may add to its image's name in the layout `folder`."""
 LONGEST_KEY = 200
 """File systems allow names of 255 bytes, which include a suffix."""
+_WILDCARD = re.compile(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\])")
 
 
 class MissingRawFiles(UserError):
@@ -40,18 +42,17 @@ class MaskFile:
 
 @dataclass(frozen=True)
 class RawSample:
-    """One image of a raw data set."""
+    """One image of a raw data set; in an unlabelled split without a mask."""
 
     key: str
-    """Name of the sample in shards and logs: flat, and unique in its split."""
+    """Name of the sample in shards: flat, and unique in its split."""
     image: Path
     mask: MaskFile | None
-    """None in an unlabelled split."""
 
 
 def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list[RawSample]:
-    """The images and masks that two globs match. Pairs have the same path below the fixed leading folder of their glob,
-    without the glob's ending.
+    """The images and masks that two globs match. A pair has the same path below the fixed leading folders of the globs,
+    without their endings; if no two files have, the wildcards of both globs stand for the same text.
     """
     images = _globbed(raw, globs.images, f"{domain.name}: splits.{split}.images")
     if not images:
@@ -59,6 +60,11 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
     if not globs.masks:
         return unlabelled_samples(images)
     masks = _globbed(raw, globs.masks, f"{domain.name}: splits.{split}.masks")
+    if not any(stem + ending in masks for stem in images for ending in ("", *MASK_ENDINGS)):
+        stems = {_wildcard_text(raw, globs.images, path): stem for stem, path in images.items()}
+        masks = unique_names(
+            (stems.get(_wildcard_text(raw, globs.masks, path), name), path) for name, path in masks.items()
+        )
     for stem in sorted(images.keys() - masks.keys()):
         extended = [stem + ending for ending in MASK_ENDINGS if stem + ending in masks and stem + ending not in images]
         if len(extended) > 1:
@@ -74,19 +80,22 @@ def paired_samples(
     images: Mapping[str, Path], masks: Mapping[str, MaskFile], expected: Callable[[str], str]
 ) -> list[RawSample]:
     """One sample for each name; images and masks must have the same names."""
-    if lonely := [stem for stem in images if stem not in masks]:
-        more = f" ({len(lonely)} of {len(images)} images have none)" if len(lonely) > 1 else ""
-        raise UserError(
-            f"{images[lonely[0]]}: has no mask; expected {expected(lonely[0])}{more}. Add the masks, or take the "
-            "images out of the split."
-        )
-    if lonely := [stem for stem in masks if stem not in images]:
-        more = f" ({len(lonely)} of {len(masks)} masks have none)" if len(lonely) > 1 else ""
-        raise UserError(
-            f"{masks[lonely[0]].path}: has no image; expected the name {lonely[0]}{more}. Add the images, or take the "
-            "masks out of the split."
-        )
+    _require_partners(images, masks, "mask", expected)
+    _require_partners(
+        {stem: mask.path for stem, mask in masks.items()}, images, "image", lambda stem: f"the name {stem}"
+    )
     return [RawSample(sample_key(stem), image, masks[stem]) for stem, image in images.items()]
+
+
+def _require_partners(
+    files: Mapping[str, Path], partners: Iterable[str], what: str, expected: Callable[[str], str]
+) -> None:
+    if lonely := [stem for stem in files if stem not in partners]:
+        more = f" ({len(lonely)} of {len(files)} have none)" if len(lonely) > 1 else ""
+        raise UserError(
+            f"{files[lonely[0]]}: has no {what}; expected {expected(lonely[0])}{more}. Add what is missing, or take "
+            "the file out of the split."
+        )
 
 
 def listed_samples(
@@ -118,23 +127,70 @@ def sample_key(stem: str) -> str:
 
 
 def image_files(folder: Path, pattern: str) -> list[Path]:
-    """The image files below a folder that match a glob, sorted; no hidden ones, such as a Mac's ._ copies."""
-    files = (path for path in folder.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    return sorted(path for path in files if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    """The image files below a folder that a glob matches, sorted; upper and lower case are the same in its ending."""
+    home, depth = folder / _fixed_folders(pattern), 99 if "**" in pattern else 1 + pattern.count("/")
+    expression = _expression(pattern)
+    return sorted(
+        path
+        for path in (_files_below(home, depth, frozenset()) if home.is_dir() else ())
+        if path.suffix.lower() in IMAGE_SUFFIXES and expression.fullmatch(path.relative_to(folder).as_posix())
+    )
+
+
+def _files_below(folder: Path, depth: int, above: frozenset[str]) -> Iterator[Path]:
+    """Files and links to files; no hidden ones, such as a Mac's ._ copies. Linked folders are followed, but not to a
+    folder above themselves.
+    """
+    if (real := os.path.realpath(folder)) in above:
+        return
+    for entry in os.scandir(folder):
+        if entry.name.startswith("."):
+            continue
+        if not entry.is_dir():
+            # A link whose file is gone counts, so that it is an error and not a smaller data set.
+            yield from [Path(entry.path)] if entry.is_file() or entry.is_symlink() else []
+        elif depth > 1:
+            yield from _files_below(Path(entry.path), depth - 1, above | {real})
+
+
+def _fixed_folders(pattern: str) -> str:
+    """The folders of a glob before its first wildcard."""
+    return "/".join(takewhile(lambda part: not _WILDCARD.search(part), PurePosixPath(pattern).parts[:-1]))
+
+
+def _expression(pattern: str) -> re.Pattern[str]:
+    """A glob as a regular expression with a group for each wildcard. The ending may be of either case."""
+    translated = {"**/": "(?:(.+)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
+    parts = (
+        translated.get(part) or (f"([{part[1:-1].replace('!', '^', 1)}])" if part[:1] == "[" else re.escape(part))
+        for part in _WILDCARD.split(pattern)
+    )
+    stem, dot, suffix = "".join(parts).rpartition(r"\.")
+    return re.compile(f"{stem}{dot}(?i:{suffix})" if "/" not in suffix else stem + dot + suffix, re.DOTALL)
+
+
+def _wildcard_text(raw: Path, pattern: str, path: Path) -> str:
+    """The text for which the wildcards of a glob stand in a path that it matches, without the path's suffix."""
+    found, bare = path.relative_to(raw), PurePosixPath(pattern).with_suffix("").as_posix()
+    match = _expression(bare).fullmatch(found.with_suffix("").as_posix()) or _expression(pattern).fullmatch(str(found))
+    assert match is not None
+    return "/".join(filter(None, match.groups()))
+
+
+def files_by_stem(folder: Path, pattern: str) -> dict[str, Path]:
+    """The image files that a glob matches by their name without what follows its last star, or without the suffix."""
+    ending = len(pattern.rpartition("*")[2])
+    paths = image_files(folder, pattern)
+    return unique_names((path.name[:-ending] if ending else path.stem, path) for path in paths)
 
 
 def images_in(folder: Path, pattern: str, domain: Domain, split: str) -> dict[str, Path]:
-    """The images of a folder by stem; at least one."""
-    images = by_stem(image_files(folder, pattern), pattern.rpartition("*")[2])
+    """As `files_by_stem`, at least one."""
+    images = files_by_stem(folder, pattern)
     if not images:
         state = "no image there matches that" if folder.is_dir() else "there is no such folder"
         raise MissingRawFiles(f"{folder}: split {split} of {domain.name} needs {pattern} in it, and {state}.")
     return images
-
-
-def by_stem(paths: Iterable[Path], ending: str = "") -> dict[str, Path]:
-    """Files by their name without the given ending, or without the suffix."""
-    return unique_names((path.name.removesuffix(ending) if ending else path.stem, path) for path in paths)
 
 
 def _globbed(raw: Path, pattern: str, where: str) -> dict[str, Path]:
@@ -147,13 +203,13 @@ def _globbed(raw: Path, pattern: str, where: str) -> dict[str, Path]:
             f"{where} is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a whole folder. "
             "Write it as in images/**/*.jpg."
         )
-    home = raw.joinpath(*takewhile(lambda part: not re.search(r"[*?[]", part), folders))
+    pattern = str(PurePosixPath(pattern))
+    home = raw / _fixed_folders(pattern)
     # *_rgb.png has an ending that its masks need not share; *.[jp]* has none.
     ending = re.split(r"[*?\]]", name)[-1].removeprefix(name)
-    below = ((path.relative_to(home).as_posix(), path) for path in image_files(raw, pattern))
+    below = ((path.relative_to(home), path) for path in image_files(raw, pattern))
     return unique_names(
-        (text.removesuffix(ending) if "." in ending else str(PurePosixPath(text).with_suffix("")), path)
-        for text, path in below
+        (str(place)[: -len(ending)] if "." in ending else str(place.with_suffix("")), path) for place, path in below
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.images import ID_MODES, load_mask
@@ -64,10 +63,8 @@ def _colors_to_train_ids(colors: np.ndarray, domain: Domain) -> tuple[np.ndarray
 def _count_unknown(values: np.ndarray, mask: MaskFile, domain: Domain) -> dict[str, int]:
     is_color = values.ndim == 2
     found, counts = np.unique(_codes(values) if is_color else values, return_counts=True)
-    unknown = {
-        f"#{value:06x}" if is_color else str(value): int(count)
-        for value, count in zip(found.tolist(), counts, strict=True)
-    }
+    names = [f"#{value:06x}" if is_color else str(value) for value in found.tolist()]
+    unknown = dict(zip(names, counts.tolist(), strict=True))
     if domain.unknown == "error":
         value, count = max(unknown.items(), key=lambda item: item[1])
         what, field = ("colour", "ignore_colors") if is_color else ("id", "ignore_ids")
@@ -86,30 +83,8 @@ def _codes(colors: np.ndarray) -> np.ndarray:
     return codes
 
 
-def mask_picture(mask: MaskFile, domain: Domain) -> tuple[Image.Image, dict[str, int]]:
-    """As `read_mask`, with the ids as an 8-bit picture. Grey masks of known ids stay in Pillow, which is faster."""
-    if mask.cell is None and not mask.train_ids:
-        image, step = _open(mask.path)
-        train, known = domain.id_lookup
-        if image.mode == "L" and step == 1 and known[:256][np.array(image.histogram()) > 0].all():
-            return image.point(train[:256].tolist()), {}
-    train_ids, unknown = read_mask(mask, domain)
-    return Image.fromarray(train_ids), unknown
-
-
 def _read_pixels(path: Path) -> np.ndarray:
     """Raw ids (H, W) or raw colours (H, W, 3) of an image file."""
-    image, step = _open(path)
-    pixels: np.ndarray = np.asarray(image)
-    if image.mode in _COLOR_MODES:
-        return pixels[..., :3]
-    if image.mode == "1":
-        return pixels.astype(np.uint8)
-    return pixels if step == 1 else pixels // np.uint8(step)
-
-
-def _open(path: Path) -> tuple[Image.Image, int]:
-    """The decoded image, and the step by which its pixels have to be divided."""
     image, step = load_mask(path, str(path), _FORMATS)
     if image.format == "JPEG" or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
         raise UserError(
@@ -120,7 +95,10 @@ def _open(path: Path) -> tuple[Image.Image, int]:
             f"{path}: the mask has pixels of Pillow's mode {image.mode}. Export it as 8- or 16-bit ids in one "
             "channel, palette indices or RGB colours."
         )
-    return image, step
+    pixels = np.asarray(image)
+    if pixels.dtype == bool:
+        return pixels.astype(np.uint8)
+    return pixels[..., :3] if image.mode in _COLOR_MODES else pixels // step if step > 1 else pixels
 
 
 def _read_cell(path: Path, cell: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
 from multidomain_cct.data.packing.raw_files import MaskFile
-from multidomain_cct.data.packing.raw_masks import mask_picture, read_mask
+from multidomain_cct.data.packing.raw_masks import read_mask
 from multidomain_cct.errors import UserError
 
 IDS = np.array([[0, 1, 2], [3, 4, 255]])
@@ -243,32 +243,3 @@ def test_a_mask_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatc
             UserError, match=r"mask.png: the mask is too large to be read safely .*Cut image and mask into tiles"
         ):
             read(path)
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "1", "I;16", "RGB"])
-@pytest.mark.parametrize("names_all", [True, False])
-def test_the_picture_of_a_mask_holds_what_the_array_holds(tmp_path: Path, mode: str, names_all: bool) -> None:
-    ids = np.random.default_rng(0).integers(0, 2, (9, 7)).astype(np.uint8)
-    ids[0, 0] = 0 if names_all else 1
-    image = (
-        Image.fromarray(ids * 255).convert("1")
-        if mode == "1"
-        else Image.fromarray(ids.astype(np.uint16) if mode == "I;16" else ids)
-    )
-    if mode == "P":
-        image.putpalette([9, 9, 9, 200, 0, 0])
-    if mode == "RGB":
-        image = Image.fromarray(np.stack([ids * 10] * 3, axis=2))
-    image.save(tmp_path / "mask.png")
-    classes = (
-        (LabelClass("a", (0, 0, 0)), LabelClass("b", (10, 10, 10)))
-        if names_all
-        else (LabelClass("a", (0, 0, 0), ids=(0,)),)
-    )
-    domain = Domain("two", "folder", {"train": Split("*.jpg", "*.png")}, classes)
-    expected, unknown = read_mask(MaskFile(tmp_path / "mask.png"), domain)
-    picture, counted = mask_picture(MaskFile(tmp_path / "mask.png"), domain)
-    assert picture.mode == "L"
-    assert np.array_equal(np.asarray(picture), expected)
-    assert counted == unknown
-    assert bool(unknown) != names_all
