@@ -14,18 +14,20 @@ from torch import Tensor
 
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
+from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.model.auxiliary import auxiliary_losses
 from multidomain_cct.model.decoders import DecoderGroup, Grid
 from multidomain_cct.model.distances import DISTANCES, at_least_float32
 from multidomain_cct.model.losses import ConsistencySettings, PixelLoss, confident, pixel_cross_entropy
-from multidomain_cct.model.network import Segmenter, labelled_images, unlabelled_images
+from multidomain_cct.model.network import labelled_images, unlabelled_images
 from multidomain_cct.model.object_masks import ObjectMasks, objects_of
 
 
-class CCT(Segmenter):
+class CCT(Supervised):
     """L = L_s + w_u L_u + w_w L_w, in every domain (CCT sections 3.1 to 3.4)."""
 
     has_auxiliaries = True
+    needs_auxiliaries = True
 
     @classmethod
     def wants_unlabelled(cls, consistency: ConsistencySettings, *, pseudo_labels: bool) -> bool:
@@ -33,6 +35,7 @@ class CCT(Segmenter):
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
         """The step's losses. Main decoders learn from the supervised ones only, auxiliary ones from the others."""
+        batches = self.with_labelled_views(batches)
         features = self.encode(labelled_images(batches) | unlabelled_images(batches))
         losses = self.supervised_losses(features, batches, progress)
         for name, batch in batches.items():

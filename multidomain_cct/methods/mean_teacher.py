@@ -13,11 +13,11 @@ from torch import Tensor
 
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.errors import require_number
-from multidomain_cct.methods.teacher import Teacher, warm_decay
+from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.methods.views import draw_strong_view
 from multidomain_cct.model.distances import DISTANCES, at_least_float32
 from multidomain_cct.model.losses import confident, mean_over_valid
-from multidomain_cct.model.network import Segmenter, labelled_images
+from multidomain_cct.model.network import labelled_images
 
 
 @dataclass(frozen=True)
@@ -34,27 +34,25 @@ class MeanTeacherSettings:
         require_number("mean_teacher.cutmix", self.cutmix, at_least=0, at_most=1)
 
 
-class MeanTeacher(Segmenter):
+class MeanTeacher(Supervised):
     """The teacher is what predicts and what is evaluated."""
 
     settings_type = MeanTeacherSettings
     settings: MeanTeacherSettings
-    updates: Tensor
+    has_own_teacher = True
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.teacher = Teacher(self)
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
-        self.register_load_state_dict_post_hook(_teach_loaded_weights)  # type: ignore[no-untyped-call]
+    def __init__(self, *arguments: Any, settings: MeanTeacherSettings, ema: None = None, **options: Any) -> None:
+        super().__init__(*arguments, settings=settings, ema=settings.decay, **options)
 
     @staticmethod
-    def cutmix(settings: Any) -> float:
+    def mixing(settings: Any) -> float:
         return float(settings.cutmix)
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
         """The step's losses: supervised, and `<domain>/consistency` between the model's strong and the teacher's weak
         view.
         """
+        batches = self.with_labelled_views(batches)
         views = {name: draw_strong_view(batch.unlabelled, self.settings.cutmix) for name, batch in batches.items()}
         features = self.encode(
             labelled_images(batches) | {(name, "strong"): images for name, (images, _) in views.items()}
@@ -71,17 +69,3 @@ class MeanTeacher(Segmenter):
                 weight = settings.weight_per_pixel(task.num_classes) * settings.ramp_at(progress)
                 losses[f"{name}/consistency"] = task.weight * weight * distance
         return losses
-
-    def logits(self, images: Tensor, domain: str) -> Tensor:
-        """The teacher's (B, C, H, W) logits."""
-        return self.teacher.logits(images, domain, self.tasks[domain].head or domain)
-
-    def after_step(self) -> None:
-        self.updates += 1
-        self.teacher.follow(self, decay=warm_decay(self.settings.decay, int(self.updates)))
-
-
-def _teach_loaded_weights(model: MeanTeacher, _: object) -> None:
-    """Before the first update, weights that the model is given (init_from) are its teacher's too."""
-    if not model.updates:
-        model.teacher.follow(model, decay=0.0)

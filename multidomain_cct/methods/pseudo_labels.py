@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from multidomain_cct.methods.views import CutMix
+from multidomain_cct.methods.views import Mix
 from multidomain_cct.model.distances import at_least_float32
 from multidomain_cct.model.losses import mean_over_valid, pixel_cross_entropy
 
@@ -31,7 +31,7 @@ class PseudoLabels:
         confidence, ids = at_least_float32(probabilities).max(dim=1)
         return cls(ids, confidence, valid)
 
-    def mixed(self, mix: CutMix) -> PseudoLabels:
+    def mixed(self, mix: Mix) -> PseudoLabels:
         """The pseudo-labels of images that were mixed in the same way."""
         return PseudoLabels(mix(self.ids), mix(self.confidence), mix(self.valid))
 

@@ -11,12 +11,14 @@ from multidomain_cct.model.network import Segmenter, whole_image_logits
 
 
 class Teacher(nn.Module):
-    """A copy of a model's encoder and heads, without gradients and always in evaluation mode."""
+    """A copy of a model's encoder and main decoders, without gradients and always in evaluation mode."""
 
     def __init__(self, model: Segmenter) -> None:
         super().__init__()
+        mains = {name: nn.ModuleDict({"main": model.head(name).main}) for name in model.heads}
         # One deep copy of both, so that what they share stays shared.
-        copied = copy.deepcopy(nn.ModuleDict({"encoder": model.encoder, "heads": model.heads})).requires_grad_(False)
+        parts = nn.ModuleDict({"encoder": model.encoder, "heads": nn.ModuleDict(mains)})
+        copied = copy.deepcopy(parts).requires_grad_(False)
         self.encoder, self.heads = copied["encoder"], copied["heads"]
         self.eval()
 
@@ -26,8 +28,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, model: Segmenter, *, decay: float) -> None:
         """Move toward the model: floating-point tensors keep the share `decay`, counters are copied."""
-        theirs = [*model.encoder.state_dict().values(), *model.heads.state_dict().values()]
-        pairs = list(zip(self.state_dict().values(), theirs, strict=True))
+        theirs = model.state_dict()
+        pairs = [(mine, theirs[name]) for name, mine in self.state_dict().items()]
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
         counters = [pair for pair in pairs if not pair[0].is_floating_point()]
         torch._foreach_lerp_([mine for mine, _ in floats], [their for _, their in floats], 1 - decay)

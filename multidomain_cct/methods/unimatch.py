@@ -14,8 +14,9 @@ from torch import Tensor
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.errors import require_number
 from multidomain_cct.methods.pseudo_labels import PseudoLabels
-from multidomain_cct.methods.views import CutMix, draw_strong_view
-from multidomain_cct.model.network import Segmenter, labelled_images
+from multidomain_cct.methods.supervised import Supervised
+from multidomain_cct.methods.views import Mix, draw_strong_view
+from multidomain_cct.model.network import labelled_images
 
 VIEWS = ("first", "second")
 
@@ -40,21 +41,22 @@ class UniMatchSettings:
         require_number("unimatch.cutmix", self.cutmix, at_least=0, at_most=1)
 
 
-class UniMatch(Segmenter):
+class UniMatch(Supervised):
     """The model is its own teacher; all views go through the encoder in one pass."""
 
     settings_type = UniMatchSettings
     settings: UniMatchSettings
 
     @staticmethod
-    def cutmix(settings: Any) -> float:
+    def mixing(settings: Any) -> float:
         return float(settings.cutmix)
 
     def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
         """The step's losses: supervised, `<domain>/strong` and `<domain>/feature`; the latter two share the
         unsupervised weight.
         """
-        mixes: dict[tuple[str, str], CutMix] = {}
+        batches = self.with_labelled_views(batches)
+        mixes: dict[tuple[str, str], Mix] = {}
         images = labelled_images(batches)
         for name, batch in batches.items():
             images[name, "weak"] = batch.unlabelled

@@ -22,9 +22,10 @@ from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.errors import require_number
 from multidomain_cct.files.seeds import seed_from
+from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.model.distances import at_least_float32
 from multidomain_cct.model.losses import mean_over_valid
-from multidomain_cct.model.network import Segmenter, labelled_images, unlabelled_images
+from multidomain_cct.model.network import labelled_images, unlabelled_images
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class UsssSettings:
         require_number("usss.momentum", self.momentum, at_least=0, below=1)
 
 
-class Usss(Segmenter):
+class Usss(Supervised):
     """Class embeddings are running means of the labelled positions' embeddings, without gradient.
 
     The paper takes fixed ones from networks trained on each domain beforehand; running means need no such networks and
@@ -75,6 +76,7 @@ class Usss(Segmenter):
         """The step's losses: supervised, and the entropies `<domain>/within` and `<domain>/across` of unlabelled images
         in nats.
         """
+        batches = self.with_labelled_views(batches)
         features = self.encode(labelled_images(batches) | unlabelled_images(batches))
         losses = self.supervised_losses(features, batches, progress)
         for name, batch in batches.items():

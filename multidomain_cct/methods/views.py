@@ -1,11 +1,11 @@
-"""Strong views of unlabelled images: colour and sharpness change, every pixel stays in place; and patches of one image
-in another.
+"""Strong views of images: colour and sharpness change, every pixel stays in place; and parts of one image in another.
 
-Shapes: U unlabelled images, H W image size.
+Shapes: U images, C classes of the domain, H W image size.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,30 +13,37 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-_STRONG = v2.Compose(
+_COLOUR = v2.Compose(
     [
         v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], p=0.8),
         v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.GaussianBlur(kernel_size=9, sigma=(0.1, 2.0))], p=0.5),
     ]
 )
-"""As in UniMatch (Yang et al., CVPR 2023), with SimCLR's blur."""
+"""As in UniMatch (Yang et al., CVPR 2023)."""
+_BLUR = 2.0 / 512
+"""Largest standard deviation of the blur as a share of the crop's shorter side: UniMatch's 2 pixels belong to crops of
+321 to 801 pixels, and a small crop would lose its objects.
+"""
 
 
 def strong_view(images: Tensor) -> Tensor:
     """(U, 3, H, W) uint8 images, each changed at random (torch's global generator)."""
-    return torch.stack([_STRONG(image) for image in images]) if len(images) else images
+    if not len(images):
+        return images
+    sigma = max(0.11, _BLUR * min(images.shape[-2:]))
+    blur = v2.RandomApply([v2.GaussianBlur(kernel_size=2 * math.ceil(2 * sigma) + 1, sigma=(0.1, sigma))], p=0.5)
+    return torch.stack([blur(_COLOUR(image)) for image in images])
 
 
-def draw_strong_view(images: Tensor, cutmix: float) -> tuple[Tensor, CutMix]:
+def draw_strong_view(images: Tensor, cutmix: float) -> tuple[Tensor, Mix]:
     """A strong view of (U, 3, H, W) uint8 images, mixed with this probability, and the mix, which targets need too."""
     mix = draw_cutmix(images, probability=cutmix)
     return mix(strong_view(images)), mix
 
 
 @dataclass(frozen=True)
-class CutMix:
-    """In each image, a rectangle of the batch's next image (Yun et al. 2019; French et al. 2020)."""
+class Mix:
+    """In each image, some pixels of the batch's next image."""
 
     inside: Tensor
     """(U, H, W) bool: pixels that come from the next image."""
@@ -53,9 +60,11 @@ def draw_cutmix(
     probability: float = 0.5,
     area: Sequence[float] = (0.02, 0.4),
     aspect: Sequence[float] = (0.3, 1 / 0.3),
-) -> CutMix:
-    """A rectangle in each of (U, 3, H, W) images, with this probability and share of the area, as in UniMatch."""
-    count, _, height, width = images.shape
+) -> Mix:
+    """A rectangle in each of (U, ..., H, W) images (CutMix, Yun et al. 2019), with this probability, share of the area
+    and ratio of width to height; the defaults are UniMatch's.
+    """
+    count, height, width = len(images), *images.shape[-2:]
     device = images.device
 
     def uniform(low: float, high: float) -> Tensor:
@@ -69,4 +78,20 @@ def draw_cutmix(
     in_rows = (rows >= top[:, None]) & (rows < (top + tall)[:, None])
     in_columns = (columns >= left[:, None]) & (columns < (left + wide)[:, None])
     chosen = torch.rand(count, device=device) < probability
-    return CutMix(in_rows[:, :, None] & in_columns[:, None, :] & chosen[:, None, None])
+    return Mix(in_rows[:, :, None] & in_columns[:, None, :] & chosen[:, None, None])
+
+
+def draw_half_boxes(images: Tensor, probability: float) -> Mix:
+    """CutMix with a box of half the area (French et al., BMVC 2020)."""
+    return draw_cutmix(images, probability=probability, area=(0.5, 0.5), aspect=(0.5, 2.0))
+
+
+def draw_classmix(ids: Tensor, probability: float, num_classes: int) -> Mix:
+    """The pixels of half of the classes that (U, H, W) ids show, rounded up (ClassMix, Olsson et al., WACV 2021)."""
+    shown = torch.stack([(ids == label).flatten(1).any(dim=1) for label in range(num_classes)], dim=1)  # (U, C)
+    # The rank of each class in a random order of the classes that are shown.
+    order = torch.rand(shown.shape, device=ids.device).masked_fill(~shown, 2.0).argsort(dim=1).argsort(dim=1)
+    chosen = shown & (2 * order < shown.sum(dim=1, keepdim=True))
+    chosen &= torch.rand(len(ids), 1, device=ids.device) < probability
+    taken = chosen.gather(1, ids.flatten(1)).view_as(ids)
+    return Mix(taken.roll(1, dims=0))

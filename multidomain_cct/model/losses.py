@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE
-from multidomain_cct.errors import require_choice, require_number
+from multidomain_cct.errors import UserError, require_choice, require_number
 from multidomain_cct.model.decoders import Piece
 from multidomain_cct.model.distances import DISTANCES, at_least_float32
 from multidomain_cct.model.ramps import RAMPS, ramp_at
+
+CLASS_WEIGHTS = ("none", "balanced", "effective")
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,29 @@ class SupervisedSettings:
     """`ab_ce`: share of the run over which its threshold rises, 0 to 1."""
     ab_high: float = 0.9
     """`ab_ce`: the threshold at the end; it starts at 1/C."""
+    colour: float = 0.0
+    """Probability that a labelled image gets the strong view's changes of colour and sharpness."""
+    cutmix: float = 0.0
+    """Probability that a labelled image contains a rectangle, of half its area, of another labelled image."""
+    class_weights: str = "none"
+    """`none`; `balanced`: each class counts by the inverse of its labelled pixels; `effective`: the same, softer (Cui
+    et al. 2019). With `ce` only.
+    """
+    logit_adjustment: float = 0.0
+    """Factor on the log of each class's share of the labelled pixels that is added to the logits in training, so that
+    rare classes are predicted more often (Menon et al. 2021); 0: none, 1: as in the paper. With `ce` only.
+    """
 
     def __post_init__(self) -> None:
         require_choice("supervised.loss", self.loss, ("ce", "ab_ce"))
         require_number("supervised.ab_fraction", self.ab_fraction, at_least=0, at_most=1)
         require_number("supervised.ab_high", self.ab_high, at_least=0, at_most=1)
+        require_number("supervised.colour", self.colour, at_least=0, at_most=1)
+        require_number("supervised.cutmix", self.cutmix, at_least=0, at_most=1)
+        require_choice("supervised.class_weights", self.class_weights, CLASS_WEIGHTS)
+        require_number("supervised.logit_adjustment", self.logit_adjustment, at_least=0)
+        if self.loss == "ab_ce" and (self.class_weights != "none" or self.logit_adjustment):
+            raise UserError("supervised.class_weights and logit_adjustment go with supervised.loss=ce, not with ab_ce.")
 
 
 @dataclass(frozen=True)
@@ -100,11 +120,18 @@ class ConsistencySettings:
         return self.weight / num_classes if self.weight_unit == "authors" else self.weight
 
 
-def pixel_cross_entropy(logits: Tensor, masks: Tensor) -> Tensor:
-    """(..., B, H, W) cross-entropy in nats of (..., B, C, H, W) logits with (B, H, W) train ids; 0 where ignored."""
+def pixel_cross_entropy(
+    logits: Tensor, masks: Tensor, weights: Tensor | None = None, shift: Tensor | None = None
+) -> Tensor:
+    """(..., B, H, W) cross-entropy in nats of (..., B, C, H, W) logits with (B, H, W) train ids; 0 where ignored.
+
+    Each class has a factor in (C,) `weights`, and (C,) `shift` is added to the logits.
+    """
     flat = at_least_float32(logits).flatten(0, -4)  # (N, C, H, W)
+    if shift is not None:
+        flat = flat + shift.view(-1, 1, 1)
     ids = masks.long().expand(*logits.shape[:-3], *masks.shape[-2:]).reshape(-1, *masks.shape[-2:])
-    pixels = F.cross_entropy(flat, ids, ignore_index=IGNORE, reduction="none")
+    pixels = F.cross_entropy(flat, ids, weight=weights, ignore_index=IGNORE, reduction="none")
     return pixels.view(*logits.shape[:-3], *masks.shape[-2:])
 
 

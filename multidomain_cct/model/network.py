@@ -1,14 +1,13 @@
 """The network that all methods train: a shared encoder and heads by name. A method adds its losses to it.
 
-Shapes: B labelled images, U unlabelled images, C classes of the domain, D feature channels, H W image size, h w
-feature size.
+Shapes: B images, C classes of the domain, D feature channels, H W image size, h w feature size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,21 +15,12 @@ from torch import Tensor, nn
 
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.batches.views import PAD
-from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
-from multidomain_cct.model.auxiliary import AuxiliaryDecoder, decoder_losses
+from multidomain_cct.model.auxiliary import AuxiliaryDecoder
 from multidomain_cct.model.decoders import Decoder, build_decoder
-from multidomain_cct.model.distances import at_least_float32
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
-from multidomain_cct.model.losses import (
-    ConsistencySettings,
-    PixelLoss,
-    SupervisedSettings,
-    ab_threshold,
-    bootstrapped_cross_entropy,
-    pixel_cross_entropy,
-)
+from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings
 from multidomain_cct.model.perturbations import Perturbation
 
 Features = Mapping[tuple[str, str], Tensor]
@@ -49,8 +39,12 @@ class Task:
     """One for each auxiliary decoder of the domain's own head."""
     weight: float = 1.0
     """Factor on all losses of the domain."""
+    class_pixels: tuple[int, ...] = ()
+    """Labelled pixels of each class in the images that are used; empty: not known."""
     supervised: SupervisedSettings = field(default_factory=SupervisedSettings)
     consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
+    settings: Any = None
+    """The section of the method, as the domain has it."""
 
     @property
     def num_classes(self) -> int:
@@ -75,30 +69,13 @@ class Head(nn.Module):
 
 
 class Segmenter(nn.Module):
-    """A shared encoder and heads by name. It learns from labelled images (`method: supervised`); a method is a subclass
-    that adds losses on unlabelled images and says here what it needs of a recipe.
-    """
-
-    settings_type: ClassVar[type[Any] | None] = None
-    """The dataclass of the method's own section in the recipe."""
-    has_auxiliaries: ClassVar[bool] = False
-    """Whether heads that see unlabelled images get auxiliary decoders; without any, the images are not used."""
-    needs_unlabelled: ClassVar[bool] = False
-    """Whether a run without unlabelled images would leave parameters untrained."""
-    min_label_spaces: ClassVar[int] = 1
+    """A shared encoder and heads by name."""
 
     def __init__(
-        self,
-        encoder: EncoderSettings,
-        tasks: Mapping[str, Task],
-        *,
-        decoder: str = "pixelshuffle",
-        seed: int = 0,
-        settings: Any = None,
+        self, encoder: EncoderSettings, tasks: Mapping[str, Task], *, decoder: str = "pixelshuffle", seed: int = 0
     ) -> None:
-        """`settings` has the `settings_type`. Raises UserError when encoder, stride and decoder do not fit."""
+        """Raises UserError when encoder, stride and decoder do not fit."""
         super().__init__()
-        self.settings = settings
         for name in tasks:
             if hasattr(nn.ModuleDict(), name):
                 raise UserError(f'a domain is named "{name}", a word that torch reserves. Rename it and its YAML file.')
@@ -112,46 +89,11 @@ class Segmenter(nn.Module):
                 {name: Head(task, decoder, self.encoder, seed_from(seed, name)) for name, task in own.items()}
             )
 
-    @classmethod
-    def wants_unlabelled(cls, consistency: ConsistencySettings, *, pseudo_labels: bool) -> bool:
-        """Whether a domain with these settings learns from unlabelled images; `pseudo_labels`: whether it has some."""
-        return cls is not Segmenter
-
-    @staticmethod
-    def cutmix(settings: Any) -> float:
-        """Probability that images are mixed with others of their micro-batch."""
-        return 0.0
-
     def head(self, domain: str) -> Head:
         """The head that the domain uses, its own or a borrowed one."""
         head = self.heads[self.tasks[domain].head or domain]
         assert isinstance(head, Head)
         return head
-
-    def forward(self, batches: Mapping[str, Batch], progress: float = 1.0) -> dict[str, Tensor]:
-        """The step's losses, `<domain>/<term>` -> scalar: their sum is optimised, and each is logged.
-
-        `progress`, the share of the run that is done (0 to 1), sets the ramps. Here: supervised losses only.
-        """
-        return self.supervised_losses(self.encode(labelled_images(batches)), batches, progress)
-
-    def after_step(self) -> None:
-        """Called after each optimiser step that was not skipped."""
-
-    def supervised_losses(self, features: Features, batches: Mapping[str, Batch], progress: float) -> dict[str, Tensor]:
-        """`<domain>/supervised` for every domain with labelled images in the step."""
-        losses = {}
-        for name, batch in batches.items():
-            if (name, "labelled") in features:
-                task, main = self.tasks[name], self.head(name).main
-                loss = supervised_loss(main, features[name, "labelled"], batch.masks, task.supervised, progress)
-                losses[f"{name}/supervised"] = task.weight * loss
-        return losses
-
-    @torch.no_grad()
-    def target(self, features: Tensor, domain: str) -> Tensor:
-        """(U, C, H, W) class probabilities of the main decoder, in 32 bits or more, without gradient."""
-        return at_least_float32(self.head(domain).main(features)).softmax(dim=1)
 
     def encode(self, images: Mapping[tuple[str, str], Tensor]) -> Features:
         """The features of (B, 3, H, W) uint8 images by domain and kind."""
@@ -179,18 +121,6 @@ def encode_together(encoder: nn.Module, images: Mapping[tuple[str, str], Tensor]
         joined = encoder(torch.cat(list(group.values())), parts)
         features |= zip(group, torch.split(joined, counts), strict=True)
     return features
-
-
-def supervised_loss(
-    decoder: Decoder, features: Tensor, masks: Tensor, settings: SupervisedSettings, progress: float
-) -> Tensor:
-    """Scalar: the chosen loss of (B, D, h, w) features on (B, H, W) train ids, at `progress` (0 to 1) of the run."""
-    if settings.loss == "ab_ce":
-        # Not in pieces: which pixels count depends on all of them.
-        logits = decoder(features)
-        return bootstrapped_cross_entropy(logits, masks, ab_threshold(settings, logits.shape[1], progress))
-    ids = decoder.pixels(masks)
-    return decoder_losses(features, decoder, [PixelLoss(pixel_cross_entropy, ids, ids != IGNORE)])[0]
 
 
 def labelled_images(batches: Mapping[str, Batch]) -> dict[tuple[str, str], Tensor]:

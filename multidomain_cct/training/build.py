@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +10,8 @@ import torch
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.methods import METHODS
-from multidomain_cct.model.network import Segmenter, Task, labelled_images, unlabelled_images
+from multidomain_cct.methods.supervised import Supervised
+from multidomain_cct.model.network import Task, labelled_images, unlabelled_images
 from multidomain_cct.model.perturbations import Perturbation
 from multidomain_cct.training.recipe import Recipe
 
@@ -20,12 +21,14 @@ def build_model(
     domains: Mapping[str, Domain],
     *,
     unlabelled: Mapping[str, bool] | None = None,
+    class_pixels: Mapping[str, Sequence[int]] | None = None,
     pretrained: bool = True,
-) -> Segmenter:
+) -> Supervised:
     """The recipe's network.
 
     `unlabelled` says which domains have unlabelled images; heads that see none, and all when it is None, get no
-    auxiliary decoders. Raises UserError for encoder, stride or decoder that do not fit each other.
+    auxiliary decoders. `class_pixels`: labelled pixels of each class, by domain, in the images that are used; needed
+    by class weights and alignment. Raises UserError for encoder, stride or decoder that do not fit each other.
     """
     decoders = decoders_by_head(recipe, domains, unlabelled or {})
     tasks = {
@@ -34,14 +37,18 @@ def build_model(
             head=domain.labels_of,
             perturbations=tuple(decoders.get(name, ())),
             weight=recipe.domains[name].weight,
+            class_pixels=tuple((class_pixels or {}).get(name, ())),
             supervised=recipe.supervised,
             consistency=recipe.consistency_of(name),
+            settings=recipe.domains[name].cct_strong,
         )
         for name, domain in domains.items()
     }
     encoder = recipe.encoder if pretrained else replace(recipe.encoder, weights="none")
     method = METHODS[recipe.method]
-    return method(encoder, tasks, decoder=recipe.decoder, seed=recipe.seed, settings=recipe.method_settings)
+    return method(
+        encoder, tasks, decoder=recipe.decoder, seed=recipe.seed, settings=recipe.method_settings, ema=recipe.ema
+    )
 
 
 def decoders_by_head(
@@ -54,6 +61,7 @@ def decoders_by_head(
     if not METHODS[recipe.method].has_auxiliaries:
         return {}
     seen = [domain for name, domain in domains.items() if unlabelled.get(name) and uses_unlabelled(recipe, domain)]
+    seen = [domain for domain in seen if METHODS[recipe.method].wants_auxiliaries(recipe.consistency_of(domain.name))]
     return {domain.labels_of or domain.name: auxiliary_decoders(recipe, domain) for domain in seen}
 
 
@@ -74,11 +82,11 @@ def wants_unlabelled(recipe: Recipe, name: str) -> bool:
 
 def uses_unlabelled(recipe: Recipe, domain: Domain) -> bool:
     """Whether the domain's unlabelled images enter the loss: they are wanted, and a decoder sees them."""
-    sees = not METHODS[recipe.method].has_auxiliaries or bool(auxiliary_decoders(recipe, domain))
+    sees = not METHODS[recipe.method].needs_auxiliaries or bool(auxiliary_decoders(recipe, domain))
     return sees and wants_unlabelled(recipe, domain.name)
 
 
-def compile_encoder(model: Segmenter, batches: Mapping[str, Batch]) -> list[str]:
+def compile_encoder(model: Supervised, batches: Mapping[str, Batch]) -> list[str]:
     """Compile the encoder, if the recipe asks for it, on the images of a step.
 
     Where that fails the encoder stays as it was, and a line says why.

@@ -186,7 +186,7 @@ def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
 
 def _check_batches(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[Finding]:
     """Batches that cannot be cut into parts or mixed, and decoders that cannot be drawn."""
-    mixes = METHODS[recipe.method].cutmix(recipe.method_settings) > 0
+    mixes = METHODS[recipe.method].mixing(recipe.method_settings) > 0
     decoders = decoders_by_head(recipe, data.domains, {s.domain.name: bool(s.unlabelled) for s in data.streams})
     for stream in data.streams:
         key = f"domains.{stream.domain.name}"

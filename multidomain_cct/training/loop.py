@@ -176,10 +176,24 @@ def _evaluate(run: Run, log: RunLog, step: int) -> float:
 
     Raises _EvaluationStopped in all processes when one was asked to stop.
     """
-    recipe, accelerator, model = run.recipe, run.accelerator, run.bare_model
+    model = run.bare_model
     for buffer in model.buffers():
         # Each process has its own running statistics; the first process's are scored, because they are saved.
         buffer.copy_(broadcast(buffer.clone()))
+    scores = _scores(run)
+    values = _score_metrics(scores)
+    if model.teacher is not None:
+        # The running average is what predicts; the weights that are trained are scored beside it.
+        with model.as_student():
+            values |= {f"val/{name}/student/miou": result.miou for name, result in _scores(run).items()}
+    _record(run, log, step, values | _class_health(run, log, step))
+    log.notice(f"step {step}: " + "  ".join(f"{name} mIoU {100 * result.miou:.1f}" for name, result in scores.items()))
+    return arithmetic_and_harmonic([result.miou for result in scores.values()])[0]
+
+
+def _scores(run: Run) -> dict[str, Score]:
+    """Every domain's score on its val split. Raises _EvaluationStopped like `_evaluate`."""
+    recipe, accelerator = run.recipe, run.accelerator
     share = Share(
         accelerator.process_index,
         accelerator.num_processes,
@@ -190,7 +204,7 @@ def _evaluate(run: Run, log: RunLog, step: int) -> float:
     # In 32 bits whatever the precision of training, so that `evaluate` gives the same numbers.
     for name, shards in run.scored.items():
         scores[name] = score(
-            model,
+            run.bare_model,
             shards,
             run.domains[name],
             recipe.domains[name].val_split,
@@ -198,9 +212,23 @@ def _evaluate(run: Run, log: RunLog, step: int) -> float:
             workers=min(1, recipe.data.workers),
             share=share,
         )
-    _record(run, log, step, _score_metrics(scores))
-    log.notice(f"step {step}: " + "  ".join(f"{name} mIoU {100 * result.miou:.1f}" for name, result in scores.items()))
-    return arithmetic_and_harmonic([result.miou for result in scores.values()])[0]
+    return scores
+
+
+def _class_health(run: Run, log: RunLog, step: int) -> dict[str, float]:
+    """What unlabelled images teach of each class, as metrics. Says which classes have labels and hardly any target."""
+    values: dict[str, float] = {}
+    for name, domain in run.domains.items():
+        for label, health in zip(domain.classes, run.bare_model.class_health(name), strict=False):
+            values[f"train/{name}/pseudo_labels/{label.name}"] = health.predicted
+            values[f"train/{name}/kept/{label.name}"] = health.kept
+            if health.vanishes:
+                log.notice(
+                    f"step {step}: {name}: {label.name} is vanishing from the pseudo-labels: "
+                    f"{100 * health.predicted:.2f} % of the unlabelled pixels, {100 * health.labelled:.2f} % of the "
+                    "labelled ones. Label more images of it, or raise cct_strong.alignment."
+                )
+    return values
 
 
 def _leave_if_asked(stop: StopRequest) -> None:

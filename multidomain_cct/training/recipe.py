@@ -19,6 +19,7 @@ from multidomain_cct.errors import UserError, did_you_mean, require_choice, requ
 from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.files.strict_yaml import StrictLoader, read_yaml
 from multidomain_cct.methods import METHODS
+from multidomain_cct.methods.cct_strong import CCTStrongSettings
 from multidomain_cct.methods.mean_teacher import MeanTeacherSettings
 from multidomain_cct.methods.unimatch import UniMatchSettings
 from multidomain_cct.methods.usss import UsssSettings
@@ -36,7 +37,7 @@ _MAY_CHANGE = (
     r"training\.(accumulation|log_every|evaluate_every|save_every|keep|trackers|max_skipped)"
 )
 """What a resumed run may change: where files lie, how work is cut, and how often it is logged, scored and saved."""
-INHERITED = ("consistency", "perturbations")
+INHERITED = ("consistency", "perturbations", "cct_strong")
 """Sections that a domain may have too: its keys replace those of the recipe's section, the others stay."""
 RENAMED = {"optimiser.trunk_factor": "optimiser.backbone_factor"}
 """Keys of earlier versions. In a recipe they are refused; in a run's folder they are read."""
@@ -84,6 +85,8 @@ class DomainRecipe(DomainSettings):
     """The auxiliary decoders of this domain; keys left out are those of the recipe's `perturbations`. A borrowed head
     has the mix of its lender.
     """
+    cct_strong: CCTStrongSettings | None = None
+    """Strong views of this domain; keys left out are those of the recipe's `cct_strong`."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,12 @@ class Recipe:
     init_from: str | None = None
     """Run folder whose weights a new run starts from: the encoder, and the heads whose names and classes match."""
     method: str = "cct"
-    """How unlabelled images are used: `cct`, `supervised` (not at all), `mean_teacher`, `unimatch`, or `usss` (entropy
-    across label spaces).
+    """How unlabelled images are used: `cct`; `cct_strong` (CCT on strong views, with a teacher); `supervised` (not at
+    all); `mean_teacher`; `unimatch`; or `usss` (entropy across label spaces).
+    """
+    ema: float | None = None
+    """Decay of a running average of the weights, 0 to below 1, which then predicts and is scored; none: no average. For
+    methods without a teacher of their own.
     """
     domains: dict[str, DomainRecipe] = field(default_factory=dict)
     """The domains, by name, each with its settings."""
@@ -121,7 +128,9 @@ class Recipe:
     supervised: SupervisedSettings = field(default_factory=SupervisedSettings)
     """The loss on labelled images."""
     consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
-    """The loss on unlabelled images, of `cct` and `mean_teacher`."""
+    """The loss on unlabelled images, of `cct` and `mean_teacher`; of `cct_strong`, that of the auxiliary decoders."""
+    cct_strong: CCTStrongSettings = field(default_factory=CCTStrongSettings)
+    """Of `method: cct_strong`."""
     mean_teacher: MeanTeacherSettings = field(default_factory=MeanTeacherSettings)
     """Of `method: mean_teacher`."""
     unimatch: UniMatchSettings = field(default_factory=UniMatchSettings)
@@ -147,6 +156,10 @@ class Recipe:
         require_choice("resume", self.resume, RESUME)
         require_choice("method", self.method, METHODS)
         require_choice("decoder", self.decoder, DECODERS)
+        if self.ema is not None:
+            require_number("ema", self.ema, at_least=0, below=1)
+            if METHODS[self.method].has_own_teacher:
+                raise UserError(f"ema is for methods without a teacher of their own; set {self.method}.decay.")
 
     @property
     def folder(self) -> Path:

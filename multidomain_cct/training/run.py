@@ -15,7 +15,7 @@ from multidomain_cct.data.batches.loader import TrainingSet
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.errors import UserError
-from multidomain_cct.model.network import Segmenter
+from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.training.build import build_model
 from multidomain_cct.training.check import check, check_machine, require
 from multidomain_cct.training.checkpoints.checkpoint import RunState, load_checkpoint
@@ -44,8 +44,8 @@ class Run:
     stop: StopRequest
 
     @property
-    def bare_model(self) -> Segmenter:
-        model: Segmenter = self.accelerator.unwrap_model(self.model)
+    def bare_model(self) -> Supervised:
+        model: Supervised = self.accelerator.unwrap_model(self.model)
         return model
 
 
