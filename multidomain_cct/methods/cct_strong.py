@@ -175,8 +175,8 @@ class CCTStrong(Supervised):
         loss = PixelLoss(DISTANCES[settings.distance], target, counted)
         (value,) = auxiliary_losses(features, head.auxiliaries, objects, [loss], sample=settings.sample, grid=grid)
         factor = task.weight * settings.ramp_at(progress) * settings.weight_per_pixel(task.num_classes)
-        loss: Tensor = factor * value
-        return loss
+        total: Tensor = factor * value
+        return total
 
     def _aligned(self, domain: str, probabilities: Tensor) -> Tensor:
         """(U, C, H, W) probabilities whose class shares are nearer to the labelled ones."""

@@ -19,6 +19,7 @@ from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.methods.teacher import Teacher, warm_decay
 from multidomain_cct.methods.views import draw_half_boxes, strong_view
 from multidomain_cct.model.auxiliary import decoder_losses
+from multidomain_cct.model.decoders import Decoder
 from multidomain_cct.model.distances import at_least_float32
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import (
@@ -131,21 +132,10 @@ class Supervised(Segmenter):
         losses = {}
         for name, batch in batches.items():
             if (name, "labelled") in features:
-                loss = self._supervised_loss(name, features[name, "labelled"], batch.masks, progress)
-                losses[f"{name}/supervised"] = self.tasks[name].weight * loss
+                task, main = self.tasks[name], self.head(name).main
+                loss = supervised_loss(main, features[name, "labelled"], batch.masks, task, progress)
+                losses[f"{name}/supervised"] = task.weight * loss
         return losses
-
-    def _supervised_loss(self, domain: str, features: Tensor, masks: Tensor, progress: float) -> Tensor:
-        """Scalar: the chosen loss of (B, D, h, w) features on (B, H, W) train ids."""
-        task, decoder = self.tasks[domain], self.head(domain).main
-        value = pixel_loss(task, masks.device)
-        if task.supervised.loss == "ab_ce":
-            # Not in pieces: which pixels count depends on all of them.
-            logits = decoder(features)
-            threshold = ab_threshold(task.supervised, logits.shape[1], progress)
-            return bootstrapped_cross_entropy(logits, masks, threshold)
-        ids = decoder.pixels(masks)
-        return decoder_losses(features, decoder, [PixelLoss(value, ids, ids != IGNORE)])[0]
 
     def logits(self, images: Tensor, domain: str) -> Tensor:
         """(B, C, H, W) logits for (B, 3, H, W) uint8 images of any size: the running average's, if there is one."""
@@ -166,6 +156,16 @@ class Supervised(Segmenter):
     def target(self, features: Tensor, domain: str) -> Tensor:
         """(U, C, H, W) class probabilities of the main decoder, in 32 bits or more, without gradient."""
         return at_least_float32(self.head(domain).main(features)).softmax(dim=1)
+
+
+def supervised_loss(decoder: Decoder, features: Tensor, masks: Tensor, task: Task, progress: float) -> Tensor:
+    """Scalar: the task's loss of (B, D, h, w) features on (B, H, W) train ids, at `progress` (0 to 1) of the run."""
+    if task.supervised.loss == "ab_ce":
+        # Not in pieces: which pixels count depends on all of them.
+        logits = decoder(features)
+        return bootstrapped_cross_entropy(logits, masks, ab_threshold(task.supervised, logits.shape[1], progress))
+    ids = decoder.pixels(masks)
+    return decoder_losses(features, decoder, [PixelLoss(pixel_loss(task, masks.device), ids, ids != IGNORE)])[0]
 
 
 def pixel_loss(task: Task, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:

@@ -15,7 +15,8 @@ from multidomain_cct.methods.mean_teacher import MeanTeacher, MeanTeacherSetting
 from multidomain_cct.methods.views import draw_cutmix, strong_view
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings
-from multidomain_cct.model.network import Segmenter, Task
+from multidomain_cct.methods.supervised import Supervised
+from multidomain_cct.model.network import Task
 
 SHARED = EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32)
 FROZEN = replace(SHARED, norm="frozen")
@@ -100,7 +101,7 @@ def test_the_loss_is_the_distance_from_the_teachers_weak_view(confidence: float)
 
 def test_supervised_losses_are_those_of_every_method() -> None:
     model, batches = network(), two_batches()
-    plain = Segmenter(FROZEN, TASKS, decoder="bilinear")(batches)
+    plain = Supervised(FROZEN, TASKS, decoder="bilinear")(batches)
     found = model(batches)
     assert set(plain) == {"street/supervised", "room/supervised"} and len(found) == 4
     for name, loss in plain.items():
@@ -153,7 +154,7 @@ def test_what_predicts_is_the_teacher() -> None:
     before = model.logits(images, "street")
     moved(model).eval()
     torch.testing.assert_close(model.logits(images, "street"), before)
-    own = Segmenter.logits(model, images, "street")
+    own = super(Supervised, model).logits(images, "street")
     assert not torch.allclose(own, before)
     model.updates.fill_(0)
     model.load_state_dict(model.state_dict())
@@ -162,7 +163,7 @@ def test_what_predicts_is_the_teacher() -> None:
 
 def test_a_run_that_starts_from_given_weights_gives_them_to_its_teacher() -> None:
     model = network()
-    given = Segmenter(FROZEN, TASKS, decoder="bilinear", seed=7)
+    given = Supervised(FROZEN, TASKS, decoder="bilinear", seed=7)
     model.load_state_dict(given.state_dict(), strict=False)
     for name, tensor in given.state_dict().items():
         assert torch.equal(model.teacher.state_dict()[name], tensor), name

@@ -14,7 +14,8 @@ from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.unimatch import UniMatch, UniMatchSettings
 from multidomain_cct.methods.views import draw_cutmix, strong_view
 from multidomain_cct.model.encoder import EncoderSettings
-from multidomain_cct.model.network import Segmenter, Task
+from multidomain_cct.methods.supervised import Supervised
+from multidomain_cct.model.network import Task
 
 FROZEN = EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32, norm="frozen")
 TASKS = {"street": Task((False,) * 4), "room": Task((False,) * 3, weight=0.5)}
@@ -108,7 +109,7 @@ def test_the_more_pixels_are_confident_the_more_the_term_weighs() -> None:
 
 def test_supervised_losses_are_those_of_every_method() -> None:
     batches = two_batches()
-    plain = Segmenter(FROZEN, TASKS, decoder="bilinear")(batches)
+    plain = Supervised(FROZEN, TASKS, decoder="bilinear")(batches)
     found = network()(batches)
     assert list(found) == [
         "street/supervised",

@@ -12,7 +12,8 @@ from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.methods.usss import Usss, UsssSettings
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings
-from multidomain_cct.model.network import Segmenter, Task
+from multidomain_cct.methods.supervised import Supervised
+from multidomain_cct.model.network import Task
 
 FROZEN = EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32, norm="frozen")
 NO_RAMP = ConsistencySettings(ramp="none")
@@ -153,7 +154,7 @@ def test_class_embeddings_carry_no_gradient() -> None:
 
 def test_supervised_losses_are_those_of_every_method() -> None:
     batches = {"street": batch(4), "room": batch(3, seed=1)}
-    plain = Segmenter(FROZEN, TASKS, decoder="bilinear")(batches)
+    plain = Supervised(FROZEN, TASKS, decoder="bilinear")(batches)
     found = network()(batches)
     for name, loss in plain.items():
         torch.testing.assert_close(found[name], loss)

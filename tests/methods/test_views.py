@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from multidomain_cct.methods.views import CutMix, draw_cutmix, draw_strong_view, strong_view
+from multidomain_cct.methods.views import Mix, draw_cutmix, draw_strong_view, strong_view
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +88,7 @@ def test_patches_are_drawn_at_their_probability(probability: float, low: int, hi
 def test_images_ids_and_validity_are_mixed_alike() -> None:
     count = 3
     inside = torch.rand(count, 6, 5) < 0.5
-    mix = CutMix(inside)
+    mix = Mix(inside)
     images, ids = torch.rand(count, 3, 6, 5), torch.randint(0, 9, (count, 6, 5))
     for number in range(count):
         for row in range(6):
