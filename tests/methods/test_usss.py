@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.methods.usss import Usss, UsssSettings
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings
-from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.model.network import Task
 
 FROZEN = EncoderSettings(name="test_resnet", stride=8, context="fpn", width=32, norm="frozen")

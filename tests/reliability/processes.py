@@ -225,9 +225,9 @@ def _digest(batch: Any) -> str:
 
 
 def _spoil(plan: Plan, now: list[int]) -> None:
-    from multidomain_cct.model.network import Segmenter
+    from multidomain_cct.methods.supervised import Supervised
 
-    losses = Segmenter.supervised_losses
+    losses = Supervised.supervised_losses
 
     def spoilt(self: Any, *arguments: Any) -> Any:
         found = losses(self, *arguments)
@@ -235,4 +235,4 @@ def _spoil(plan: Plan, now: list[int]) -> None:
             found[f"{plan.nan_domain}/supervised"] = found[f"{plan.nan_domain}/supervised"] * float("nan")
         return found
 
-    Segmenter.supervised_losses = spoilt
+    Supervised.supervised_losses = spoilt

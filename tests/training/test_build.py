@@ -14,7 +14,9 @@ import pytest
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.methods import METHODS
 from multidomain_cct.methods.cct import CCT
+from multidomain_cct.methods.cct_strong import CCTStrong
 from multidomain_cct.methods.mean_teacher import MeanTeacher, MeanTeacherSettings
+from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.methods.unimatch import UniMatch, UniMatchSettings
 from multidomain_cct.methods.usss import Usss, UsssSettings
 from multidomain_cct.model.network import Segmenter
@@ -79,14 +81,23 @@ def kinds(model: Segmenter, name: str) -> Counter[type]:
 
 @pytest.mark.parametrize(
     ("method", "kind"),
-    [("cct", CCT), ("supervised", Segmenter), ("mean_teacher", MeanTeacher), ("unimatch", UniMatch), ("usss", Usss)],
+    [
+        ("cct", CCT),
+        ("supervised", Supervised),
+        ("mean_teacher", MeanTeacher),
+        ("unimatch", UniMatch),
+        ("usss", Usss),
+        ("cct_strong", CCTStrong),
+    ],
 )
 def test_each_method_has_its_network_with_a_head_for_every_domain(
     domains: dict[str, Domain], method: str, kind: type
 ) -> None:
     model = build_model(recipe(method=method), some(domains, "yard", "room"), unlabelled=seen("yard", "room"))
     assert type(model) is kind and list(model.heads) == ["yard", "room"]
-    assert [sum(kinds(model, name).values()) for name in ("yard", "room")] == ([9, 4] if method == "cct" else [0, 0])
+    assert [sum(kinds(model, name).values()) for name in ("yard", "room")] == (
+        [9, 4] if method.startswith("cct") else [0, 0]
+    )
 
 
 def test_a_method_gets_its_own_section(domains: dict[str, Domain]) -> None:
