@@ -176,6 +176,13 @@ def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
                 f"Give it some ({key}.labelled), name its pseudo-labels as train_split, or start from a run that has "
                 "its head (init_from).",
             )
+        counts = stream.labelled_classes if stream.labelled else None
+        if counts is not None and not counts.pixels.all():
+            absent = [
+                label.name for label, pixels in zip(stream.domain.classes, counts.pixels, strict=True) if not pixels
+            ]
+            text = f"shows no pixel of {', '.join(absent)} in its {len(stream.labelled)} images. Label more images."
+            yield _notice(f"{key}.labelled", text)
         if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
             text = "has no image to train its own norms (encoder.norm=per_domain). Leave it out, or use norm=shared."
             yield _error(key, text)

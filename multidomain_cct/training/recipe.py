@@ -219,6 +219,11 @@ def read_run_recipe(run: Path) -> Recipe:
         settings = plain.get(section)
         if isinstance(settings, dict) and key in settings:
             settings[new.removeprefix(f"{section}.")] = settings.pop(key)
+    domains = plain.get("domains")
+    for choice in domains.values() if isinstance(domains, dict) else ():
+        if isinstance(choice, dict):
+            # Earlier versions knew no other order.
+            choice.setdefault("order", "random")
     recipe = recipe_from(plain, str(path))
     object.__setattr__(recipe, "file", path)
     return recipe

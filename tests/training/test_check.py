@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.domain import Domain, LabelClass
 from multidomain_cct.errors import UserError
 from multidomain_cct.training.check import Finding, check, check_recipe, require
 from multidomain_cct.training.loop import train
@@ -171,6 +171,16 @@ def test_missing_shards_are_named_with_the_command_that_makes_them(findings: Cal
     assert {finding.severity for finding in found} == {"error"}
     assert found[0].key == "domains.fields"
     assert "python -m multidomain_cct pack fields" in found[0].message
+
+
+def test_classes_that_the_labelled_images_do_not_show_are_noticed(
+    findings: Callable[..., list[Finding]], tiny_domain: Callable[..., Domain]
+) -> None:
+    shapes = tiny_domain("shapes")
+    taller = replace(shapes, classes=(*shapes.classes, LabelClass("tower", (9, 9, 9))))
+    finding = only(findings({"shapes": taller}), "notice")
+    assert finding.key == "domains.shapes.labelled"
+    assert "no pixel of tower" in finding.message
 
 
 @pytest.mark.parametrize(("key", "accumulation", "parts"), [("labelled_batch", 1, 4), ("unlabelled_batch", 3, 6)])

@@ -5,7 +5,7 @@ import pytest
 
 from multidomain_cct.data.specification import domain_folders, find_domain
 from multidomain_cct.errors import UserError
-from multidomain_cct.training.recipe import differences, read_recipe
+from multidomain_cct.training.recipe import differences, read_recipe, read_run_recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 BASE = "domains:\n  camvid: {labelled: 50}\n  cityscapes:\n"
@@ -258,3 +258,9 @@ def test_consistency_weight_zero_turns_every_domain_off(tmp_path: Path) -> None:
     off = read_recipe(write(tmp_path, BASE), ["domains.camvid.consistency.weight=5", "consistency.weight=0"])
     assert off.consistency_of("camvid").weight == 0
     assert off.consistency_of("cityscapes").weight == 0
+
+
+def test_a_run_of_an_earlier_version_chose_its_labels_in_random_order(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("domains: {fields: {labelled: 3}}\n")
+    assert read_run_recipe(tmp_path).domains["fields"].order == "random"
+    assert read_recipe(tmp_path / "recipe.yaml").domains["fields"].order == "covering"

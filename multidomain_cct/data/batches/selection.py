@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,20 @@ from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 
 
-def labelled_subset(keys: Sequence[str], budget: str, *, seed: int, where: str) -> list[str]:
-    """The keys whose labels may be used: the first n of a fixed pseudo-random order, so smaller budgets lie inside
-    larger ones.
+def labelled_subset(
+    keys: Sequence[str],
+    budget: str,
+    *,
+    seed: int,
+    where: str,
+    first: Callable[[list[str], int], list[str]] | None = None,
+) -> list[str]:
+    """The keys whose labels may be used.
 
-    `budget` is a number, a fraction such as 1/16, `all`, or a text file with one key a line. The order depends on the
-    keys alone, not on shards or listing. Raises UserError, starting with `where`, for a budget that cannot be met.
+    `budget` is a number, a fraction such as 1/16, `all`, or a text file with one key a line. Of a number, they are the
+    first ones of a pseudo-random order that depends on keys and seed alone, not on shards or listing; or those that
+    `first(keys in that order, number)` gives. Smaller budgets lie inside larger ones. Raises UserError, starting with
+    `where`, for a budget that cannot be met.
     """
     if budget == "all":
         return sorted(keys)
@@ -36,7 +44,8 @@ def labelled_subset(keys: Sequence[str], budget: str, *, seed: int, where: str) 
         raise UserError(
             f"{where} asks for {count} labelled images; there are {len(keys)}. Ask for at most {len(keys)}, or `all`."
         )
-    return sorted(keys, key=lambda key: (seed_from(seed, key, "budget"), key))[:count]
+    ordered = sorted(keys, key=lambda key: (seed_from(seed, key, "budget"), key))
+    return first(ordered, count) if first else ordered[:count]
 
 
 def _listed_keys(keys: Sequence[str], path: Path, where: str) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from multidomain_cct.data.batches.coverage import ClassCounts, count_classes, covering_order, pixels_per_class
 from multidomain_cct.data.batches.order import Stream
 from multidomain_cct.data.batches.selection import AllBut, Only, Selection, labelled_subset
 from multidomain_cct.data.batches.views import Augment
@@ -21,6 +23,7 @@ from multidomain_cct.errors import UserError, require_choice, require_number
 
 SCHEDULES = ("together", "alternate")
 UNLABELLED = ("rest", "all", "none")
+ORDERS = ("covering", "random")
 ON_BAD = ("fatal", "skip")
 _NO_NUMBERS = np.empty(0, dtype=np.int64)
 WEAK_ENDING = "_weak"
@@ -34,6 +37,11 @@ class DomainSettings:
     labelled: str = "all"
     """How many labelled images are used: a number, a share such as 1/16, `all`, `none`, or a text file with one key a
     line. Smaller budgets lie inside larger ones.
+    """
+    order: str = "covering"
+    """Which images a budget takes first: `covering`, so that every class appears early and evenly, by the pixel counts
+    in the shards' indexes (without them, the labelled masks are decoded), or `random`. Both depend on the data and
+    data.budget_seed alone.
     """
     unlabelled: str = "rest"
     """Which images of the training split are used without labels: the `rest`, `all`, or `none`."""
@@ -66,6 +74,7 @@ class DomainSettings:
 
     def __post_init__(self) -> None:
         require_choice("unlabelled", self.unlabelled, UNLABELLED)
+        require_choice("order", self.order, ORDERS)
         require_number("weight", self.weight, at_least=0)
         if self.labelled == "0":
             raise UserError("labelled is 0; write `none` for a domain that has unlabelled images only.")
@@ -146,6 +155,11 @@ class DomainStreams:
     """Shards within which samples are shuffled; 0: all."""
     max_bad: float | None = None
     """Largest share of images that may be skipped because they cannot be used, 0 to 1; None: none may."""
+
+    @cached_property
+    def labelled_classes(self) -> ClassCounts | None:
+        """The classes in the masks of the labelled images; None when that would take decoding very many masks."""
+        return count_classes(self.sources[0], [number for _, number in self.labelled], self.domain)
 
     def samples(self, subset: str) -> Sequence[tuple[int, int]]:
         """The `labelled` or the `unlabelled` samples."""
@@ -231,7 +245,13 @@ def _labelled(domain: Domain, train: Shards, settings: DomainSettings, seed: int
             )
         return AllBut(0, len(train), train.numbers(labelled=False))
     numbers = {train.keys[number]: number for number in train.numbers(labelled=True).tolist()}
-    chosen = labelled_subset(list(numbers), settings.labelled, seed=seed, where=where)
+
+    def covering(keys: list[str], count: int) -> list[str]:
+        pixels = pixels_per_class(train, [numbers[key] for key in keys], domain)
+        return [keys[row] for row in covering_order(pixels, count)]
+
+    first = covering if settings.order == "covering" else None
+    chosen = labelled_subset(list(numbers), settings.labelled, seed=seed, where=where, first=first)
     return Only(0, np.array(sorted(numbers[key] for key in chosen), dtype=np.int64))
 
 

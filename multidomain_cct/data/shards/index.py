@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +37,15 @@ class ShardIndex:
     """Of the whole shard, headers and padding included."""
     notes: dict[str, Any]
     """What the writer recorded about the shard; empty for foreign shards."""
+    pixels: np.ndarray = field(default_factory=lambda: np.empty((0, 3), dtype=np.int32))  # (k, 3) int32
+    """Mask pixels as rows of (sample, train id, pixels), in the samples' order; none for a sample whose masks the
+    writer did not count.
+    """
 
     @property
     def num_bytes(self) -> int:
         """Memory that the index takes, about."""
-        return 3 * self.offset.nbytes + sum(len(key) + 60 for key in self.keys)
+        return 3 * self.offset.nbytes + self.pixels.nbytes + sum(len(key) + 60 for key in self.keys)
 
     @property
     def digest(self) -> bytes:
@@ -52,9 +56,14 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         keys = np.frombuffer("\n".join(self.keys).encode(), dtype=np.uint8)
-        arrays = {"keys": keys, "offset": self.offset, "size": self.size, "crc32": self.crc32}
+        arrays = {"keys": keys, "offset": self.offset, "size": self.size, "crc32": self.crc32, "pixels": self.pixels}
         facts = {"shard_bytes": self.shard_bytes, "shard_sha256": self.shard_sha256, "notes": self.notes}
         save_table(path, arrays, facts | {"schema": INDEX_SCHEMA})
+
+    def pixels_of(self, row: int) -> dict[int, int]:
+        """Pixels per train id in a sample's mask; empty when they were not counted."""
+        start, stop = np.searchsorted(self.pixels[:, 0], [row, row + 1])
+        return {train_id: count for _, train_id, count in self.pixels[start:stop].tolist()}
 
     @classmethod
     def load(cls, path: Path) -> ShardIndex:
@@ -99,16 +108,19 @@ def checked_index(shard: Path) -> ShardIndex:
     return index
 
 
-def notes_of_same(path: Path, index: ShardIndex) -> dict[str, Any]:
-    """The notes of the index file at `path`, of any version, if it has the same keys and contents; otherwise empty."""
+def with_notes_of(path: Path, index: ShardIndex) -> ShardIndex:
+    """The index with notes and pixel counts of the index file at `path`, of any version, if that has the same keys and
+    contents.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             keys, crc32 = file.get_tensor("keys").tobytes().decode(), file.get_tensor("crc32")
             notes = json.loads((file.metadata() or {}).get("index", "{}")).get("notes", {})
+            pixels = file.get_tensor("pixels") if "pixels" in file.keys() else index.pixels  # noqa: SIM118
     except (SafetensorError, ValueError, AttributeError, OSError):
-        return {}
+        return index
     same = keys == "\n".join(index.keys) and np.array_equal(crc32, index.crc32)
-    return notes if same and isinstance(notes, dict) else {}
+    return replace(index, notes=notes, pixels=pixels) if same and isinstance(notes, dict) else index
 
 
 def save_table(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
@@ -122,12 +134,14 @@ def save_table(path: Path, arrays: dict[str, np.ndarray], facts: dict[str, Any])
 def load_table(
     path: Path, names: tuple[str, ...], schema: str, *, what: str, remedy: str
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Arrays and facts of `save_table`. Raises UserError, ending in the remedy, when a bit differs."""
+    """Arrays and facts of `save_table`. Raises UserError, ending in the remedy, when a bit differs or an array of
+    `names` is missing.
+    """
     try:
         with safe_open(path, framework="numpy") as file:
             facts = json.loads((file.metadata() or {}).get("index", "{}"))
             version = facts.get("schema")
-            arrays = {name: file.get_tensor(name) for name in names} if version == schema else {}
+            arrays = {name: file.get_tensor(name) for name in {*names, *file.keys()}} if version == schema else {}
     except (SafetensorError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: the {what} is damaged ({' '.join(str(error).split())[:200]}). {remedy}") from None
     if version != schema:

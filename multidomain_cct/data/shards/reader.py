@@ -119,6 +119,11 @@ class Shards:
             parts.append(rows + self._start(shard))
         return np.concatenate(parts)
 
+    def pixels(self, number: int) -> dict[int, int]:
+        """Pixels per train id in a sample's mask; empty when its index does not have them."""
+        shard, row = self._locate(number)
+        return self._index(shard).pixels_of(row)
+
     @property
     def fingerprint(self) -> str:
         """Hex digest of keys and contents."""

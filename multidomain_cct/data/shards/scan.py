@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import tarfile
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from multidomain_cct.data.shards.index import IMAGE, MASK, META, ShardIndex, checked_index, index_path, notes_of_same
+from multidomain_cct.data.shards.index import IMAGE, MASK, META, ShardIndex, checked_index, index_path, with_notes_of
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import file_sha256
 
@@ -123,8 +123,7 @@ def _require_end_marker(path: Path, tail: bytes, end: int) -> None:
 
 def index_shard(path: Path, *, extensions: Extensions | None = None) -> ShardIndex:
     """Build the index beside a shard. Notes of an earlier index are kept if the contents are the same."""
-    index = scan_shard(path, extensions=extensions)
-    index = replace(index, notes=notes_of_same(index_path(path), index))
+    index = with_notes_of(index_path(path), scan_shard(path, extensions=extensions))
     index.save(index_path(path))
     return index
 

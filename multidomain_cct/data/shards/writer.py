@@ -6,12 +6,14 @@ unlabelled), `<key>.json` its origin.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import webdataset
 
 from multidomain_cct.data.shards.index import index_path
@@ -42,6 +44,8 @@ class ShardWriter:
         self.number = first_shard
         self.finished: list[Path] = []
         self._bytes = 0
+        self._rows = 0
+        self._pixels: list[tuple[int, int, int]] = []
         self._shard = ExitStack()
         self._file: Any = None
         self._tar: Any = None
@@ -53,13 +57,18 @@ class ShardWriter:
         """Whether a sample of `more` bytes belongs in the next shard."""
         return self._tar is not None and self._bytes + more > self.max_bytes
 
-    def write(self, key: str, *, image: bytes, mask: bytes | None, meta: bytes) -> None:
+    def write(
+        self, key: str, *, image: bytes, mask: bytes | None, meta: bytes, pixels: Mapping[int, int] | None = None
+    ) -> None:
+        """`pixels`: the mask's pixels per train id, which the index keeps."""
         if self._tar is None:
             self._temporary = self._shard.enter_context(replacing(self._path))
             self._file = self._shard.enter_context(self._temporary.open("wb"))
             self._tar = self._shard.enter_context(webdataset.TarWriter(self._file, encoder=False, mtime=0))
         sample = {"__key__": key, "jpg": image, "json": meta} | ({} if mask is None else {"png": mask})
         self._bytes += self._tar.write(sample)
+        self._pixels += [(self._rows, train_id, count) for train_id, count in (pixels or {}).items() if count]
+        self._rows += 1
 
     @property
     def _path(self) -> Path:
@@ -71,9 +80,12 @@ class ShardWriter:
             self._tar.close()
             self._file.close()
             # The index comes first, so that a shard that is there can be read.
-            scan_shard(self._temporary, notes=self.note()).save(index_path(self._path))
+            index = scan_shard(self._temporary, notes=self.note())
+            pixels = np.array(self._pixels, dtype=np.int32).reshape(-1, 3)
+            replace(index, pixels=pixels).save(index_path(self._path))
         self.finished.append(self._path)
         self.number, self._bytes, self._tar = self.number + 1, 0, None
+        self._rows, self._pixels = 0, []
 
     def __enter__(self) -> ShardWriter:
         return self
