@@ -72,7 +72,9 @@ def open_run(
         )
         start = find_start(recipe, opened.domains, opened.streams)
         unlabelled = {stream.domain.name: bool(stream.unlabelled) for stream in opened.streams}
-        model = build_model(recipe, opened.domains, unlabelled=unlabelled)
+        counts = {stream.domain.name: stream.labelled_classes for stream in opened.streams if stream.labelled}
+        pixels = {name: each.pixels.tolist() for name, each in counts.items() if each is not None}
+        model = build_model(recipe, opened.domains, unlabelled=unlabelled, class_pixels=pixels)
         if start.checkpoint is None and recipe.init_from is not None:
             left_out = load_initial_weights(Path(recipe.init_from), model, opened.domains)
             notices += [f"init_from: {line}" for line in left_out]
