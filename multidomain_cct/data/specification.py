@@ -20,32 +20,27 @@ def read_domain(path: Path) -> Domain:
 
     Raises UserError, naming file and field, when the file is absent and for anything in it that cannot be used.
     """
-    raw = read_yaml(path)
-    where = str(path)
-    _refuse_unknown_keys(raw, [f.name for f in fields(Domain)], where)
+    raw, where = read_yaml(path), str(path)
+    _refuse_unknown_keys(raw, Domain, where)
     for required in ("layout", "splits", *(() if raw.get("labels_of") else ("classes",))):
         if required not in raw:
             needed = "name, layout, splits and classes (or labels_of)"
             raise UserError(f"{where}: {required} is missing. A domain needs {needed}; docs/own_data.md shows one.")
-    name = str(raw.get("name", path.stem))
-    _require_name(name, f"{where}: name is")
+    name = _name(raw.get("name", path.stem), f"{where}: name is")
     if name != path.stem:
         raise UserError(f'{where}: name is "{name}", but the file is named {path.name}. Make them equal.')
     require_choice(f"{where}: layout", raw["layout"], LAYOUTS)
-    require_choice(f"{where}: unknown", raw.get("unknown", "ignore"), ("ignore", "error"))
+    require_choice(f"{where}: unknown", raw.get("unknown", Domain.unknown), ("ignore", "error"))
+    score_at_full_size = raw.get("score_at_full_size", Domain.score_at_full_size)
     domain = Domain(
         name=name,
         layout=raw["layout"],
         splits=_read_splits(raw["splits"], raw["layout"], where),
         # `find_domain`, which knows where other domains are, fills in borrowed classes; a run's folder stores them.
         classes=_read_classes(raw["classes"], where) if "classes" in raw else (),
-        size=_read_size(raw.get("size", "original"), where),
-        score_at_full_size=tuple(
-            map(
-                str, _sequence(raw.get("score_at_full_size", Domain.score_at_full_size), f"{where}: score_at_full_size")
-            )
-        ),
-        unknown=raw.get("unknown", "ignore"),
+        size=_read_size(raw.get("size"), where),
+        score_at_full_size=tuple(map(str, _sequence(score_at_full_size, f"{where}: score_at_full_size"))),
+        unknown=raw.get("unknown", Domain.unknown),
         ignore_ids=_raw_ids(raw.get("ignore_ids", Domain.ignore_ids), f"{where}: ignore_ids"),
         ignore_colors=_colors(raw.get("ignore_colors", ()), f"{where}: ignore_colors"),
         **{key: str(raw.get(key, "")) for key in ("labels_of", "title", "licence", "source")},
@@ -107,23 +102,22 @@ def find_domain(name: str, folders: Sequence[Path], named_by: str = "the command
 
 def _read_splits(raw: Any, layout: str, where: str) -> dict[str, Split]:
     if isinstance(raw, list):
-        raw = {name: None for name in raw}
+        raw = dict.fromkeys(raw)
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"{where}: splits is {raw!r}; it is a list of names, or a mapping of names to globs.")
     splits = {}
     for name, value in raw.items():
-        _require_name(str(name), f"{where}: splits has the name")
-        here, value = f"{where}: splits.{name}", value or {}
+        name, value = _name(name, f"{where}: splits has the name"), value or {}
+        here = f"{where}: splits.{name}"
         if not isinstance(value, dict):
             raise UserError(f"{here} is {value!r}; it is a mapping with `images` and, for a labelled split, `masks`.")
-        _refuse_unknown_keys(value, [f.name for f in fields(Split)], here)
+        _refuse_unknown_keys(value, Split, here)
         for key, text in value.items():
             if not isinstance(text, (str, type(None))):
                 raise UserError(f"{here}.{key} is {text!r}; it is one glob, such as {key}/{name}/*.png.")
-        split = Split(**{key: text or "" for key, text in value.items()})
-        if layout == "folder" and not split.images:
+        splits[name] = Split(**{key: text or "" for key, text in value.items()})
+        if layout == "folder" and not splits[name].images:
             raise UserError(f"{here}.images is missing; the layout `folder` needs a glob such as images/{name}/*.jpg.")
-        splits[str(name)] = split
     return splits
 
 
@@ -132,92 +126,81 @@ def _read_classes(raw: Any, where: str) -> tuple[LabelClass, ...]:
         row = "{name: road, color: [128, 64, 128], ids: [7], thing: false}"
         raise UserError(f"{where}: classes is {raw!r}; it is a list of rows such as {row}.")
     if len(raw) > IGNORE:
-        raise UserError(
-            f"{where}: classes has {len(raw)} rows; masks are 8 bits wide, so at most {IGNORE} classes fit."
-        )
-    rows = []
-    for position, row in enumerate(raw):
-        here = f"{where}: classes[{position}]"
-        if not isinstance(row, dict) or row.get("name") in (None, "") or "color" not in row:
-            raise UserError(f"{here} is {row!r}; a row needs at least name and color.")
-        _refuse_unknown_keys(row, [f.name for f in fields(LabelClass)], here)
-        if not isinstance(row.get("thing", False), bool):
-            raise UserError(f"{here}.thing is {row['thing']!r}; it is true (countable object) or false (stuff).")
-        ids = row.get("ids")
-        rows.append(
-            LabelClass(
-                name=str(row["name"]),
-                color=_color(row["color"], f"{here}.color"),
-                ids=None if ids is None else _raw_ids([ids] if isinstance(ids, int) else ids, f"{here}.ids"),
-                colors=_colors(row.get("colors", ()), f"{here}.colors"),
-                thing=row.get("thing", False),
-            )
-        )
-    return tuple(rows)
+        raise UserError(f"{where}: classes has {len(raw)} rows; masks have 8 bits, so at most {IGNORE} classes fit.")
+    return tuple(_read_class(row, f"{where}: classes[{position}]") for position, row in enumerate(raw))
+
+
+def _read_class(row: Any, where: str) -> LabelClass:
+    if not isinstance(row, dict) or row.get("name") in (None, "") or "color" not in row:
+        raise UserError(f"{where} is {row!r}; a row needs at least name and color.")
+    _refuse_unknown_keys(row, LabelClass, where)
+    thing, ids = row.get("thing", False), row.get("ids")
+    if not isinstance(thing, bool):
+        raise UserError(f"{where}.thing is {thing!r}; it is true (countable object) or false (stuff).")
+    return LabelClass(
+        name=str(row["name"]),
+        color=_color(row["color"], f"{where}.color"),
+        ids=None if ids is None else _raw_ids([ids] if isinstance(ids, int) else ids, f"{where}.ids"),
+        colors=_colors(row.get("colors", ()), f"{where}.colors"),
+        thing=thing,
+    )
 
 
 def _refuse_ambiguous_values(domain: Domain, where: str) -> None:
     with_ids = [label.ids is not None for label in domain.classes]
-    if any(with_ids) and not all(with_ids):
-        position = with_ids.index(False)
+    if len(set(with_ids)) > 1:
+        lacks = with_ids.index(False)
         raise UserError(
-            f"{where}: classes[{position}] ({domain.classes[position].name}) has no ids but other classes do. Give "
-            "every class its ids, or none."
+            f"{where}: classes[{lacks}] ({domain.classes[lacks].name}) has no ids but other classes do. Give every "
+            "class its ids, or none."
         )
-    positions: dict[str, int] = {}
-    owners: dict[int | tuple[int, int, int], str] = {}
-    """By raw id or raw colour, the class."""
+    names: dict[str, int] = {}
+    owners: dict[str, str] = {}
+    """By raw id or colour as printed, what has it."""
+
+    def claim(values: Iterable[int | tuple[int, ...]], owner: str) -> None:
+        for value in values:
+            text = f"raw id {value}" if isinstance(value, int) else f"raw color {list(value)}"
+            if text in owners:
+                raise UserError(f"{where}: {text} belongs to both {owners[text]} and {owner}; it can only be one.")
+            owners[text] = owner
+
     for position, label in enumerate(domain.classes):
-        if label.name in positions:
+        if names.setdefault(label.name, position) != position:
             raise UserError(
-                f'{where}: classes[{position}].name "{label.name}" is also the name of classes'
-                f"[{positions[label.name]}]; names must differ."
+                f'{where}: classes[{position}].name "{label.name}" is also the name of classes[{names[label.name]}]; '
+                "names must differ."
             )
-        positions[label.name] = position
-        values: list[int | tuple[int, int, int]] = [*((position,) if label.ids is None else label.ids)]
-        for value in values + [*(label.colors or (label.color,))]:
-            if value in owners:
-                raise UserError(
-                    f'{where}: {_in_print(value)} belongs to both "{owners[value]}" and "{label.name}"; a raw '
-                    f"{'id' if isinstance(value, int) else 'colour'} has one class."
-                )
-            owners[value] = label.name
-    ignored: list[int | tuple[int, int, int]] = [*domain.ignore_ids, *domain.ignore_colors]
-    for value in ignored:
-        if value in owners:
-            field = "ignore_ids" if isinstance(value, int) else "ignore_colors"
-            raise UserError(
-                f'{where}: {_in_print(value)} is in {field} and in class "{owners[value]}"; it can only be one.'
-            )
+        claim((position,) if label.ids is None else label.ids, f'"{label.name}"')
+        claim(label.colors or (label.color,), f'"{label.name}"')
+    claim(set(domain.ignore_ids), "ignore_ids")
+    claim(set(domain.ignore_colors), "ignore_colors")
 
 
-def _in_print(value: int | tuple[int, int, int]) -> str:
-    return f"raw id {value}" if isinstance(value, int) else f"raw color {list(value)}"
-
-
-def _require_name(name: str, what: str) -> None:
-    if not _NAME.fullmatch(name):
-        raise UserError(f"{what} {name!r}; a name starts with a letter and holds letters, digits, - and _ only.")
+def _name(raw: Any, what: str) -> str:
+    if not _NAME.fullmatch(str(raw)):
+        raise UserError(f"{what} {str(raw)!r}; a name starts with a letter and holds letters, digits, - and _ only.")
+    return str(raw)
 
 
 def _read_size(raw: Any, where: str) -> tuple[int, int] | None:
     if raw in ("original", None):
         return None
-    if isinstance(raw, (list, tuple)) and len(raw) == 2 and all(type(v) is int and v > 0 for v in raw):
-        return raw[0], raw[1]
-    raise UserError(f"{where}: size is {raw!r}; it is `original` or [width, height] in pixels.")
+    if not isinstance(raw, (list, tuple)) or len(raw) != 2 or not all(type(side) is int and side > 0 for side in raw):
+        raise UserError(f"{where}: size is {raw!r}; it is `original` or [width, height] in pixels.")
+    return raw[0], raw[1]
 
 
 def _sequence(raw: Any, where: str) -> Sequence[Any]:
-    if isinstance(raw, (list, tuple)):
-        return raw
-    raise UserError(f"{where} is {raw!r}; it is a list, written [...].")
+    if not isinstance(raw, (list, tuple)):
+        raise UserError(f"{where} is {raw!r}; it is a list, written [...].")
+    return raw
 
 
 def _color(raw: Any, where: str) -> tuple[int, int, int]:
-    if isinstance(raw, (list, tuple)) and len(raw) == 3 and all(type(v) is int and 0 <= v <= 255 for v in raw):
-        return raw[0], raw[1], raw[2]
-    raise UserError(f"{where} is {raw!r}; a colour is three integers from 0 to 255.")
+    if not isinstance(raw, (list, tuple)) or len(raw) != 3 or not all(type(v) is int and 0 <= v <= 255 for v in raw):
+        raise UserError(f"{where} is {raw!r}; a colour is three integers from 0 to 255.")
+    return raw[0], raw[1], raw[2]
 
 
 def _colors(raw: Any, where: str) -> tuple[tuple[int, int, int], ...]:
@@ -231,9 +214,6 @@ def _raw_ids(raw: Any, where: str) -> tuple[int, ...]:
     return tuple(raw)
 
 
-def _refuse_unknown_keys(given: Mapping[Any, Any], allowed: Sequence[str], where: str) -> None:
+def _refuse_unknown_keys(given: Mapping[Any, Any], described: type[Domain | Split | LabelClass], where: str) -> None:
     for key in given:
-        if key not in allowed:
-            raise UserError(
-                f'{where}: unknown key "{key}". Allowed: {", ".join(allowed)}.{did_you_mean(str(key), allowed)}'
-            )
+        require_choice(f"{where}: the key", str(key), [field.name for field in fields(described)])

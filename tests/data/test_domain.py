@@ -221,10 +221,10 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("ids: [26]", "ids: [7]", 'raw id 7 belongs to both "road" and "car"; a raw id has one class.'),
+        ("ids: [26]", "ids: [7]", 'raw id 7 belongs to both "road" and "car"; it can only be one.'),
         ("ids: [7, 300]", "ids: [7, 7]", "raw id 7 belongs to both"),
         ("ids: [26], ", "", "classes[1] (car) has no ids but other classes do. Give every class its ids, or none."),
-        ("ids: [26]", "ids: [255]", 'raw id 255 is in ignore_ids and in class "car"'),
+        ("ids: [26]", "ids: [255]", 'raw id 255 belongs to both "car" and ignore_ids'),
         ("ids: [26]", "ids: [70000]", "classes[1].ids holds 70000; a raw id is an integer from 0 to 65535."),
         ("ids: [26]", "ids: [true]", "classes[1].ids holds True"),
         ("ids: [26]", "ids: 2.5", "classes[1].ids is 2.5; it is a list"),
@@ -239,7 +239,7 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
             "classes[1].color is [102, 102]; a colour is three integers from 0 to 255.",
         ),
         ("color: [0, 0, 142]", "color: [1, 2, 3]", 'raw color [1, 2, 3] belongs to both "road" and "car"'),
-        ("color: [0, 0, 142]", "color: [0, 0, 0]", 'raw color [0, 0, 0] is in ignore_colors and in class "car"'),
+        ("color: [0, 0, 142]", "color: [0, 0, 0]", 'raw color [0, 0, 0] belongs to both "car" and ignore_colors'),
         ("color: [0, 0, 142], ", "", "a row needs at least name and color"),
         ("name: car", "name:", "a row needs at least name and color"),
         ("name: car", "name: road", 'classes[1].name "road" is also the name of classes[0]'),
@@ -247,9 +247,9 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
         (
             "thing: true",
             "think: true",
-            'classes[1]: unknown key "think". Allowed: name, color, ids, colors, thing. Did you mean "thing"?',
+            "classes[1]: the key is 'think'; it is one of name, color, ids, colors, thing. Did you mean \"thing\"?",
         ),
-        ("licence: MIT", "license: MIT", 'unknown key "license". Allowed: name, layout,'),
+        ("licence: MIT", "license: MIT", "the key is 'license'; it is one of name, layout,"),
         ("licence: MIT", "title: again", "line 3: the key 'title' appears twice; keep one."),
         ("licence: MIT", "? [a]\n: b", "line 3: the key ['a'] is not a word"),
         ("name: street", "name: avenue", 'name is "avenue", but the file is named street.yaml'),
@@ -265,7 +265,7 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
         (
             "images: more/*.jpg",
             "image: more/*.jpg",
-            'splits.extra: unknown key "image". Allowed: images, masks. Did you mean "images"?',
+            "splits.extra: the key is 'image'; it is one of images, masks. Did you mean \"images\"?",
         ),
         ("extra: {images: more/*.jpg}", "1st: {images: more/*.jpg}", "splits has the name '1st'"),
         ("extra: {images: more/*.jpg}", "extra: more/*.jpg", "splits.extra is 'more/*.jpg'; it is a mapping"),
@@ -302,7 +302,7 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
 
 def test_more_classes_than_a_mask_can_hold_are_refused(tmp_path: Path) -> None:
     rows = "".join(f"  - {{name: c{i}, color: [{i % 256}, {i // 256}, 1]}}\n" for i in range(256))
-    with pytest.raises(UserError, match="classes has 256 rows; masks are 8 bits wide, so at most 255 classes fit"):
+    with pytest.raises(UserError, match="classes has 256 rows; masks have 8 bits, so at most 255 classes fit"):
         read_domain(write(tmp_path, f"layout: toy\nsplits: [train]\nclasses:\n{rows}"))
 
 
@@ -406,7 +406,7 @@ def test_a_borrower_is_written_with_its_classes_and_read_back_alone(lent: Path, 
             "classes: [{name: sea, color: [1, 2, 3]}]\nsplits:",
             "but its classes are others. Leave `classes` out, or leave labels_of out.",
         ),
-        ("splits:", "ignore_ids: [7]\nsplits:", 'raw id 7 is in ignore_ids and in class "road"; it can only be one.'),
+        ("splits:", "ignore_ids: [7]\nsplits:", 'raw id 7 belongs to both "road" and ignore_ids; it can only be one.'),
         (
             "labels_of: street\n",
             "",

@@ -8,7 +8,8 @@ much to learn, many suffice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -80,12 +81,7 @@ def render_toy(name: str, folder: Path) -> None:
 
 
 _Thing = tuple[float, float, Callable[[Scene, float, float], None]]
-
-
-def _paint_things(scene: Scene, things: Sequence[_Thing]) -> None:
-    """Each thing is (z, x, how to paint it at x, z); the near ones hide the far ones."""
-    for z, x, paint in sorted(things, key=lambda thing: -thing[0]):
-        paint(scene, x, z)
+"""(z, x, how to paint it at x, z)."""
 
 
 def _street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
@@ -113,7 +109,8 @@ def _street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         things.append((rng.uniform(6, 17), rng.choice((-1, 1)) * rng.uniform(1.2, side - 2.6), _paint_car))
     for _ in range(rng.integers(0, 4)):
         things.append((rng.uniform(4, 9), rng.uniform(-3, 3), _paint_person))
-    _paint_things(scene, things)
+    for z, x, paint in sorted(things, key=itemgetter(0), reverse=True):
+        paint(scene, x, z)
     return scene.develop(_STREET_GRAIN)
 
 
@@ -187,14 +184,14 @@ def _paint_person(scene: Scene, x: float, z: float) -> None:
 
 
 def _room(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
-    paint = np.asarray(_WALLS[rng.integers(len(_WALLS))]) * rng.uniform(0.85, 1.1) + rng.normal(0, 8, 3)
-    scene = Scene(rng, eye=rng.uniform(1.3, 1.9), horizon=rng.uniform(0.16, 0.36), behind=(paint, paint), haze=False)
+    color = np.asarray(_WALLS[rng.integers(len(_WALLS))]) * rng.uniform(0.85, 1.1) + rng.normal(0, 8, 3)
+    scene = Scene(rng, eye=rng.uniform(1.3, 1.9), horizon=rng.uniform(0.16, 0.36), behind=(color, color), haze=False)
     left, right = -rng.uniform(1.9, 3.2), rng.uniform(1.9, 3.2)
     depth, height = rng.uniform(4.0, 5.6), rng.uniform(2.4, 2.9)
     scene.lying(WALL, (236, 234, 228), (left, right), height, (0.5, depth))
     for x, tone in zip((left, right), rng.permutation((0.8, 1.06)), strict=True):
-        scene.receding(WALL, tuple(paint), x, (0, height), (0.5, depth), tone)
-    scene.facing(WALL, tuple(paint), (left, right), (0, height), depth, 0.94)
+        scene.receding(WALL, tuple(color), x, (0, height), (0.5, depth), tone)
+    scene.facing(WALL, tuple(color), (left, right), (0, height), depth, 0.94)
     _paint_floor(scene, (left, right), depth)
     _paint_openings(scene, (left, right), depth)
     table, middle = rng.uniform(2.4, depth - 1.2), rng.uniform(left + 1.1, right - 1.1)
@@ -204,7 +201,8 @@ def _room(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         things.append((table + rng.uniform(-0.5, 0.9), x, _paint_chair))
     for _ in range(rng.integers(1, 3)):
         things.append((rng.uniform(2.8, depth - 0.4), rng.uniform(left + 0.4, right - 0.4), _paint_lamp))
-    _paint_things(scene, things)
+    for z, x, paint in sorted(things, key=itemgetter(0), reverse=True):
+        paint(scene, x, z)
     return scene.develop(_ROOM_GRAIN)
 
 
