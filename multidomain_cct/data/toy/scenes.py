@@ -109,8 +109,8 @@ def _street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         things.append((rng.uniform(6, 17), rng.choice((-1, 1)) * rng.uniform(1.2, side - 2.6), _paint_car))
     for _ in range(rng.integers(0, 4)):
         things.append((rng.uniform(4, 9), rng.uniform(-3, 3), _paint_person))
-    for z, x, paint in sorted(things, key=itemgetter(0), reverse=True):
-        paint(scene, x, z)
+    for distance, x, paint in sorted(things, key=itemgetter(0), reverse=True):
+        paint(scene, x, distance)
     return scene.develop(_STREET_GRAIN)
 
 
@@ -201,8 +201,8 @@ def _room(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
         things.append((table + rng.uniform(-0.5, 0.9), x, _paint_chair))
     for _ in range(rng.integers(1, 3)):
         things.append((rng.uniform(2.8, depth - 0.4), rng.uniform(left + 0.4, right - 0.4), _paint_lamp))
-    for z, x, paint in sorted(things, key=itemgetter(0), reverse=True):
-        paint(scene, x, z)
+    for distance, x, paint in sorted(things, key=itemgetter(0), reverse=True):
+        paint(scene, x, distance)
     return scene.develop(_ROOM_GRAIN)
 
 
