@@ -72,7 +72,7 @@ def section(kind: type, path: str) -> list[str]:
     first_line = (kind.__doc__ or "").split("\n")[0]
     lines = [f"\n## {path or 'Top level'}\n", f"{first_line}\n", "| key | type | default | |", "|---|---|---|---|"]
     below: list[str] = []
-    for field in fields(kind):
+    for field in (each for each in fields(kind) if each.compare):
         hint = hints[field.name]
         full = f"{path}.{field.name}" if path else field.name
         entry = get_args(hint)[1] if get_origin(hint) is dict else hint

@@ -16,7 +16,7 @@ from multidomain_cct.files.durable import make_folder
 
 @contextmanager
 def locked(folder: Path, what: str) -> Iterator[None]:
-    """Keep other processes out of a folder, which need not exist; `what` tells them what this one does, as in `packing`.
+    """Keep other processes out of a folder, which need not exist. `what` names what this one does, such as `packing`.
 
     The lock is a hidden file beside the folder. The kernel releases it when the process dies, and forked processes do
     not inherit it. Raises UserError, with process and host, when another process has it. A file system without locks

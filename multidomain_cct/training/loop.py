@@ -14,7 +14,8 @@ from multidomain_cct.data.batches.loader import steps
 from multidomain_cct.evaluation.scoring import Score, Share, arithmetic_and_harmonic, score
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.training.build import compile_encoder
-from multidomain_cct.training.checkpoints.checkpoint import RunState, save_checkpoint
+from multidomain_cct.training.checkpoints.checkpoint import save_checkpoint
+from multidomain_cct.training.checkpoints.state import RunState
 from multidomain_cct.training.processes.failures import RunFailed as RunFailed
 from multidomain_cct.training.processes.failures import no_process_left, one_line_errors
 from multidomain_cct.training.processes.stopping import RunStopped, StopRequest

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 from omegaconf import OmegaConf
@@ -30,10 +30,8 @@ from multidomain_cct.model.perturbations import Perturbations
 from multidomain_cct.training.schedules import OptimiserSettings
 from multidomain_cct.weak.cams import PseudoLabelSettings
 
-PRECISIONS = ("no", "bf16", "fp16")
-RESUME = ("never", "auto", "force")
 _MAY_CHANGE = (
-    r"name|runs|resume|init_from|evaluation\..*|domains\..*\.remote|data\.(shards|workers|prefetch|remote|cache|cache_gib)|"
+    r"file|name|runs|resume|init_from|evaluation\..*|domains\..*\.remote|data\.(shards|workers|prefetch|remote|cache|cache_gib)|"
     r"training\.(accumulation|log_every|evaluate_every|save_every|keep|trackers|max_skipped)"
 )
 """What a resumed run may change: where files lie, how work is cut, and how often it is logged, scored and saved."""
@@ -69,7 +67,7 @@ class TrainingSettings:
     """Trackers of Accelerate that also receive the metrics, for example tensorboard."""
 
     def __post_init__(self) -> None:
-        require_choice("training.precision", self.precision, PRECISIONS)
+        require_choice("training.precision", self.precision, ("no", "bf16", "fp16"))
         require_number("training.clip", self.clip, at_least=0)
         for name in ("steps", "accumulation", "log_every", "evaluate_every", "save_every", "keep", "max_skipped"):
             require_number(f"training.{name}", vars(self)[name], at_least=1)
@@ -93,8 +91,6 @@ class DomainRecipe(DomainSettings):
 class Recipe:
     """A run, complete."""
 
-    file: ClassVar[Path | None] = None
-    """The file that it was read from, no setting: domains are also looked for beside it. `replace` forgets it."""
     name: str = ""
     """Name of the run's folder; left out: the recipe's file name."""
     runs: str = "runs"
@@ -145,6 +141,8 @@ class Recipe:
     """How val images are predicted."""
     pseudo_labels: PseudoLabelSettings = field(default_factory=PseudoLabelSettings)
     """How `weaklabels` makes pseudo-labels of image-level labels."""
+    file: Path | None = field(default=None, compare=False)
+    """The file that it was read from. What is not compared is no setting."""
 
     def __post_init__(self) -> None:
         if not self.domains:
@@ -153,7 +151,7 @@ class Recipe:
             raise UserError(
                 f"name is {self.name!r}; it holds letters, digits and . _ + - only, and starts without a dot."
             )
-        require_choice("resume", self.resume, RESUME)
+        require_choice("resume", self.resume, ("never", "auto", "force"))
         require_choice("method", self.method, METHODS)
         require_choice("decoder", self.decoder, DECODERS)
         if self.ema is not None:
@@ -183,7 +181,9 @@ class Recipe:
 
     def to_yaml(self) -> str:
         """Every setting, with defaults filled in; reading it back gives an equal Recipe."""
-        return yaml.safe_dump(asdict(self), sort_keys=False, allow_unicode=True, width=160)
+        plain = asdict(replace(self, file=None))
+        del plain["file"]
+        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=160)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -193,21 +193,10 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _found(path)
     plain = read_yaml(path)
-    sources = str(path)
     for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise UserError(f"{override!r} is not an override; write key=value, for example optimiser.lr=0.02.")
-        try:
-            value = yaml.load(text, Loader=StrictLoader)
-        except (yaml.YAMLError, UserError, ValueError):
-            raise UserError(f"{override!r}: the value is not valid YAML.") from None
-        _set(plain, key.split("."), value, override)
-        sources += f" {override}"
-    recipe = recipe_from(plain, sources)
-    recipe = recipe if recipe.name else replace(recipe, name=path.stem)
-    object.__setattr__(recipe, "file", path)
-    return recipe
+        _apply(override, plain)
+    recipe = recipe_from(plain, " ".join([str(path), *overrides]))
+    return replace(recipe, name=recipe.name or path.stem, file=path)
 
 
 def read_run_recipe(run: Path) -> Recipe:
@@ -224,9 +213,7 @@ def read_run_recipe(run: Path) -> Recipe:
         if isinstance(choice, dict):
             # Earlier versions knew no other order.
             choice.setdefault("order", "random")
-    recipe = recipe_from(plain, str(path))
-    object.__setattr__(recipe, "file", path)
-    return recipe
+    return replace(recipe_from(plain, str(path)), file=path)
 
 
 def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
@@ -237,10 +224,12 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
             f"{where}: domains is {domains!r}; it is a mapping, for example `domains: {{camvid: {{labelled: 50}}}}`."
         )
     plain = {**plain, "domains": {name: value or {} for name, value in domains.items()}}
-    _check_keys(plain, Recipe, where, ())
-    plain["domains"] = {name: _with_inherited(choice, plain) for name, choice in plain["domains"].items()}
+    _check_keys(plain, Recipe, where)
+    for choice in plain["domains"].values():
+        own = {name: choice[name] for name in INHERITED if choice.get(name) is not None}
+        choice |= {name: _merged(plain.get(name) or {}, section) for name, section in own.items()}
     try:
-        recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(plain)))
+        recipe: Recipe = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Recipe), OmegaConf.create(plain)))
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
         reason = str(error.msg or error).splitlines()[0].rstrip(".")
@@ -249,7 +238,6 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: {key} is {value!r}: {reason}. See docs/recipe.md for its type.") from None
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    assert isinstance(recipe, Recipe)
     for key, value in _flat(asdict(recipe)).items():
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
@@ -257,17 +245,11 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
     return recipe
 
 
-def _with_inherited(choice: dict[str, Any], recipe: dict[str, Any]) -> dict[str, Any]:
-    """A domain's plain values; its sections are completed by the recipe's."""
-
-    def completed(own: Any, general: Any) -> Any:
-        if not isinstance(own, dict) or not isinstance(general, dict):
-            return own
-        return general | {key: completed(value, general.get(key)) for key, value in own.items()}
-
-    return choice | {
-        name: completed(choice[name], recipe.get(name)) for name in INHERITED if choice.get(name) is not None
-    }
+def _merged(general: Any, own: Any) -> Any:
+    """Nested mappings, in which the keys of `own` replace those of `general`."""
+    if not (isinstance(general, dict) and isinstance(own, dict)):
+        return own
+    return general | {key: _merged(general.get(key), value) for key, value in own.items()}
 
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
@@ -280,61 +262,63 @@ def changes(old: dict[str, Any], new: dict[str, Any], *, may_change: str = "") -
     before, after = _flat(old), _flat(new)
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
-        for key in {**before, **after}
+        for key in before | after
         if before.get(key) != after.get(key) and not re.fullmatch(may_change, key)
     ]
 
 
 def _found(path: Path) -> Path:
     """The path, or the recipe of that name that is installed with the package."""
-    if path.exists():
-        return path
     package = Path(__file__).resolve().parents[1]
-    for folder in (package / "recipes", package.parent / "recipes"):
-        if path.parent.name in ("", "recipes") and (folder / path.name).is_file():
-            return folder / path.name
+    installed = [package / "recipes" / path.name, package.parent / "recipes" / path.name]
+    for candidate in [path, *(installed if path.parent.name in ("", "recipes") else [])]:
+        if candidate.exists():
+            return candidate
     raise UserError(f"{path}: there is no such recipe. A recipe is a YAML file such as recipes/demo.yaml.")
 
 
-def _set(plain: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    *parents, last = keys
-    for position, key in enumerate(parents):
-        if plain.get(key) is None:
-            plain[key] = {}
-        plain = plain[key]
+def _apply(override: str, plain: dict[str, Any]) -> None:
+    """Put a `key=value` into nested mappings."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"{override!r} is not an override; write key=value, for example optimiser.lr=0.02.")
+    try:
+        value = yaml.load(text, Loader=StrictLoader)
+    except (yaml.YAMLError, UserError, ValueError):
+        raise UserError(f"{override!r}: the value is not valid YAML.") from None
+    *parents, last = key.split(".")
+    for position, parent in enumerate(parents):
+        if plain.get(parent) is None:
+            plain[parent] = {}
+        plain = plain[parent]
         if not isinstance(plain, dict):
-            raise UserError(f"{override!r}: {'.'.join(keys[: position + 1])} is a value, not a section.")
+            raise UserError(f"{override!r}: {'.'.join(parents[: position + 1])} is a value, not a section.")
     plain[last] = value
 
 
-def _check_keys(value: Any, annotation: Any, where: str, path: tuple[str, ...]) -> None:
+def _check_keys(value: Any, annotation: Any, where: str, path: str = "") -> None:
     """Raises UserError for keys that no field has, and for strings that OmegaConf would interpolate."""
-    here = ".".join(path)
     if isinstance(value, str) and "${" in value:
-        raise UserError(f"{where}: {here} is {value!r}; recipes hold plain values, without ${{...}}.")
+        raise UserError(f"{where}: {path} is {value!r}; recipes hold plain values, without ${{...}}.")
     if get_origin(annotation) is UnionType and value is not None:
         annotation = get_args(annotation)[0]
+    hints: dict[str, Any] = {}
     if is_dataclass(annotation):
         types = get_type_hints(annotation)
-        hints = {each.name: types[each.name] for each in fields(annotation)}
+        hints = {each.name: types[each.name] for each in fields(annotation) if each.compare}
         if not isinstance(value, dict):
-            raise UserError(f"{where}: {here} is {value!r}; it is a section with the keys {', '.join(hints)}.")
-        for key, item in value.items():
-            if key not in hints:
-                full = ".".join((*path, str(key)))
-                if full in RENAMED:
-                    raise UserError(f"{where}: {full} is now {RENAMED[full]}. Rename it.")
-                raise UserError(
-                    f'{where}: unknown key "{full}". Allowed {f"in {here}" if here else "at the top"}: '
-                    f"{', '.join(hints)}.{did_you_mean(str(key), hints)}"
-                )
-            _check_keys(item, hints[key], where, (*path, str(key)))
-    elif get_origin(annotation) is dict and isinstance(value, dict):
-        for key, item in value.items():
-            _check_keys(item, get_args(annotation)[1], where, (*path, str(key)))
-    elif isinstance(value, (list, dict)):
-        for item in value.values() if isinstance(value, dict) else value:
-            _check_keys(item, None, where, path)
+            raise UserError(f"{where}: {path} is {value!r}; it is a section with the keys {', '.join(hints)}.")
+    of_each = get_args(annotation)[1] if get_origin(annotation) is dict else None
+    for key, item in value.items() if isinstance(value, dict) else []:
+        full = f"{path}.{key}" if path else str(key)
+        if hints and key not in hints:
+            if full in RENAMED:
+                raise UserError(f"{where}: {full} is now {RENAMED[full]}. Rename it.")
+            allowed = f"{f'in {path}' if path else 'at the top'}: {', '.join(hints)}."
+            raise UserError(f'{where}: unknown key "{full}". Allowed {allowed}{did_you_mean(str(key), hints)}')
+        _check_keys(item, hints.get(key, of_each), where, full)
+    for item in value if isinstance(value, list) else []:
+        _check_keys(item, None, where, path)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -15,7 +15,8 @@ from multidomain_cct.data.domain import Domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import make_folder, replace_text
 from multidomain_cct.files.printable import first_few
-from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint, read_state
+from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint
+from multidomain_cct.training.checkpoints.state import read_state
 from multidomain_cct.training.recipe import Recipe, changes, differences, read_run_recipe
 
 

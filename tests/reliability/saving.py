@@ -19,13 +19,13 @@ from filesystem import Moment, Recorder, after_power_loss, lay_out, tree_of
 from torch import nn
 
 from multidomain_cct.training.checkpoints.checkpoint import (
-    RunState,
     checkpoints,
     damage,
     load_checkpoint,
     newest_checkpoint,
     save_checkpoint,
 )
+from multidomain_cct.training.checkpoints.state import RunState
 
 PAGE = 4096
 

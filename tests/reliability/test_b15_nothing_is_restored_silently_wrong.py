@@ -14,7 +14,8 @@ from multidomain_cct.data.specification import read_domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.build import build_model
-from multidomain_cct.training.checkpoints.checkpoint import load_checkpoint, read_state
+from multidomain_cct.training.checkpoints.checkpoint import load_checkpoint
+from multidomain_cct.training.checkpoints.state import read_state
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.schedules import build_optimiser
 

@@ -22,7 +22,8 @@ from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.results.evaluate import evaluate
 from multidomain_cct.results.trained_run import TrainedRun
 from multidomain_cct.training.build import build_model
-from multidomain_cct.training.checkpoints.checkpoint import checkpoints, load_run, read_state
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints, load_run
+from multidomain_cct.training.checkpoints.state import read_state
 from multidomain_cct.training.loop import RunFailed, train
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.runlog import read_metrics

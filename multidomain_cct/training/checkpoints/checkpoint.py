@@ -12,9 +12,8 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
@@ -29,43 +28,12 @@ from multidomain_cct.files.printable import first_few
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.build import build_model
 from multidomain_cct.training.checkpoints.optimiser_state import optimiser_tensors, restore_optimiser
+from multidomain_cct.training.checkpoints.state import STATE, RunState, plain_state, read_state, run_state
 from multidomain_cct.training.recipe import Recipe, read_run_recipe
 
-SCHEMA = 3
-_MODEL, _OPTIMISER, _STATE, _MANIFEST = "model.safetensors", "optimiser.safetensors", "state.json", "MANIFEST.json"
+_MODEL, _OPTIMISER, _MANIFEST = "model.safetensors", "optimiser.safetensors", "MANIFEST.json"
 _REPLACED = ".before"
 """Ending of a checkpoint while another of the same step takes its place."""
-_ANOTHER = "Choose another checkpoint, or start another run with name=OTHER."
-
-
-@dataclass(frozen=True)
-class RunState:
-    """What a run knows besides its tensors."""
-
-    step: int
-    """Optimiser steps done."""
-    fingerprints: dict[str, str]
-    """Contents of the shards the run trains on, by domain/split."""
-    best_step: int = 0
-    """Step with the best mean mIoU so far; 0 before the first evaluation."""
-    best_miou: float = -1.0
-    owes_evaluation: bool = False
-    """The run was asked to stop before this step's evaluation was done."""
-    images: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Images read and skipped, over all processes, by domain that may skip some."""
-    recipe: str = ""
-    """The recipe as YAML, so that a checkpoint can be understood without its run's folder."""
-    domains: dict[str, str] = field(default_factory=dict)
-    """The domains' specifications as YAML, by name."""
-    schema: int = SCHEMA
-
-
-_STATE_TYPES: dict[str, tuple[type, ...]] = {
-    **{name: (get_origin(hint) or hint,) for name, hint in get_type_hints(RunState).items()},
-    "optimiser": (list,),
-    "scaler": (dict, type(None)),
-}
-"""The contents of state.json: the fields of RunState, the names of the optimiser's tensors, and a scaler's state."""
 
 
 def save_checkpoint(
@@ -122,10 +90,10 @@ def _write(
     tensors = optimiser_tensors(model, optimiser)
     write_tensors(folder / _OPTIMISER, tensors)
     plain = asdict(state) | {"optimiser": sorted(tensors), "scaler": scaler.state_dict() if scaler else None}
-    write_text(folder / _STATE, json.dumps(plain, indent=1))
+    write_text(folder / STATE, json.dumps(plain, indent=1))
     manifest = {
         name: {"bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-        for name in (_MODEL, _OPTIMISER, _STATE)
+        for name in (_MODEL, _OPTIMISER, STATE)
     }
     write_text(folder / _MANIFEST, json.dumps(manifest, indent=1))
     sync(folder)
@@ -143,7 +111,7 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest = json.loads((checkpoint / _MANIFEST).read_text(encoding="utf-8"))
-        for name in (_MODEL, _OPTIMISER, _STATE):
+        for name in (_MODEL, _OPTIMISER, STATE):
             size = (checkpoint / name).stat().st_size
             if size != manifest[name]["bytes"]:
                 return f"{name} has {size} bytes, not {manifest[name]['bytes']}"
@@ -203,50 +171,6 @@ def choose_checkpoint(run: Path, which: str) -> Path:
     return checkpoint
 
 
-def read_state(checkpoint: Path) -> RunState:
-    """The run's state in a checkpoint.
-
-    Raises UserError when it is not of a schema that this version reads, or not complete.
-    """
-    return _run_state(_plain_state(checkpoint))
-
-
-def _run_state(plain: Mapping[str, Any]) -> RunState:
-    return RunState(**{name: plain[name] for name in _STATE_TYPES if name not in ("optimiser", "scaler")})
-
-
-def _plain_state(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / _STATE
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        plain = None
-    if not isinstance(plain, dict):
-        raise UserError(f"{path}: this is not the state of a run. {_ANOTHER}")
-    if plain.get("schema") == 1 and isinstance(plain.get("optimiser"), dict):
-        # It had no owed evaluations, and a place for plain numbers that no optimiser used.
-        plain |= {"schema": 2, "owes_evaluation": False, "optimiser": plain["optimiser"].get("entries")}
-    if plain.get("schema") == 2:
-        # Each process counted its bad images, from its last start.
-        plain |= {"schema": SCHEMA, "images": {}}
-    if plain.get("schema") != SCHEMA:
-        schema = plain.get("schema")
-        raise UserError(
-            f"{path}: the checkpoint has the schema {schema!r}; this version reads 1 to {SCHEMA}. {_ANOTHER}"
-        )
-    trouble = [f"{name} is missing" for name in _STATE_TYPES if name not in plain]
-    trouble += [f"{name} is unknown" for name in plain if name not in _STATE_TYPES]
-    # type(), because to isinstance True is a number.
-    trouble += [
-        f"{key} is {plain[key]!r}"
-        for key, types in _STATE_TYPES.items()
-        if key in plain and type(plain[key]) not in types
-    ]
-    if trouble:
-        raise UserError(f"{path}: {first_few(trouble)}. {_ANOTHER}")
-    return plain
-
-
 def load_checkpoint(
     checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None
 ) -> RunState:
@@ -255,7 +179,7 @@ def load_checkpoint(
     Its files are not verified again: it comes from newest_checkpoint or choose_checkpoint. Raises UserError that names
     the item which is missing, left over or of another shape.
     """
-    plain = _plain_state(checkpoint)
+    plain = plain_state(checkpoint)
     load_strictly(model, model_tensors(checkpoint), str(checkpoint))
     entries = [_current_name(entry) for entry in plain["optimiser"]]
     restore_optimiser(model, optimiser, _tensors(checkpoint / _OPTIMISER), entries, str(checkpoint))
@@ -267,7 +191,7 @@ def load_checkpoint(
         )
     if scaler is not None:
         scaler.load_state_dict(saved)
-    return _run_state(plain)
+    return run_state(plain)
 
 
 def model_tensors(checkpoint: Path) -> dict[str, Tensor]:

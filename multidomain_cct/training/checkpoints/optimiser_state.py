@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.printable import first_few
 
-_KEYS: dict[type[torch.optim.Optimizer], set[str]] = {
-    torch.optim.SGD: {"momentum_buffer"},
-    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+_KEYS: dict[type[torch.optim.Optimizer], tuple[str, ...]] = {
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
 }
 """What each optimiser keeps of a parameter. `step` is one number; the others have the parameter's shape."""
 
@@ -39,31 +39,29 @@ def restore_optimiser(
 
     Raises UserError that names what is missing, left over or of another shape.
     """
-    parameters = dict(model.named_parameters())
-    optimised = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+    keys = next(keys for kind, keys in _KEYS.items() if isinstance(optimiser, kind))
+    trained = {id(parameter) for group in optimiser.param_groups for parameter in group["params"]}
+    known = {
+        f"{name}/{key}": (parameter, key)
+        for name, parameter in model.named_parameters()
+        if id(parameter) in trained
+        for key in keys
+    }
     trouble = [f"{entry} is missing" for entry in entries if entry not in tensors]
     trouble += [f"{entry} was not saved with it" for entry in tensors if entry not in entries]
     state: dict[nn.Parameter, dict[str, Tensor]] = {}
     for entry, value in tensors.items():
-        name, _, key = entry.rpartition("/")
-        if name not in parameters or id(parameters[name]) not in optimised:
+        if entry not in known:
             trouble.append(f"{entry} belongs to nothing that this model trains")
             continue
-        parameter = parameters[name]
+        parameter, key = known[entry]
         shape = torch.Size() if key == "step" else parameter.shape
-        if key not in _KEYS[_kind(optimiser)]:
-            trouble.append(f"{entry} is nothing that {_kind(optimiser).__name__} keeps")
-        elif value.shape != shape or not value.is_floating_point():
+        if value.shape != shape or not value.is_floating_point():
             trouble.append(f"{entry} is {value.dtype} {list(value.shape)}, not floating point {list(shape)}")
         # Counters stay on the CPU, where the optimisers keep them; moments live with their parameter.
         state.setdefault(parameter, {})[key] = value if key == "step" else value.to(parameter.device)
-    for parameter, values in state.items():
-        name = next(name for name, other in parameters.items() if other is parameter)
-        trouble += [
-            f"{name}/{key} is missing"
-            for key in sorted(_KEYS[_kind(optimiser)] - values.keys())
-            if f"{name}/{key}" not in entries
-        ]
+    incomplete = (entry for entry, (parameter, _) in known.items() if parameter in state and entry not in tensors)
+    trouble += [f"{entry} is missing" for entry in incomplete if entry not in entries]
     if trouble:
         raise UserError(
             f"{where}: the optimiser's {first_few(trouble)}. Choose another checkpoint, or start another run with "
@@ -72,7 +70,3 @@ def restore_optimiser(
     optimiser.state.clear()
     for parameter, values in state.items():
         optimiser.state[parameter] = values
-
-
-def _kind(optimiser: torch.optim.Optimizer) -> type[torch.optim.Optimizer]:
-    return next(kind for kind in _KEYS if isinstance(optimiser, kind))

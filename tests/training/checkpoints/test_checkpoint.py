@@ -13,15 +13,14 @@ from torch import nn
 from multidomain_cct.errors import UserError
 from multidomain_cct.training.checkpoints import checkpoint
 from multidomain_cct.training.checkpoints.checkpoint import (
-    RunState,
     checkpoints,
     choose_checkpoint,
     load_checkpoint,
     load_strictly,
     newest_checkpoint,
-    read_state,
     save_checkpoint,
 )
+from multidomain_cct.training.checkpoints.state import RunState, read_state
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe
 
