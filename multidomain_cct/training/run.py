@@ -19,8 +19,8 @@ from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.training.build import build_model
 from multidomain_cct.training.check import check, check_machine, require
 from multidomain_cct.training.checkpoints.checkpoint import load_checkpoint
-from multidomain_cct.training.checkpoints.state import RunState
 from multidomain_cct.training.checkpoints.initial_weights import load_initial_weights
+from multidomain_cct.training.checkpoints.state import RunState
 from multidomain_cct.training.processes.failures import mistakes_in_common
 from multidomain_cct.training.processes.stopping import StopRequest
 from multidomain_cct.training.recipe import Recipe
