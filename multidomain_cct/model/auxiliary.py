@@ -10,8 +10,8 @@ the decoders' order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any, cast
 
@@ -24,8 +24,8 @@ from multidomain_cct.model.losses import PixelLoss
 from multidomain_cct.model.object_masks import ObjectMasks
 from multidomain_cct.model.perturbations import Perturbation
 
-Perturb = Callable[[Tensor, DecoderGroup, int], Tensor]
-"""(B, D, h, w) features, a group and the number of its first decoder -> (1 or G, B, D, h, w) perturbed features."""
+Perturb = Callable[[Tensor, DecoderGroup, slice], Tensor]
+"""(B, D, h, w) features, a group and which of the K decoders it has -> (1 or G, B, D, h, w) perturbed features."""
 
 
 class AuxiliaryDecoder(nn.Module):
@@ -60,16 +60,16 @@ def auxiliary_losses(
         perturbations = [perturbations[number] for number in drawn.tolist()]
         # Decoders that are not drawn get a gradient of 0: a wrapper for several processes waits for every parameter.
         drawn = drawn.to(features.device)
-        group = replace(group, weights=tuple(weight[drawn] for weight in group.weights))
+        group = group[drawn]
 
-    def perturb(still: Tensor, part: DecoderGroup, first: int) -> Tensor:
+    def perturb(still: Tensor, part: DecoderGroup, span: slice) -> Tensor:
         """Equal perturbations that follow each other are drawn at once."""
         perturbed: list[Tensor] = []
         start = 0
-        for perturbation, run in groupby(perturbations[first : first + len(part)]):
-            end = start + len(list(run))
-            perturbed.append(perturbation(still, objects, part[start:end]))
-            start = end
+        for perturbation, run in groupby(perturbations[span]):
+            alike = slice(start, start + len(list(run)))
+            perturbed.append(perturbation(still, objects, part[alike]))
+            start = alike.stop
         return torch.cat(perturbed) if len(perturbed) > 1 else perturbed[0]
 
     return _losses(features, group, perturb, losses)
@@ -77,56 +77,56 @@ def auxiliary_losses(
 
 def decoder_losses(features: Tensor, decoder: Decoder, losses: Sequence[PixelLoss]) -> Tensor:
     """(T,): the losses of one decoder that sees the (B, D, h, w) features as they are."""
-    return _losses(features, DecoderGroup.of([decoder]), lambda still, group, first: still[None], losses)
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What the autograd function needs besides the tensors that it differentiates."""
-
-    group: DecoderGroup
-    perturb: Perturb
-    losses: Sequence[PixelLoss]
-    differentiate: bool
-
-    def groups(self, features: Tensor) -> Iterator[tuple[int, DecoderGroup]]:
-        """As many decoders at once as the budget allows, with the number of the first; their weights are detached."""
-        logits = len(features) * self.group.num_classes * self.group.num_pixels(features.shape[2:])
-        most = max(1, budget_of(features.device) // logits)
-        for start in range(0, len(self.group), most):
-            weights = (weight[start : start + most].detach().requires_grad_() for weight in self.group.weights)
-            yield start, replace(self.group, weights=tuple(weights))
+    return _losses(features, DecoderGroup.of([decoder]), lambda still, group, span: still[None], losses)
 
 
 def _losses(features: Tensor, group: DecoderGroup, perturb: Perturb, losses: Sequence[PixelLoss]) -> Tensor:
     device = features.device.type
-    plan = _Plan(group, perturb, losses, torch.is_grad_enabled())
-    if torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16:
-        # Gradients of a mean over pixels underflow in fp16, and a GradScaler's factor is not known here.
-        with torch.autocast(device, enabled=False):
-            return _GradientsOnly.apply(plan, features.float(), *group.weights)  # type: ignore[no-any-return, no-untyped-call]
-    return _GradientsOnly.apply(plan, features, *group.weights)  # type: ignore[no-any-return, no-untyped-call]
+    # Gradients of a mean over pixels underflow in fp16, and a GradScaler's factor is not known here.
+    fp16 = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    with torch.autocast(device, enabled=False) if fp16 else nullcontext():
+        values: Tensor = _GradientsOnly.apply(  # type: ignore[no-untyped-call]
+            group, perturb, losses, torch.is_grad_enabled(), features.float() if fp16 else features, *group.weights
+        )
+    return values
 
 
 class _GradientsOnly(torch.autograd.Function):
     """(T,) losses of a group; only the gradients of features and stacked weights are kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, plan: _Plan, features: Tensor, *weights: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        group: DecoderGroup,
+        perturb: Perturb,
+        losses: Sequence[PixelLoss],
+        differentiate: bool,
+        features: Tensor,
+        *weights: Tensor,
+    ) -> Tensor:
         still = features.detach().contiguous()
-        kept = [_Gradients() for _ in plan.losses]
+        # As many decoders at once as the budget allows.
+        most = max(1, budget_of(still.device) // (len(still) * group.num_classes * group.num_pixels(still.shape[2:])))
         values: list[Tensor] = []
-        for first, group in plan.groups(still):
-            of_pieces, gradients = _group_losses(plan, group, first, still)
-            values += of_pieces
-            for number, new in enumerate(gradients):  # none without a graph
-                kept[number].add(new)
-        if plan.differentiate:
-            ctx.save_for_backward(*(tensor for gradients in kept for tensor in gradients.tensors()))
-        ctx.num_decoders, ctx.num_losses, ctx.dtype = len(weights[0]), len(plan.losses), features.dtype
+        kept: list[Tensor] = []
+        of_features: list[Tensor] = []  # by loss, added up
+        of_weights: list[list[list[Tensor]]] = []  # by group, loss and weight
+        for start in range(0, len(group), most):
+            span = slice(start, start + most)
+            more, gradients = _group_losses(group[span], perturb, span, still, losses, differentiate)
+            values += more
+            # In 32 bits or more: many are added up.
+            new = [first.to(torch.promote_types(first.dtype, torch.float32)) for first, *_ in gradients]
+            of_features = _added(of_features, new)
+            of_weights.append([others for _, *others in gradients])
+        for first, groups in zip(of_features, zip(*of_weights, strict=True), strict=True):  # none without a graph
+            each = zip(*groups, strict=True)
+            kept += [first, *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in each)]
+        ctx.save_for_backward(*kept)
+        ctx.num_decoders, ctx.num_losses, ctx.dtype = len(group), len(losses), features.dtype
         channels_last = features.is_contiguous(memory_format=torch.channels_last)
         ctx.format = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.stack(values).view(-1, len(plan.losses)).sum(dim=0) / len(weights[0])
+        return torch.stack(values).view(-1, len(losses)).sum(dim=0) / len(group)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
@@ -134,59 +134,41 @@ class _GradientsOnly(torch.autograd.Function):
         saved, share = ctx.saved_tensors, len(ctx.saved_tensors) // ctx.num_losses
         total: list[Tensor] = []
         for number, factor in enumerate((factors / ctx.num_decoders).unbind()):
-            scaled = torch._foreach_mul(saved[number * share : (number + 1) * share], factor)
-            total = list(torch._foreach_add(total, scaled) if total else scaled)
-        return (None, total[0].to(ctx.dtype, memory_format=ctx.format), *total[1:])
-
-
-class _Gradients:
-    """Of one loss: of the features added up over groups, of the weights group by group."""
-
-    def __init__(self) -> None:
-        self.features: Tensor | None = None
-        self.weights: list[list[Tensor]] = []
-
-    def add(self, gradients: Sequence[Tensor]) -> None:
-        """Those of one group: (B, D, h, w) of the features, (G, ...) of each weight."""
-        of_features, *of_weights = gradients
-        # In 32 bits or more: many are added up.
-        wide = of_features.to(torch.promote_types(of_features.dtype, torch.float32))
-        self.features = wide if self.features is None else self.features.add_(wide)
-        self.weights.append(of_weights)
-
-    def tensors(self) -> list[Tensor]:
-        """Of the features, then (K, ...) of each weight."""
-        assert self.features is not None
-        each = zip(*self.weights, strict=True)
-        return [self.features, *(parts[0] if len(parts) == 1 else torch.cat(parts) for parts in each)]
+            total = _added(total, list(torch._foreach_mul(saved[number * share : (number + 1) * share], factor)))
+        return (None, None, None, None, total[0].to(ctx.dtype, memory_format=ctx.format), *total[1:])
 
 
 def _group_losses(
-    plan: _Plan, group: DecoderGroup, first: int, still: Tensor
+    group: DecoderGroup, perturb: Perturb, span: slice, still: Tensor, losses: Sequence[PixelLoss], differentiate: bool
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
-    """The T losses of each piece of a group, in turn; and for each loss its gradients, of features and weights."""
-    with torch.set_grad_enabled(plan.differentiate):
-        features = still.detach().requires_grad_()
-        perturbed = plan.perturb(features, group, first)  # (G, B, D, h, w)
+    """The T losses of each piece of a group, in turn; and for each loss its gradients, of features and weights.
+
+    Called without a graph, in which all weights are leaves.
+    """
+    features, *_ = (leaf.requires_grad_() for leaf in (still.detach(), *group.weights))
+    with torch.set_grad_enabled(differentiate):
+        perturbed = perturb(features, group, span)  # (1 or G, B, D, h, w)
         coarse = group.coarse(perturbed)  # (G, B, C, h, w)
-    left = perturbed.detach().flatten(2).any(dim=2)  # (G, B): False where an image is zeroed entirely
-    of_coarse, of_upsampling = group.split_weights()
+    left = perturbed.detach().flatten(2).any(dim=2)  # (1 or G, B): False where an image is zeroed entirely
     values: list[Tensor] = []
-    sums: list[list[Tensor]] = []
+    sums: list[list[Tensor]] = [[] for _ in losses]
     # The graph of one piece at a time, from the coarse logits on.
-    for piece in group.pieces(coarse):
-        with torch.set_grad_enabled(plan.differentiate):
-            part = piece.needed(coarse.detach()).contiguous().requires_grad_()
-            logits = piece.logits(part)
-            losses = [loss.total(logits, left, piece) for loss in plan.losses]
-        values += [loss.detach() for loss in losses]
-        if plan.differentiate:
-            new = _gradients(losses, [part, *of_upsampling])
-            new = [[piece.whole(of_part, coarse), *others] for of_part, *others in new]
-            sums = [list(torch._foreach_add(*pair)) for pair in zip(sums, new, strict=True)] if sums else new
-    if not plan.differentiate:
+    for images, part in group.pieces(coarse):
+        with torch.set_grad_enabled(differentiate):
+            leaf = coarse[:, images].detach().requires_grad_()
+            logits = group.logits(leaf, part)
+            totals = [loss.total(logits, left, images, part) for loss in losses]
+        values += [total.detach() for total in totals]
+        if differentiate:
+            for number, (of_leaf, *others) in enumerate(_gradients(totals, [leaf, *group.upsampling])):
+                if of_leaf.numel() < coarse.numel():
+                    whole = torch.zeros_like(coarse)
+                    whole[:, images] = of_leaf
+                    of_leaf = whole
+                sums[number] = _added(sums[number], [of_leaf, *others])
+    if not differentiate:
         return values, []
-    before = _gradients([coarse] * len(sums), [features, *of_coarse], [own for own, *_ in sums])
+    before = _gradients([coarse] * len(sums), [features, *group.classify], [own for own, *_ in sums])
     return values, [[*own, *others] for own, (_, *others) in zip(before, sums, strict=True)]
 
 
@@ -199,3 +181,8 @@ def _gradients(
         list(torch.autograd.grad(output, inputs, factor, retain_graph=number < last))
         for number, (output, factor) in enumerate(zip(outputs, factors or [None] * len(outputs), strict=True))
     ]
+
+
+def _added(total: list[Tensor], new: list[Tensor]) -> list[Tensor]:
+    """The sums; what is added where there are none yet."""
+    return list(torch._foreach_add(total, new)) if total else new

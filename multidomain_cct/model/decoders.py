@@ -6,7 +6,7 @@ last step computes them, `pixels` arranges maps that go with them in the same or
 A `Grid` leaves out pixels.
 
 Shapes: G decoders of a group, B images, C classes, D feature channels, h w feature size, s the encoder's stride,
-U V the two axes of the pixels in the decoder's order.
+U V the two axes of the pixels in the decoder's order, v a part of V.
 """
 
 from __future__ import annotations
@@ -59,10 +59,7 @@ ALL_PIXELS = Grid()
 
 
 class Decoder(nn.Module, ABC):
-    """(B, D, h, w) features -> (B, C, s*h, s*w) logits: a 1x1 convolution to C channels, then upsampling.
-
-    The methods below take stacked weights in place of the module's own: (G, ...) for each parameter, in order.
-    """
+    """(B, D, h, w) features -> (B, C, s*h, s*w) logits: a 1x1 convolution to C channels, then upsampling."""
 
     stride: int
     classify: nn.Conv2d
@@ -71,17 +68,16 @@ class Decoder(nn.Module, ABC):
         group = DecoderGroup.of([self])
         return self.picture(group.logits(group.coarse(features[None]))[0], features.shape[2:])
 
-    def coarse(self, features: Tensor, weights: Sequence[Tensor]) -> Tensor:
-        """(G, B, C, h, w) logits of each position, for (1 or G, B, D, h, w) features."""
-        return _at_each_position(weights[0], features, None if self.classify.bias is None else weights[1])
+    @abstractmethod
+    def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, part: slice) -> Tensor:
+        """(G, B, C, U, v): logits of the grid's pixels in a part of the axis V, for (G, B, C, h, w) coarse logits.
+
+        `weights` are stacked, (G, ...) for each parameter but those of `classify`.
+        """
 
     @abstractmethod
-    def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
-        """(G, B, C, U, V): the logits of a piece of the grid's pixels, for the part of the coarse logits it needs."""
-
-    @abstractmethod
-    def needed(self, coarse: Tensor, piece: slice) -> Tensor:
-        """The part of (G, B, C, h, w) maps that a piece of the pixels needs, a view."""
+    def length(self, size: Sequence[int], grid: Grid) -> int:
+        """Of the axis V, for (h, w) features."""
 
     @abstractmethod
     def pixels(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
@@ -91,14 +87,6 @@ class Decoder(nn.Module, ABC):
     def picture(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         """(B, C, s*h, s*w) of the logits of all pixels, given (h, w). The inverse of `pixels`."""
 
-    @abstractmethod
-    def piece(self, pixels: Tensor, part: slice) -> Tensor:
-        """A piece of what `pixels` returns."""
-
-    @abstractmethod
-    def length(self, size: Sequence[int], grid: Grid) -> int:
-        """Of the axis along which the pixels of (h, w) features are cut into pieces."""
-
 
 @dataclass(frozen=True)
 class DecoderGroup:
@@ -106,32 +94,32 @@ class DecoderGroup:
 
     kind: Decoder
     """Any of them; its own weights are not used."""
-    weights: tuple[Tensor, ...]
-    """(G, ...) for each parameter."""
+    classify: tuple[Tensor, ...]
+    """(G, ...) weights, and biases if there are any, of the 1x1 convolutions to C channels."""
+    upsampling: tuple[Tensor, ...]
+    """(G, ...) for each other parameter."""
     grid: Grid = ALL_PIXELS
 
     @classmethod
     def of(cls, decoders: Sequence[Decoder], grid: Grid = ALL_PIXELS) -> DecoderGroup:
         """Autograd follows the stacked weights back to each decoder's parameters."""
-        if len(decoders) == 1:
-            return cls(decoders[0], tuple(parameter[None] for parameter in decoders[0].parameters()), grid)
         each = zip(*(decoder.parameters() for decoder in decoders), strict=True)
-        return cls(decoders[0], tuple(torch.stack(parameters) for parameters in each), grid)
+        # A single decoder's weights are views.
+        weights = [torch.stack(same) if len(same) > 1 else same[0][None] for same in each]
+        number = len(list(decoders[0].classify.parameters()))
+        return cls(decoders[0], tuple(weights[:number]), tuple(weights[number:]), grid)
 
     def __len__(self) -> int:
-        return len(self.weights[0])
+        return len(self.classify[0])
 
-    def __getitem__(self, span: slice) -> DecoderGroup:
-        return replace(self, weights=tuple(weight[span] for weight in self.weights))
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        return self.classify + self.upsampling
 
-    def coarse(self, features: Tensor) -> Tensor:
-        """(G, B, C, h, w) logits of each position, for (G, B, D, h, w) features, or (1, B, D, h, w) that all share."""
-        return self.kind.coarse(features, self.weights)
-
-    def split_weights(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Those that `coarse` reads, and those of the upsampling."""
-        number = len(list(self.kind.classify.parameters()))
-        return self.weights[:number], self.weights[number:]
+    def __getitem__(self, index: slice | Tensor) -> DecoderGroup:
+        """Some of the decoders."""
+        classify, upsampling = (tuple(weight[index] for weight in own) for own in (self.classify, self.upsampling))
+        return replace(self, classify=classify, upsampling=upsampling)
 
     @property
     def num_classes(self) -> int:
@@ -141,52 +129,26 @@ class DecoderGroup:
         """Pixels of the grid in an image with (h, w) features."""
         return size[0] * size[1] * (self.kind.stride // self.grid.step) ** 2
 
-    def pieces(self, coarse: Tensor) -> Iterator[Piece]:
-        """Together all pixels of all images, in pieces of as many logits as the budget allows.
+    def coarse(self, features: Tensor) -> Tensor:
+        """(G, B, C, h, w) logits of each position, for (G, B, D, h, w) features, or (1, B, D, h, w) that all share."""
+        return _at_each_position(features, *self.classify)
+
+    def logits(self, coarse: Tensor, part: slice = slice(None)) -> Tensor:
+        """(G, B, C, U, v) logits of the grid's pixels, all or a part of the axis V."""
+        return self.kind.upsample(coarse, self.upsampling, self.grid, part)
+
+    def pieces(self, coarse: Tensor) -> Iterator[tuple[slice, slice]]:
+        """Images and a part of the axis V, which together are all pixels and have as many logits as the budget allows.
 
         Whole images where one fits, otherwise parts of one.
         """
         size, maps = coarse.shape[3:], coarse.shape[0] * coarse.shape[2]
         budget, logits = budget_of(coarse.device), maps * self.num_pixels(size)
         length = self.kind.length(size, self.grid)
-        images, pixels = max(1, budget // logits), -(-length // -(-logits // budget))
+        images, pixels = max(1, budget // logits), max(1, min(length, length * budget // logits))
         for image in range(0, coarse.shape[1], images):
             for start in range(0, length, pixels):
-                yield Piece(self, slice(image, image + images), slice(start, start + pixels))
-
-    def logits(self, coarse: Tensor) -> Tensor:
-        """(G, B, C, U, V) logits of all of the grid's pixels."""
-        everything = slice(None)
-        return self.kind.upsample(self.kind.needed(coarse, everything), self.weights, self.grid, everything)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Some of the images, and some of the pixels of each."""
-
-    group: DecoderGroup
-    images: slice
-    pixels: slice
-
-    def needed(self, coarse: Tensor) -> Tensor:
-        """The part of (G, B, C, h, w) coarse logits that the piece's logits depend on, a view."""
-        return self.group.kind.needed(coarse[:, self.images], self.pixels)
-
-    def whole(self, needed: Tensor, coarse: Tensor) -> Tensor:
-        """What `needed` returned as (G, B, C, h, w) maps that are 0 elsewhere."""
-        if needed.numel() == coarse.numel():
-            return needed.view_as(coarse)
-        maps = torch.zeros_like(coarse)
-        self.needed(maps).copy_(needed)
-        return maps
-
-    def logits(self, needed: Tensor) -> Tensor:
-        """(G, b, C, u, v) logits."""
-        return self.group.kind.upsample(needed, self.group.weights, self.group.grid, self.pixels)
-
-    def of(self, pixels: Tensor) -> Tensor:
-        """(b, ..., u, v) of (B, ..., U, V) maps in the decoder's order, a view."""
-        return self.group.kind.piece(pixels[self.images], self.pixels)
+                yield slice(image, image + images), slice(start, start + pixels)
 
 
 def build_decoder(kind: str, channels: int, num_classes: int, stride: int) -> Decoder:
@@ -205,8 +167,8 @@ class PixelShuffleDecoder(Decoder):
     The authors also put a ReLU after the last doubling, which keeps logits from being negative and leaves classes
     stuck at IoU 0; here the last doubling ends with its convolution.
 
-    All convolutions are 1x1: a pixel's logits depend on the features of its own position only. So pieces are cut
-    along the positions, and the decoder's order is U sub-pixels (those of the last doubling outermost) by V positions.
+    All convolutions are 1x1: a pixel's logits depend on the features of its own position only. So the decoder's order
+    is U sub-pixels (those of the last doubling outermost) by V positions.
     """
 
     def __init__(self, channels: int, num_classes: int, stride: int) -> None:
@@ -215,20 +177,21 @@ class PixelShuffleDecoder(Decoder):
         self.classify = nn.Conv2d(channels, num_classes, 1, bias=False)
         self.doublings = nn.ModuleList(_doubling(num_classes) for _ in range(stride.bit_length() - 1))
 
-    def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
-        maps, positions = coarse, coarse.shape[-1]  # (G, B, C, V)
-        doublings = list(zip(weights[1::2], weights[2::2], strict=True))
+    def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, part: slice) -> Tensor:
+        maps = coarse.flatten(3)[..., part]  # (G, B, C, v)
+        before, positions = maps.shape[:3], maps.shape[-1]
+        doublings = list(zip(weights[::2], weights[1::2], strict=True))
         for number, (weight, bias) in enumerate(doublings, start=1):
             reach = self.stride >> number  # width of this doubling's sub-pixels in pixels of the image
             if reach < grid.step:
                 # Only one of the four sub-pixels is in the grid.
                 wanted = slice(2 * (grid.row // reach % 2) + grid.column // reach % 2, None, 4)
                 weight, bias = weight[:, wanted], bias[:, wanted]
-            maps = _at_each_position(weight, maps, bias, relu=number < len(doublings)).view(*coarse.shape[:3], -1)
-        return maps.view(*coarse.shape[:3], -1, positions)
+            maps = _at_each_position(maps, weight, bias, relu=number < len(doublings)).view(*before, -1)
+        return maps.view(*before, -1, positions)
 
-    def needed(self, coarse: Tensor, piece: slice) -> Tensor:
-        return coarse.flatten(3)[..., piece]
+    def length(self, size: Sequence[int], grid: Grid) -> int:
+        return size[0] * size[1]
 
     def pixels(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         kept = grid.of(maps)
@@ -249,12 +212,6 @@ class PixelShuffleDecoder(Decoder):
         picture = shuffled.permute(0, 1, 2 + 2 * doublings, *rows, 3 + 2 * doublings, *columns)
         return picture.reshape(images, num_classes, self.stride * height, self.stride * width)
 
-    def piece(self, pixels: Tensor, part: slice) -> Tensor:
-        return pixels[..., part]
-
-    def length(self, size: Sequence[int], grid: Grid) -> int:
-        return size[0] * size[1]
-
 
 class BilinearDecoder(Decoder):
     """A 1x1 convolution to C channels, then bilinear upsampling. Its order of pixels is that of the image."""
@@ -264,16 +221,16 @@ class BilinearDecoder(Decoder):
         self.stride = stride
         self.classify = nn.Conv2d(channels, num_classes, 1)
 
-    def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, piece: slice) -> Tensor:
+    def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, part: slice) -> Tensor:
         with torch.autocast(coarse.device.type, enabled=False):
             rows, columns = (
                 _interpolation(length, self.stride, coarse.dtype, coarse.device) for length in coarse.shape[-2:]
             )
-            rows, columns = rows[:, grid.row :: grid.step][:, piece], columns[:, grid.column :: grid.step]
+            rows, columns = rows[:, grid.row :: grid.step], columns[:, grid.column :: grid.step][:, part]
             return rows.T @ (coarse @ columns)
 
-    def needed(self, coarse: Tensor, piece: slice) -> Tensor:
-        return coarse
+    def length(self, size: Sequence[int], grid: Grid) -> int:
+        return size[1] * self.stride // grid.step
 
     def pixels(self, maps: Tensor, grid: Grid = ALL_PIXELS) -> Tensor:
         return grid.of(maps)
@@ -281,15 +238,9 @@ class BilinearDecoder(Decoder):
     def picture(self, logits: Tensor, size: Sequence[int]) -> Tensor:
         return logits
 
-    def piece(self, pixels: Tensor, part: slice) -> Tensor:
-        return pixels[..., part, :]
 
-    def length(self, size: Sequence[int], grid: Grid) -> int:
-        return size[0] * self.stride // grid.step
-
-
-def _at_each_position(weight: Tensor, maps: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
-    """1x1 convolutions with (G, C', C, 1, 1) weights and (G, C') biases of (1 or G, B, C, ...) maps.
+def _at_each_position(maps: Tensor, weight: Tensor, bias: Tensor | None = None, *, relu: bool = False) -> Tensor:
+    """1x1 convolutions of (1 or G, B, C, ...) maps with (G, C', C, 1, 1) weights and (G, C') biases.
 
     One matrix product per decoder and image is several times faster on a CPU than torch's convolution where a matrix
     has few rows or columns, and on a GPU a whole group is one launch.

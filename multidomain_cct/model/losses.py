@@ -19,7 +19,6 @@ from torch import Tensor
 
 from multidomain_cct.data.domain import IGNORE
 from multidomain_cct.errors import UserError, require_choice, require_number
-from multidomain_cct.model.decoders import Piece
 from multidomain_cct.model.distances import DISTANCES, at_least_float32
 from multidomain_cct.model.ramps import RAMPS, ramp_at
 
@@ -186,13 +185,13 @@ class PixelLoss:
         """(B,): pixels of each image that count, times the number of images."""
         return self.counted.sum(dim=(1, 2)).clamp(min=1) * len(self.counted)
 
-    def total(self, logits: Tensor, left: Tensor, piece: Piece) -> Tensor:
-        """Scalar: the loss on a piece of the pixels, summed over decoders. The pieces' totals add up to the whole.
+    def total(self, logits: Tensor, left: Tensor, images: slice, part: slice) -> Tensor:
+        """Scalar: the loss on a piece (DecoderGroup.pieces), summed over decoders. All pieces add up to the whole.
 
-        Images that are not `left`, (G, B) bool, contribute 0.
+        Images that are not `left`, (1 or G, B) bool, contribute 0.
         """
-        pixels = self.value(logits, piece.of(self.target))
+        pixels = self.value(logits, self.target[images][..., part])
         # Filled, not multiplied by 0: what does not count may be infinite.
-        counted = piece.of(self.counted) & left[:, piece.images, None, None]
-        images = pixels.masked_fill(~counted, 0).sum(dim=(2, 3))  # (G, b)
-        return (images / self.divisor[piece.images]).sum()
+        counted = self.counted[images][..., part] & left[:, images, None, None]
+        sums = pixels.masked_fill(~counted, 0).sum(dim=(2, 3))  # (G, b)
+        return (sums / self.divisor[images]).sum()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -238,14 +238,14 @@ def _divergence_gradient(group: DecoderGroup, still: Tensor, moved: Tensor) -> T
     """(G, B, D, h, w): gradient of KL(p(still) || p(moved)) with respect to the moved features, up to a factor."""
     before, after = group.coarse(still), group.coarse(moved)
     total = torch.zeros_like(after)
-    for piece in group.pieces(after):
+    for images, part in group.pieces(after):
         with torch.enable_grad():
-            leaf = piece.needed(after.detach()).contiguous().requires_grad_()
-            logits = piece.logits(leaf)
+            leaf = after[:, images].detach().requires_grad_()
+            logits = group.logits(leaf, part)
         # The divergence's gradient with respect to the logits is the difference of the two predictions.
-        change = logits.detach().softmax(dim=2).sub_(piece.logits(piece.needed(before)).softmax(dim=2))
-        piece.needed(total).add_(torch.autograd.grad(logits, leaf, change)[0])
-    classify = group.weights[0].flatten(2)  # (G, C, D)
+        change = logits.detach().softmax(dim=2).sub_(group.logits(before[:, images], part).softmax(dim=2))
+        total[:, images] += torch.autograd.grad(logits, leaf, change)[0]
+    classify = group.classify[0].flatten(2)  # (G, C, D)
     return (classify.mT[:, None] @ total.flatten(3)).view_as(moved)
 
 
@@ -277,7 +277,7 @@ class Perturbations:
         return [kind for kind in self._kinds().values() if objects or not kind.needs_objects for _ in range(kind.count)]
 
     def _kinds(self) -> dict[str, Perturbation]:
-        return {kind.name: getattr(self, kind.name) for kind in fields(self)}
+        return vars(self)
 
 
 def _where(kept: Tensor, features: Tensor) -> Tensor:

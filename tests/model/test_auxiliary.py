@@ -315,7 +315,7 @@ def test_logits_of_one_group_or_piece_exist_at_a_time(
     auxiliary_losses(example.features, auxiliaries, example.objects, [loss])
     assert sum(sizes) == 21 * LOGITS
     assert len(sizes) == 7 if budget == 3 * LOGITS else len(sizes) > 21
-    # A bilinear piece is at least one row of pixels.
+    # A bilinear piece is at least one column of pixels.
     assert max(sizes) <= budget
     assert not any(reference() is not None for reference in seen)
 

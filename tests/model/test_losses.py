@@ -354,7 +354,7 @@ def test_the_pieces_of_a_loss_add_up_to_the_sum_over_decoders(
     coarse = group.coarse(features)
     pieces = list(group.pieces(coarse))
     assert (len(pieces) > 1) == (budget < 10**6)
-    total = sum(loss.total(piece.logits(piece.needed(coarse)), left, piece) for piece in pieces)
+    total = sum(loss.total(group.logits(coarse[:, images], part), left, images, part) for images, part in pieces)
     torch.testing.assert_close(total, expected, rtol=1e-12, atol=0)
     weights = [parameter for member in members for parameter in member.parameters()]
     both = [torch.autograd.grad(each, weights, allow_unused=True) for each in (total, expected)]
