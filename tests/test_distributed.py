@@ -125,8 +125,11 @@ SAME = {
     "usss": {"method": "usss"},
     # Without weight, what the strong views draw does not matter, and what is left is the teacher's average.
     "teacher_alone": {"method": "mean_teacher", "consistency": {"weight": 0}, "schedule": "alternate"},
+    # Likewise; the statistics of the teacher's predictions are left too.
+    "strong_alone": {"method": "cct_strong", "consistency": {"weight": 0}, "cct_strong": {"weight": 0}},
 }
 DRAWING = {
+    "cct_strong": {"method": "cct_strong", "schedule": "alternate", "norm": "shared"},
     "mean_teacher": {"method": "mean_teacher", "schedule": "alternate", "norm": "shared"},
     "unimatch": {"method": "unimatch", "schedule": "alternate", "norm": "shared"},
     "usss_alternate": {"method": "usss", "schedule": "alternate", "norm": "shared"},
