@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from multidomain_cct.data.batches.loader import TrainingSet, steps
-from multidomain_cct.data.batches.selection import AllBut, Selection
+from multidomain_cct.data.batches.selection import Selection
 from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass
@@ -76,7 +76,7 @@ def resident() -> float:
 
 
 def streams(shards: Shards, window: int) -> DomainStreams:
-    samples = Selection([AllBut(0, len(shards), np.empty(0, dtype=np.int64))])
+    samples = Selection.all_but(0, len(shards))
     domain = Domain("web", "folder", {}, (LabelClass("ground", (0, 0, 0)),))
     return DomainStreams(domain, (shards,), Selection(), samples, None, BATCH, BATCH, (320, 320), window)
 

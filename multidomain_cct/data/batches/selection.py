@@ -1,132 +1,63 @@
-"""Which samples a stream uses: budgets of labelled images by key, and parts of a split by rule, not as lists."""
+"""Which samples a stream uses: parts of splits by rule, not as lists."""
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from multidomain_cct.data.shards.reader import Shards
-from multidomain_cct.errors import UserError
-from multidomain_cct.files.seeds import seed_from
 
-
-def labelled_subset(
-    keys: Sequence[str],
-    budget: str,
-    *,
-    seed: int,
-    where: str,
-    first: Callable[[list[str], int], list[str]] | None = None,
-) -> list[str]:
-    """The keys whose labels may be used.
-
-    `budget` is a number, a fraction such as 1/16, `all`, or a text file with one key a line. Of a number, they are the
-    first ones of a pseudo-random order that depends on keys and seed alone, not on shards or listing; or those that
-    `first(keys in that order, number)` gives. Smaller budgets lie inside larger ones. Raises UserError, starting with
-    `where`, for a budget that cannot be met.
-    """
-    if budget == "all":
-        return sorted(keys)
-    parts = budget.split("/")
-    if len(parts) > 2 or not all(part.isascii() and part.isdigit() for part in parts):
-        return _listed_keys(keys, Path(budget), where)
-    count = int(parts[0])
-    if len(parts) == 2:
-        if not 0 < count <= int(parts[1]):
-            raise UserError(f"{where} is {budget}; a share lies above 0 and is at most 1.")
-        count = max(1, round(len(keys) * count / int(parts[1])))
-    if count > len(keys):
-        raise UserError(
-            f"{where} asks for {count} labelled images; there are {len(keys)}. Ask for at most {len(keys)}, or `all`."
-        )
-    ordered = sorted(keys, key=lambda key: (seed_from(seed, key, "budget"), key))
-    return first(ordered, count) if first else ordered[:count]
-
-
-def _listed_keys(keys: Sequence[str], path: Path, where: str) -> list[str]:
-    if not path.is_file():
-        raise UserError(
-            f"{where} is {str(path)!r}; it is a number, a share such as 1/16, `all`, or a text file with one key a "
-            "line."
-        )
-    try:
-        listed = {line.strip() for line in path.read_text(encoding="utf-8").splitlines()} - {""}
-    except UnicodeDecodeError:
-        raise UserError(f"{where}: {path} is not text in UTF-8; it is a text file with one key a line.") from None
-    if not listed:
-        raise UserError(f"{where}: {path} lists no keys.")
-    if unknown := listed.difference(keys):
-        raise UserError(
-            f"{where}: {path} lists the key {min(unknown)!r}, which is not among the {len(keys)} labelled images."
-        )
-    return sorted(listed)
-
-
-@dataclass(frozen=True)
-class Only:
-    """These samples of a source."""
-
-    source: int
-    numbers: np.ndarray  # (m,) int64, ascending
-
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def at(self, position: int) -> int:
-        """The sample number at a position."""
-        return int(self.numbers[position])
-
-    def up_to(self, ends: np.ndarray) -> np.ndarray:
-        """How many of the samples lie below each of these numbers."""
-        counts: np.ndarray = np.searchsorted(self.numbers, ends)
-        return counts
-
-
-@dataclass(frozen=True)
-class AllBut:
-    """All samples of a source except these."""
-
-    source: int
-    total: int
-    left_out: np.ndarray  # (m,) int64, ascending
-
-    def __len__(self) -> int:
-        return self.total - len(self.left_out)
-
-    def at(self, position: int) -> int:
-        # left_out[j] - j samples that are used lie below the j-th that is not.
-        return position + bisect_right(range(len(self.left_out)), position, key=lambda j: int(self.left_out[j]) - j)
-
-    def up_to(self, ends: np.ndarray) -> np.ndarray:
-        counts: np.ndarray = ends - np.searchsorted(self.left_out, ends)
-        return counts
+_NONE = np.empty((0, 3), dtype=np.int64)
 
 
 class Selection(Sequence[tuple[int, int]]):
-    """(source, sample number) of the samples that a stream uses, in the order of the shards."""
+    """(source, sample number) of some samples, in the order of the shards.
 
-    def __init__(self, parts: Iterable[Only | AllBut] = ()) -> None:
-        self.parts = tuple(part for part in parts if len(part))
-        self._ends = np.cumsum([len(part) for part in self.parts], dtype=np.int64)
+    It holds runs of consecutive numbers: all samples but a few take no room.
+    """
+
+    def __init__(self, runs: np.ndarray = _NONE) -> None:
+        """`runs`: (r, 3) int64, the source of each run, its first number, and the number at which it ends."""
+        self._runs = runs
+        self._ends = np.cumsum(runs[:, 2] - runs[:, 1])
+
+    @classmethod
+    def of(cls, source: int, numbers: Sequence[int] | np.ndarray) -> Selection:
+        """These samples of a source, in ascending order."""
+        ascending = np.asarray(numbers, dtype=np.int64)
+        starts = ascending[np.diff(ascending, prepend=-2) > 1]
+        stops = ascending[np.diff(ascending[::-1], prepend=np.iinfo(np.int64).max)[::-1] < -1] + 1
+        return cls(np.stack([np.full_like(starts, source), starts, stops], axis=1))
+
+    @classmethod
+    def all_but(cls, source: int, total: int, left_out: Selection | None = None) -> Selection:
+        """All samples of a source except some of them."""
+        inner = (left_out or cls())._runs[:, 1:].ravel()
+        gaps = np.concatenate([[0], inner, [total]]).reshape(-1, 2)
+        return cls(np.insert(gaps[gaps[:, 0] < gaps[:, 1]], 0, source, axis=1))
+
+    def __add__(self, other: Selection) -> Selection:
+        """The samples of both, which are of different sources."""
+        return Selection(np.concatenate([self._runs, other._runs]))
 
     def __len__(self) -> int:
-        return int(self._ends[-1]) if self.parts else 0
+        return int(self._ends[-1]) if len(self._runs) else 0
 
     def __getitem__(self, position: Any) -> Any:
         if not 0 <= position < len(self):
             raise IndexError(position)
-        which = int(np.searchsorted(self._ends, position, side="right"))
-        part = self.parts[which]
-        return part.source, part.at(int(position - self._ends[which]) + len(part))
+        run = int(np.searchsorted(self._ends, position, side="right"))
+        source, _, stop = self._runs[run].tolist()
+        return source, stop - int(self._ends[run]) + int(position)
 
     def shard_ends(self, sources: Sequence[Shards]) -> np.ndarray:
         """(s,) int64: how many of the samples come before the end of each shard."""
-        starts = self._ends - [len(part) for part in self.parts]
-        return np.concatenate(
-            [start + part.up_to(sources[part.source].ends) for start, part in zip(starts, self.parts, strict=True)]
-        )
+        ends, before = [np.empty(0, dtype=np.int64)], 0
+        for source in dict.fromkeys(self._runs[:, 0].tolist()):
+            runs = self._runs[self._runs[:, 0] == source, 1:]
+            counts = np.cumsum(np.diff(runs, prepend=0, axis=1) * [0, 1])  # at the start and at the end of each run
+            ends.append(before + np.interp(sources[source].ends, runs.ravel(), counts).astype(np.int64))
+            before += int(counts[-1])
+        return np.concatenate(ends)

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
+from multidomain_cct.data.batches.budget import labelled_subset
 from multidomain_cct.data.batches.coverage import ClassCounts, count_classes, covering_order, pixels_per_class
 from multidomain_cct.data.batches.order import Stream
-from multidomain_cct.data.batches.selection import AllBut, Only, Selection, labelled_subset
+from multidomain_cct.data.batches.selection import Selection
 from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.cache import FileCache
@@ -25,7 +24,6 @@ SCHEDULES = ("together", "alternate")
 UNLABELLED = ("rest", "all", "none")
 ORDERS = ("covering", "random")
 ON_BAD = ("fatal", "skip")
-_NO_NUMBERS = np.empty(0, dtype=np.int64)
 WEAK_ENDING = "_weak"
 """Ending of the splits that `weaklabels` makes, so that no split of true masks is taken for pseudo-labels."""
 
@@ -35,8 +33,8 @@ class DomainSettings:
     """How a run uses one domain. Settings left out are those of `data`."""
 
     labelled: str = "all"
-    """How many labelled images are used: a number, a share such as 1/16, `all`, `none`, or a text file with one key a
-    line. Smaller budgets lie inside larger ones.
+    """How many labelled images are used: a number, a share such as 1/16, `all`, `none`, or a text file with one image
+    a line: its key, its file, or its file and its mask. Smaller budgets lie inside larger ones.
     """
     order: str = "covering"
     """Which images a budget takes first: `covering`, so that every class appears early and evenly, by the pixel counts
@@ -188,29 +186,26 @@ def open_streams(
         require_address(settings.remote, data.remote, f"domains.{domain.name}.remote")
     train = _open_split(domain, settings.train_split, settings, data)
     labelled = _labelled(domain, train, settings, data.budget_seed)
-    sources, weak_source = [train], None
-    unlabelled: list[Only | AllBut] = []
+    sources, unlabelled, weak_source = [train], Selection(), None
     if use_unlabelled:
-        if settings.unlabelled == "rest":
-            unlabelled.append(_complement(labelled, len(train)))
-        elif settings.unlabelled == "all":
-            unlabelled.append(AllBut(0, len(train), _NO_NUMBERS))
+        if settings.unlabelled != "none":
+            unlabelled = Selection.all_but(0, len(train), labelled if settings.unlabelled == "rest" else None)
         for split in settings.unlabelled_splits:
             sources.append(_open_split(domain, split, settings, data))
-            unlabelled.append(AllBut(len(sources) - 1, len(sources[-1]), _NO_NUMBERS))
+            unlabelled += Selection.all_but(len(sources) - 1, len(sources[-1]))
         if settings.weak_split:
             weak_source = len(sources)
             sources.append(_open_split(domain, settings.weak_split, settings, data))
             # When the training split itself has pseudo-labels, main and auxiliary decoders learn from the same ones.
             use_true_masks = settings.weak_split != settings.train_split
-            chosen = {train.keys[labelled.at(n)] for n in range(len(labelled))} if use_true_masks else set()
+            chosen = {train.keys[number] for _, number in labelled} if use_true_masks else set()
             unlabelled = _with_pseudo_labels(unlabelled, sources, chosen)
     width, height = settings.crop or data.crop
     return DomainStreams(
         domain=domain,
         sources=tuple(sources),
-        labelled=Selection([labelled]),
-        unlabelled=Selection(unlabelled),
+        labelled=labelled,
+        unlabelled=unlabelled,
         weak_source=weak_source,
         labelled_batch=settings.labelled_batch or data.labelled_batch,
         unlabelled_batch=settings.unlabelled_batch or data.unlabelled_batch,
@@ -229,13 +224,13 @@ def _open_split(domain: Domain, split: str, settings: DomainSettings, data: Data
     return Shards(source, source.catalogue(split))
 
 
-def _labelled(domain: Domain, train: Shards, settings: DomainSettings, seed: int) -> Only | AllBut:
+def _labelled(domain: Domain, train: Shards, settings: DomainSettings, seed: int) -> Selection:
     """The samples whose masks are used.
 
     Keys are read only when a budget has to choose, and then only those of samples with a mask.
     """
     if settings.labelled == "none":
-        return Only(0, _NO_NUMBERS)
+        return Selection()
     where = f"domains.{domain.name}.labelled"
     if settings.labelled == "all":
         if not train.catalogue.labelled.any():
@@ -243,33 +238,33 @@ def _labelled(domain: Domain, train: Shards, settings: DomainSettings, seed: int
                 f"{where}: the split {settings.train_split!r} has no labelled images. Pack it with masks, name another "
                 "train_split, or write `none` when the domain borrows its labels (labels_of)."
             )
-        return AllBut(0, len(train), train.numbers(labelled=False))
+        return Selection.all_but(0, len(train), Selection.of(0, train.numbers(labelled=False)))
     numbers = {train.keys[number]: number for number in train.numbers(labelled=True).tolist()}
 
     def covering(keys: list[str], count: int) -> list[str]:
         pixels = pixels_per_class(train, [numbers[key] for key in keys], domain)
         return [keys[row] for row in covering_order(pixels, count)]
 
-    first = covering if settings.order == "covering" else None
-    chosen = labelled_subset(list(numbers), settings.labelled, seed=seed, where=where, first=first)
-    return Only(0, np.array(sorted(numbers[key] for key in chosen), dtype=np.int64))
+    chosen = labelled_subset(
+        list(numbers),
+        settings.labelled,
+        seed=seed,
+        where=where,
+        first=covering if settings.order == "covering" else None,
+        origins=lambda: map(train.origin, numbers.values()),
+    )
+    return Selection.of(0, sorted(numbers[key] for key in chosen))
 
 
-def _complement(part: Only | AllBut, total: int) -> Only | AllBut:
-    return AllBut(part.source, total, part.numbers) if isinstance(part, Only) else Only(part.source, part.left_out)
-
-
-def _with_pseudo_labels(
-    unlabelled: Sequence[Only | AllBut], sources: Sequence[Shards], chosen: set[str]
-) -> list[Only | AllBut]:
+def _with_pseudo_labels(unlabelled: Selection, sources: Sequence[Shards], chosen: set[str]) -> Selection:
     """The unlabelled samples and those of the last source, which has pseudo-labels. An image of both is used once, with
     its pseudo-labels, and never when its true mask is used.
     """
-    weak = len(sources) - 1
+    *others, weak = range(len(sources))
     pseudo = {key: number for number, key in enumerate(sources[weak].keys) if key not in chosen}
-    parts: list[Only | AllBut] = []
-    for part in unlabelled:
-        keys = sources[part.source].keys
-        numbers = [number for number in map(part.at, range(len(part))) if keys[number] not in pseudo]
-        parts.append(Only(part.source, np.array(numbers, dtype=np.int64)))
-    return [*parts, Only(weak, np.array(list(pseudo.values()), dtype=np.int64))]
+    numbers: dict[int, list[int]] = {source: [] for source in others}
+    for source, number in unlabelled:
+        if sources[source].keys[number] not in pseudo:
+            numbers[source].append(number)
+    numbers[weak] = list(pseudo.values())
+    return sum((Selection.of(source, each) for source, each in numbers.items()), start=Selection())

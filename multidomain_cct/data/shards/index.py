@@ -17,6 +17,7 @@ from multidomain_cct.files.durable import replacing
 
 INDEX_SCHEMA = "multidomain_cct.index.2"
 IMAGE, MASK, META = 0, 1, 2
+FIELDS = ("image", "mask", "description")
 _ARRAYS = ("keys", "offset", "size", "crc32")
 _BUILD = "Build it again: python -m multidomain_cct index"
 

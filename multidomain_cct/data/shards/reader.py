@@ -7,6 +7,7 @@ and closed again.
 
 from __future__ import annotations
 
+import json
 import os
 import zlib
 from collections import OrderedDict
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from multidomain_cct.data.shards.catalogue import Catalogue, catalogue_path
-from multidomain_cct.data.shards.index import IMAGE, MASK, ShardIndex, shard_paths
+from multidomain_cct.data.shards.index import FIELDS, IMAGE, MASK, META, ShardIndex, shard_paths
 from multidomain_cct.data.shards.sources import LocalFolder, RemoteFolder
 from multidomain_cct.errors import UserError
 
@@ -136,6 +137,13 @@ class Shards:
         mask = self._member(shard, index, row, MASK) if with_mask and index.size[row, MASK] >= 0 else None
         return Record(index.keys[row], location, self._member(shard, index, row, IMAGE), mask)
 
+    def origin(self, number: int) -> str:
+        """The raw file of a sample, relative to the raw folder; empty when its description has none."""
+        shard, row = self._locate(number)
+        index = self._index(shard)
+        source = json.loads(self._member(shard, index, row, META)).get("source") if index.size[row, META] >= 0 else None
+        return source if isinstance(source, str) else ""
+
     def _start(self, shard: int) -> int:
         return int(self.ends[shard] - self.catalogue.samples[shard])
 
@@ -161,7 +169,7 @@ class Shards:
         # pread keeps no file position, so forked workers may share the descriptor.
         content = os.pread(self._descriptor(shard), size, int(index.offset[row, column]))
         if len(content) != size or zlib.crc32(content) != index.crc32[row, column]:
-            location, field = self.source.location(self.catalogue.names[shard]), "image" if column == IMAGE else "mask"
+            location, field = self.source.location(self.catalogue.names[shard]), FIELDS[column]
             raise BadSample(
                 f"{location}: key {index.keys[row]!r}: the bytes differ from what was indexed ({field}). Copy the "
                 f"shard again, or if it was changed on purpose: python -m multidomain_cct index {location}",
