@@ -6,84 +6,82 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from multidomain_cct.data.domain import LabelClass
+from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.files.printable import first_few
 
 _MANY_UNNAMED = 0.05
 """Share of pixels that may lack a class without a word."""
 
 
-def table_findings(classes: Sequence[LabelClass]) -> list[str]:
+def table_findings(domain: Domain) -> list[str]:
     """What a class table makes impossible, each with its remedy."""
-    if len(classes) == 1:
+    if domain.num_classes == 1:
         return [
             "the class table has one class, so there is nothing to distinguish. Add the rest, such as a background."
         ]
-    if not any(label.thing for label in classes):
+    if not any(label.thing for label in domain.classes):
         return ["no class is marked as a countable object. Write `thing: true` for those that are, such as cars."]
     return []
 
 
-def pixel_findings(
-    classes: Sequence[LabelClass], pixels: Sequence[int], *, unnamed: Mapping[str, int], raw: Mapping[str, int]
-) -> list[str]:
-    """What the labelled images of a split cannot teach, each with its remedy.
+def pixel_findings(domain: Domain, pixels: Sequence[int], unnamed: Mapping[str, int]) -> list[str]:
+    """What labelled images cannot teach, each with its remedy.
 
-    `pixels` counts by train id, the last entry those that are ignored. `unnamed` and `raw` count by raw value as
-    printed ("12", "#ff0080"): the values that the table neither names nor ignores, and all of them; empty where they
-    are not known.
+    `pixels` counts them by train id, the last entry those that are ignored; `unnamed` by raw value as printed ("12",
+    "#ff0080"), of those that the table neither names nor ignores.
     """
-    total = max(1, sum(pixels))
-    causes = (_shifted(classes, unnamed, raw), _binary(classes, raw), _grey(classes, unnamed))
-    findings = [text for text in causes if text]
-    absent = [label.name for label, count in zip(classes, pixels, strict=False) if not count]
-    if len(absent) == len(classes):
+    findings = [text for text in (_shifted(domain, unnamed), _binary(domain, pixels), _grey(domain, unnamed)) if text]
+    absent = [label.name for label, count in zip(domain.classes, pixels, strict=False) if not count]
+    if len(absent) == domain.num_classes:
         findings.append("no pixel of any class: nothing can be learnt. Check ids or colors in the class table.")
     elif absent:
         names = first_few([f'"{name}"' for name in absent])
-        findings.append(
-            f"no pixel of the class {names}. Check ids or colors in the class table, or choose images that show it."
-        )
-    if (ignored := sum(unnamed.values())) > _MANY_UNNAMED * total:
+        begins = " If the ids of the masks begin at 1, give them: `ids: [1]` and so on." * (not pixels[0])
+        remedy = "Check ids or colors in the class table, or choose images that show it."
+        findings.append(f"no pixel of the class {names}. {remedy}{begins}")
+    share = sum(unnamed.values()) / max(1, sum(pixels))
+    if share > _MANY_UNNAMED:
         values = first_few(sorted(unnamed, key=lambda value: -unnamed[value]))
         findings.append(
-            f"{ignored / total:.1%} of the pixels are ignored because no class names their raw values: {values}. "
-            "Give them to a class, or list them in ignore_ids or ignore_colors."
+            f"{share:.1%} of the pixels are ignored because no class names their raw values: {values}. Give them to a "
+            "class, or list them in ignore_ids or ignore_colors."
         )
     return findings
 
 
-def _raw_ids(classes: Sequence[LabelClass]) -> set[int]:
-    return {raw_id for place, label in enumerate(classes) for raw_id in ((place,) if label.ids is None else label.ids)}
+def _raw_ids(domain: Domain) -> set[int]:
+    ids = ((place,) if label.ids is None else label.ids for place, label in enumerate(domain.classes))
+    return {raw_id for of_class in ids for raw_id in of_class}
 
 
-def _shifted(classes: Sequence[LabelClass], unnamed: Mapping[str, int], raw: Mapping[str, int]) -> str:
-    """Ids from 1 to N, or a background 0 and those, for a table from 0 to N - 1."""
-    count = len(classes)
-    beyond = max((int(value) for value in unnamed if value.isdecimal()), default=0) == count
-    never_zero = "0" not in raw and all(str(raw_id) in raw for raw_id in range(1, count))
-    if count < 2 or _raw_ids(classes) != set(range(count)) or not (beyond or never_zero):
+def _shifted(domain: Domain, unnamed: Mapping[str, int]) -> str:
+    """Ids from 0 or 1 to N for a table from 0 to N - 1."""
+    count = domain.num_classes
+    highest = max((int(value) for value in unnamed if value.isdecimal()), default=0)
+    if highest != count or _raw_ids(domain) != set(range(count)):
         return ""
-    held = " and ".join([f"hold {count}"] * beyond + ["never hold 0"] * never_zero)
     return (
-        f"raw ids look shifted by one: masks {held}, and the class table has 0 to {count - 1}. Give the classes the "
-        "ids of the masks, such as `ids: [1]`."
+        f"raw ids look shifted by one: the class table has 0 to {count - 1}, and masks hold {count}. Give the classes "
+        "the ids of the masks, such as `ids: [1]`."
     )
 
 
-def _binary(classes: Sequence[LabelClass], raw: Mapping[str, int]) -> str:
+def _binary(domain: Domain, pixels: Sequence[int]) -> str:
     """Masks of 0 and 255 whose 255 is ignored."""
-    if raw.keys() != {"0", "255"} or 255 in _raw_ids(classes):
+    train, _ = domain.id_lookup
+    with_pixels = {train_id for train_id, count in enumerate(pixels) if count}
+    if with_pixels != {int(train[0]), IGNORE} or domain.ignore_ids != (255,) or domain.ignore_colors:
         return ""
     return (
-        "masks hold 0 and 255 only, and 255 is ignored. If it is the foreground, write `ids: [255]` for its class, "
-        "`ids: [0]` for the other, and `ignore_ids: []`."
+        "masks seem to hold 0 and 255 only, and 255 is ignored. If it is the foreground, write `ids: [255]` for its "
+        "class, `ids: [0]` for the other, and `ignore_ids: []`."
     )
 
 
-def _grey(classes: Sequence[LabelClass], unnamed: Mapping[str, int]) -> str:
+def _grey(domain: Domain, unnamed: Mapping[str, int]) -> str:
     """Ids stored in three equal channels."""
-    if not unnamed.keys() & {f"#{raw_id:02x}" + 2 * f"{raw_id:02x}" for raw_id in _raw_ids(classes) if raw_id < 256}:
+    # Black and white often lack a class in masks of colours too.
+    if not unnamed.keys() & {f"#{3 * f'{raw_id:02x}'}" for raw_id in _raw_ids(domain) if 0 < raw_id < 255}:
         return ""
     return (
         "masks have three equal channels, which look like ids stored as grey colours. Export them with one channel, or "
