@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from multidomain_cct.commands.terminal import DONE, Words, say
@@ -32,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.data.shards.index import index_path, shard_paths
     from multidomain_cct.data.shards.scan import Extensions, index_shard, verify_shard
 
+    for path in options.shards:
+        _require_usable_name(path)
     if options.verify:
         for path in options.shards:
             say(f"{path}: {len(verify_shard(path).keys)} samples, as they were indexed")
@@ -48,5 +51,15 @@ def run(options: argparse.Namespace) -> int:
     for path in options.shards:
         index = index_shard(path, extensions=Extensions(image=options.image, mask=options.mask))
         masks = int((index.size[:, 1] >= 0).sum())
-        say(f"{index_path(path)}: {len(index.keys)} samples, {masks} with a mask")
+        skipped = ", ".join(f"{count} x {ending}" for ending, count in index.notes.get("skipped", {}).items())
+        more = f"; skipped: {skipped}" if skipped else ""
+        say(f"{index_path(path)}: {len(index.keys)} samples, {masks} with a mask{more}")
     return DONE
+
+
+def _require_usable_name(path: Path) -> None:
+    """Raises UserError, with the name that is needed, for a shard that training would not find."""
+    if not re.fullmatch(r".+-[0-9]+\.tar", path.name):
+        split, number = re.match(r"([A-Za-z]*)\D*(\d*)", path.name.removesuffix(".tar")).groups()  # type: ignore[union-attr]
+        needed = path.with_name(f"{split or 'train'}-{number or '00000'}.tar")
+        raise UserError(f"{path} would not be found: a shard is named SPLIT-NUMBER.tar. Rename it, such as {needed}")

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,14 +103,10 @@ def _require_different_keys(paths: Sequence[Path], key_hashes: Sequence[np.ndarr
     """
     hashes, counts = np.unique(np.concatenate(key_hashes), return_counts=True)
     suspects = set(hashes[counts > 1].tolist())
-    seen: set[str] = set()
-    for path, in_shard in zip(paths, key_hashes, strict=True):
-        if suspects.isdisjoint(in_shard.tolist()):
-            continue
-        keys = [key for key in ShardIndex.load(index_path(path)).keys if hash(key) in suspects]
-        if twice := seen.intersection(keys):
-            raise UserError(f"{path.parent}: the key {min(twice)!r} is in more than one shard. Pack the split again.")
-        seen.update(keys)
+    keys = (key for path in paths if suspects for key in ShardIndex.load(index_path(path)).keys)
+    if twice := [key for key, count in Counter(key for key in keys if hash(key) in suspects).items() if count > 1]:
+        folder = paths[0].parent
+        raise UserError(f"{folder}: the key {min(twice)!r} is in more than one shard. Pack the split again.")
 
 
 def _require_finished(paths: Sequence[Path], totals: Iterable[int], count: int) -> None:

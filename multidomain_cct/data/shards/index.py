@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -80,8 +82,14 @@ class ShardIndex:
 
 
 def shard_paths(folder: Path, split: str) -> list[Path]:
-    """The finished shards of a split, in order."""
-    return sorted(path for path in folder.glob(f"{split}-*.tar") if path.name[len(split) + 1 : -4].isdigit())
+    """The finished shards of a split, in order. Raises UserError when the folder may not be read."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{folder} cannot be read: {error.strerror}. Ask its owner for the right to read it.") from None
+    return [folder / name for name in sorted(names) if re.fullmatch(rf"{re.escape(split)}-[0-9]+\.tar", name)]
 
 
 def index_path(shard: Path) -> Path:
@@ -98,6 +106,8 @@ def existing_index(shard: Path) -> Path:
 
 def require_indexed_size(shard: Path, size: int, indexed: int) -> None:
     """Raises UserError when the shard's size is not the one that was indexed."""
+    if size == 0:
+        raise UserError(f"{shard} has 0 bytes: it was emptied. Copy it again, or remove it and pack the split again.")
     if size != indexed:
         raise UserError(f"{shard} has {size} bytes, but its index was made for {indexed}. {_BUILD} {shard}")
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import resource
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -26,7 +28,11 @@ from multidomain_cct.errors import UserError
 INDEX_BYTES = 32 * 1024 * 1024
 """Memory for opened indexes per split and process; at least one is kept."""
 OPEN_FILES = 64
-"""Shards per split and process that are open at a time."""
+"""Shards that a process has open at a time, of all splits together; fewer where it may open few files."""
+_descriptors: OrderedDict[tuple[str, bytes], int] = OrderedDict()
+"""Descriptors of open shards by location and checksum, the ones used longest ago first. A forked process has its own,
+and may close them.
+"""
 
 
 class BadSample(UserError):
@@ -66,7 +72,6 @@ class Shards:
         """(s,) int64: the sample number at which each shard ends."""
         self._indexes: OrderedDict[int, ShardIndex] = OrderedDict()
         self._index_bytes = 0
-        self._descriptors: OrderedDict[int, int] = OrderedDict()
 
     @classmethod
     def open(cls, folder: Path, split: str) -> Shards:
@@ -74,7 +79,9 @@ class Shards:
         paths = shard_paths(folder, split)
         if not paths:
             command = f"python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
-            raise UserError(f"{folder} has no {split} shards. Make them: {command}")
+            others = sorted(path.name for path in folder.glob("*.tar") if not re.fullmatch(r".+-[0-9]+\.tar", path.name))
+            named = f" It holds {others[0]}; a shard is named such as {split}-00000.tar." if others else ""
+            raise UserError(f"{folder} has no {split} shards.{named} Make them: {command}")
         listed = catalogue_path(folder, split)
         if not listed.is_file():
             return cls.of(paths)
@@ -102,9 +109,7 @@ class Shards:
     @property
     def labelled(self) -> np.ndarray:
         """(n,) bool: whether the sample has a mask."""
-        has_mask = np.zeros(len(self), dtype=bool)
-        has_mask[self.numbers(labelled=True)] = True
-        return has_mask
+        return np.isin(np.arange(len(self)), self.numbers(labelled=True))
 
     def numbers(self, *, labelled: bool) -> np.ndarray:
         """(m,) int64, ascending: the samples with a mask, or those without.
@@ -178,20 +183,14 @@ class Shards:
         return content
 
     def _descriptor(self, shard: int) -> int:
-        if shard not in self._descriptors:
-            self._descriptors[shard] = self.source.descriptor(self.catalogue, shard)
-            if len(self._descriptors) > OPEN_FILES:
-                _, oldest = self._descriptors.popitem(last=False)
-                os.close(oldest)
-        self._descriptors.move_to_end(shard)
-        return self._descriptors[shard]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_descriptors": OrderedDict()}
-
-    def __del__(self) -> None:
-        for descriptor in getattr(self, "_descriptors", {}).values():
-            os.close(descriptor)
+        name = self.source.location(self.catalogue.names[shard]), self.catalogue.shard_sha256[shard].tobytes()
+        if name not in _descriptors:
+            allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            while _descriptors and len(_descriptors) >= min(OPEN_FILES, allowed // 4):
+                os.close(_descriptors.popitem(last=False)[1])
+            _descriptors[name] = self.source.descriptor(self.catalogue, shard)
+        _descriptors.move_to_end(name)
+        return _descriptors[name]
 
 
 class _Keys(Sequence[str]):

@@ -1,124 +1,200 @@
 """Tar shards read from end to end, to index them or to compare them with their index.
 
-Whatever a streaming reader would skip silently is refused here, by shard and member, before a run reads it.
+Damage that a streaming reader would pass over is refused here, by shard and member, before a run reads it.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import tarfile
 import zlib
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from multidomain_cct.data.shards.index import IMAGE, MASK, META, ShardIndex, checked_index, index_path, with_notes_of
+from multidomain_cct.data.shards.index import (
+    FIELDS,
+    IMAGE,
+    MASK,
+    META,
+    ShardIndex,
+    checked_index,
+    index_path,
+    with_notes_of,
+)
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import file_sha256
 
 _BLOCK = 512
+_PIECE = 1 << 20
+"""Most bytes of a shard that are in memory at a time."""
 _LONGEST_NAME = 240
+_EXECUTABLE = frozenset("dill exe gz joblib npy npz pickle pkl pt pth py pyc pyd sh so".split())
+"""Parts of endings of files that other readers of shards would run or unpack."""
 _AGAIN = "Make or copy the shard again."
 
 
 @dataclass(frozen=True)
 class Extensions:
-    """Endings, after the key, of a sample's members."""
+    """Endings, after the key, of a sample's members, with or without the dot, in any case."""
 
     image: str = "jpg"
     mask: str = "png"
     meta: str = "json"
 
+    @property
+    def columns(self) -> dict[str, int]:
+        """The index's column of each ending; an image's wins."""
+        columns = {self.meta: META, self.mask: MASK, self.image: IMAGE}
+        return {ending.lstrip(".").lower(): column for ending, column in columns.items()}
+
+
+class _Tar(io.BufferedReader):
+    """A tar whose headers cannot fill the memory: tarfile reads long names whole."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= _PIECE:
+            raise tarfile.ReadError(f"a header of {size} bytes")
+        return super().read(size)
+
 
 def scan_shard(path: Path, *, extensions: Extensions | None = None, notes: dict[str, Any] | None = None) -> ShardIndex:
-    """Read a tar once and return its index.
+    """Read a tar once and return its index. Folders, hidden files and members with other endings are passed over, and
+    counted by ending in the note `skipped`.
 
-    Raises UserError for a missing end marker, a damaged header, members that are not regular files, unknown members,
-    duplicate keys, keys that come back later, samples without an image, and descriptions that are not JSON.
+    Raises UserError for a missing end marker, a damaged header, links, members that could be run, duplicate keys, keys
+    that come back later, masks without an image, and descriptions that are not JSON.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such shard.")
-    endings = extensions or Extensions()
-    columns = {endings.image: IMAGE, endings.mask: MASK, endings.meta: META}
+    if not path.stat().st_size:
+        raise UserError(f"{path} has 0 bytes; it is not a tar. {_AGAIN}")
+    columns = (extensions or Extensions()).columns
     samples: dict[str, list[tuple[int, int, int]]] = {}
     """By key, for each column: offset, size, crc32."""
+    skipped: Counter[str] = Counter()
     previous, end = "", 0
     try:
-        with path.open("rb") as file:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    key, column = _key_and_column(path, member.name, columns)
-                    content = _content(path, file, member)
-                    if key != previous and key in samples:
-                        raise UserError(f"{path}: the key {key!r} appears twice. Members of a sample are adjacent.")
-                    row = samples.setdefault(key, [(-1, -1, 0)] * 3)
-                    if row[column][0] >= 0:
-                        raise UserError(f"{path}: the member {member.name!r} appears twice. {_AGAIN}")
-                    if column == META:
-                        _require_description(path, member.name, content)
-                    row[column] = (member.offset_data, len(content), zlib.crc32(content))
-                    previous, end = key, member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-            file.seek(end)
-            _require_end_marker(path, file.read(), end)
+        with _Tar(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
+                key, column = _key_and_column(path, member, columns)
+                if column is None:
+                    skipped[key] += 1
+                    continue
+                if key != previous and key in samples:
+                    raise UserError(f"{path}: the key {key!r} appears twice. Members of a sample are adjacent.")
+                row = samples.setdefault(key, [(-1, -1, 0)] * 3)
+                if row[column][0] >= 0:
+                    raise UserError(f"{path}: the member {member.name!r} appears twice. {_AGAIN}")
+                row[column] = (member.offset_data, member.size, _checked_content(path, file, member, column == META))
+                previous = key
+            _require_end_marker(path, file, end)
     except (tarfile.TarError, ValueError) as error:
         # ValueError: a header field that should be a number and is not.
         raise UserError(f"{path}: this is not an uncompressed tar file ({error}).") from None
-    if not samples:
-        raise UserError(f"{path}: the shard holds no samples.")
-    for key, row in samples.items():
-        if row[IMAGE][0] < 0:
-            raise UserError(f"{path}: the key {key!r} has no image (.{endings.image}). Add it, or remove the key.")
+    samples, notes = _with_images(path, samples, skipped, columns), notes or {}
     offset, size, crc32 = np.moveaxis(np.array(list(samples.values()), dtype=np.int64), 2, 0).copy()  # (n, 3) each
-    return ShardIndex(tuple(samples), offset, size, crc32, path.stat().st_size, file_sha256(path), notes or {})
+    notes |= {"skipped": dict(skipped)} if skipped else {}
+    return ShardIndex(tuple(samples), offset, size, crc32, path.stat().st_size, file_sha256(path), notes)
 
 
-def _key_and_column(path: Path, name: str, columns: dict[str, int]) -> tuple[str, int]:
-    """A member's key and column. As in WebDataset, the key ends at the first dot of the last part of the path."""
+def _key_and_column(path: Path, member: tarfile.TarInfo, columns: dict[str, int]) -> tuple[str, int | None]:
+    """A member's key and column; or what a member that is passed over is counted as, and None.
+
+    As in WebDataset, the key ends at the first dot of the last part of the path.
+    """
+    name = member.name
     folder, _, base = name.rpartition("/")
-    stem, dot, extension = base.partition(".")
+    stem, dot, ending = base.partition(".")
+    ending = ending.lower()
+    if member.isdir():
+        return "folder", None
+    if not member.isreg() or member.issparse():
+        raise UserError(f"{path}: the member {name!r} is not a regular file. Pack without links.")
     inside = not name.startswith("/") and ".." not in folder.split("/")
-    if not stem or not dot or not inside or not name.isprintable() or len(name) > _LONGEST_NAME:
+    if not dot or not inside or not name.isprintable() or len(name) > _LONGEST_NAME:
         raise UserError(
             f"{path}: the member {name[:80]!r} has no usable name; expected KEY.ENDING, relative, printable, of at "
             f"most {_LONGEST_NAME} characters."
         )
-    if extension.lower() not in columns:
-        raise UserError(
-            f"{path}: the member {name!r} has the ending .{extension.lower()}; allowed: "
-            f"{', '.join(f'.{ending}' for ending in columns)}. Choose others with --image, --mask."
-        )
-    return (f"{folder}/{stem}" if folder else stem), columns[extension.lower()]
+    if not _EXECUTABLE.isdisjoint(ending.split(".")) and ending not in columns:
+        remedy = "which other readers may run. Pack without such files."
+        raise UserError(f"{path}: the member {name!r} has the ending .{ending}, {remedy}")
+    if not stem:
+        return "hidden file", None
+    column = columns.get(ending)
+    return (f".{ending}" if column is None else str(PurePosixPath(folder, stem))), column
 
 
-def _content(path: Path, file: BinaryIO, member: tarfile.TarInfo) -> bytes:
-    if not member.isreg() or member.issparse():
-        raise UserError(f"{path}: the member {member.name!r} is not a regular file. Pack without links and folders.")
-    file.seek(member.offset_data)
-    content = file.read(member.size)
-    if len(content) < member.size:
-        raise UserError(f"{path}: the member {member.name!r} is cut off. {_AGAIN}")
-    if not content:
+def _checked_content(path: Path, file: BinaryIO, member: tarfile.TarInfo, is_description: bool) -> int:
+    """The crc32 of a member's content."""
+    if not member.size:
         raise UserError(f"{path}: the member {member.name!r} is empty. {_AGAIN}")
-    return content
+    file.seek(member.offset_data)
+    if is_description:
+        content = file.read(min(member.size, _PIECE))
+        _require_description(path, member.name, content)
+        file.seek(member.offset_data)
+    crc32, left = 0, member.size
+    for piece in _pieces(file, left):
+        crc32, left = zlib.crc32(piece, crc32), left - len(piece)
+    if left:
+        raise UserError(f"{path}: the member {member.name!r} is cut off. {_AGAIN}")
+    return crc32
+
+
+def _pieces(file: BinaryIO, size: int) -> Iterator[bytes]:
+    """At most so many bytes, piece by piece, until the file ends."""
+    while size > 0 and (piece := file.read(min(size, _PIECE))):
+        yield piece
+        size -= len(piece)
 
 
 def _require_description(path: Path, name: str, content: bytes) -> None:
     try:
         description = json.loads(content)
     except (ValueError, RecursionError):
-        raise UserError(f"{path}: the member {name!r} is not valid JSON; a description is a JSON object.") from None
+        raise UserError(f"{path}: the member {name!r} is not valid JSON of at most 1 MiB.") from None
     if not isinstance(description, dict):
         found = type(description).__name__
         raise UserError(f"{path}: the member {name!r} holds {found}; a description is a JSON object.")
 
 
-def _require_end_marker(path: Path, tail: bytes, end: int) -> None:
-    if tail.strip(b"\0"):
-        raise UserError(f"{path}: the bytes after {end} are not a tar header, so the shard is damaged there. {_AGAIN}")
-    if len(tail) < 2 * _BLOCK:
+def _require_end_marker(path: Path, file: BinaryIO, end: int) -> None:
+    file.seek(end)
+    length = 0
+    for piece in _pieces(file, path.stat().st_size):
+        length += len(piece)
+        if piece.strip(b"\0"):
+            raise UserError(f"{path}: the bytes after {end} are not a tar header; the shard is damaged there. {_AGAIN}")
+    if length < 2 * _BLOCK:
         raise UserError(f"{path}: the end marker is missing after byte {end}; the shard may be cut off. {_AGAIN}")
+
+
+def _with_images(
+    path: Path, samples: dict[str, list[tuple[int, int, int]]], skipped: Counter[str], columns: dict[str, int]
+) -> dict[str, list[tuple[int, int, int]]]:
+    """The samples, without keys that have a description only; these count as skipped.
+
+    Raises UserError for a mask without an image, and when no image is left.
+    """
+    image = next(ending for ending, column in columns.items() if column == IMAGE)
+    for key, row in samples.items():
+        if row[IMAGE][0] < 0 <= row[MASK][0]:
+            raise UserError(f"{path}: the key {key!r} has no image (.{image}). Add it, or choose --image.")
+    whole = {key: row for key, row in samples.items() if row[IMAGE][0] >= 0}
+    if len(whole) < len(samples):
+        skipped["description without an image"] += len(samples) - len(whole)
+    if not whole:
+        found = ", ".join(f"{count} x {ending}" for ending, count in skipped.items()) or "nothing"
+        raise UserError(f"{path}: the shard holds no samples with an image (.{image}) but {found}. Choose --image.")
+    return whole
 
 
 def index_shard(path: Path, *, extensions: Extensions | None = None) -> ShardIndex:
@@ -139,10 +215,12 @@ def verify_shard(path: Path) -> ShardIndex:
         return index
     with path.open("rb") as file:
         for row, key in enumerate(index.keys):
-            for column, field in ((IMAGE, "image"), (MASK, "mask"), (META, "description")):
-                size = int(index.size[row, column])
+            for column, field in enumerate(FIELDS):
+                size, crc32 = int(index.size[row, column]), 0
                 file.seek(max(0, int(index.offset[row, column])))
-                if size >= 0 and zlib.crc32(file.read(size)) != index.crc32[row, column]:
+                for piece in _pieces(file, size):
+                    crc32 = zlib.crc32(piece, crc32)
+                if size >= 0 and crc32 != index.crc32[row, column]:
                     where = f"{path}: key {key!r}"
                     raise UserError(f"{where}: the {field} differs from what was indexed. Copy the shard again.")
     raise UserError(f"{path}: a tar header or padding differs from what was indexed. Copy the shard again.")

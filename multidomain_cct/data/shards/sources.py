@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from dataclasses import dataclass
@@ -13,6 +14,11 @@ from multidomain_cct.data.shards.download import download
 from multidomain_cct.data.shards.index import ShardIndex, existing_index, index_path, require_indexed_size
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import file_sha256
+
+_REMEDIES = {
+    errno.EACCES: "Ask its owner for the right to read it.",
+    errno.EMFILE: "Allow more open files: ulimit -n 1024.",
+}
 
 
 @dataclass(frozen=True)
@@ -40,11 +46,15 @@ class LocalFolder:
     def descriptor(self, catalogue: Catalogue, shard: int) -> int:
         """A descriptor of the shard, opened for reading; the caller closes it.
 
-        Raises UserError when the shard's size is not the indexed one.
+        Raises UserError when the shard is gone, may not be read, or has not the indexed size.
         """
         path = self.folder / catalogue.names[shard]
-        require_indexed_size(path, path.stat().st_size, int(catalogue.shard_bytes[shard]))
-        return os.open(path, os.O_RDONLY)
+        try:
+            require_indexed_size(path, path.stat().st_size, int(catalogue.shard_bytes[shard]))
+            return os.open(path, os.O_RDONLY)
+        except OSError as error:
+            remedy = _REMEDIES.get(error.errno or 0, "Bring it back, or pack the split again.")
+            raise UserError(f"{path} cannot be opened: {error.strerror}. {remedy}") from None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from multidomain_cct.data.batches.loader import TrainingSet, steps
 from multidomain_cct.data.batches.streams import DataSettings, DomainSettings, open_streams
 from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
+from multidomain_cct.data.shards import reader
 from multidomain_cct.data.shards.cache import FileCache
 from multidomain_cct.data.shards.download import Patience, SourceError, download, open_with_fsspec, require_address
 from multidomain_cct.data.shards.reader import Shards
@@ -144,7 +145,7 @@ def test_the_cache_stays_within_its_size_and_fetches_again_what_it_let_go(server
     local = contents(Shards.open(server.folder, "train"))
     for _ in range(2):
         assert contents(shards) == local
-        shards._descriptors.clear()
+        reader._descriptors.clear()
         assert sum(path.stat().st_size for path in cache.iterdir()) <= 3 * size
     with pytest.raises(UserError, match="data.cache_gib is"):
         opened(server, tmp_path / "small", max_bytes=size - 1).read(0)

@@ -1,6 +1,11 @@
+import errno
 import io
 import json
+import os
+import resource
 import tarfile
+import tracemalloc
+from collections import OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,7 @@ from safetensors.numpy import save
 from tars import write_tar
 
 from multidomain_cct.__main__ import main
+from multidomain_cct.data.shards import reader
 from multidomain_cct.data.shards.index import ShardIndex, index_path
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.scan import Extensions, index_shard, scan_shard
@@ -45,7 +51,7 @@ def test_samples_read_back_by_number_with_their_bytes(tmp_path: Path) -> None:
     write_split(tmp_path, per_shard=2)
     shards = Shards.open(tmp_path, "train")
     assert list(shards.keys) == [f"image_{n}" for n in range(5)]
-    assert shards.labelled.tolist() == [True, False, True, False, True]
+    assert shards.numbers(labelled=True).tolist() == [0, 2, 4]
     assert shards.catalogue.samples.tolist() == [2, 2, 1]
     for number in (4, 0, 3):
         record = shards.read(number)
@@ -110,7 +116,7 @@ def damaged(tmp_path: Path, trouble: str) -> Path:
         return write_tar(path, [("a.jpg", b"1"), ("a.jpg", b"2")])
     if trouble == "no image":
         return write_tar(path, [("a.png", b"1")])
-    if trouble == "unknown member":
+    if trouble == "member that could be run":
         return write_tar(path, [("a.jpg", b"1"), ("a.pkl", b"2")])
     if trouble == "upward path":
         return write_tar(path, [("../a.jpg", b"1")])
@@ -141,7 +147,7 @@ def damaged(tmp_path: Path, trouble: str) -> Path:
         ("duplicate key", "'a' appears twice"),
         ("duplicate member", "'a.jpg' appears twice"),
         ("no image", "has no image"),
-        ("unknown member", "ending .pkl"),
+        ("member that could be run", "ending .pkl"),
         ("upward path", "no usable name"),
         ("link", "not a regular file"),
         ("no end marker", "end marker is missing"),
@@ -242,7 +248,7 @@ def test_a_split_opens_by_its_catalogue_and_reads_the_same(tmp_path: Path, capsy
     assert "train.catalogue: 5 samples in 3 shard(s)" in capsys.readouterr().out
     listed = Shards.open(tmp_path, "train")
     assert list(listed.keys) == list(plain.keys)
-    assert listed.labelled.tolist() == plain.labelled.tolist()
+    assert listed.numbers(labelled=True).tolist() == plain.numbers(labelled=True).tolist()
     assert listed.fingerprint == plain.fingerprint
     assert [listed.read(number) for number in (4, 0, 3)] == [plain.read(number) for number in (4, 0, 3)]
 
@@ -262,13 +268,14 @@ def test_a_catalogue_of_other_shards_is_refused(tmp_path: Path) -> None:
 
 def test_few_indexes_and_files_are_open_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_split(tmp_path, per_shard=1)
-    monkeypatch.setattr("multidomain_cct.data.shards.reader.INDEX_BYTES", 300)
-    monkeypatch.setattr("multidomain_cct.data.shards.reader.OPEN_FILES", 2)
+    monkeypatch.setattr(reader, "INDEX_BYTES", 300)
+    monkeypatch.setattr(reader, "OPEN_FILES", 2)
+    monkeypatch.setattr(reader, "_descriptors", OrderedDict())
     shards = Shards.open(tmp_path, "train")
     for _ in range(2):
         assert [shards.read(number).image for number in range(5)] == [jpeg(number) for number in range(5)]
         assert len(shards._indexes) <= 2
-        assert len(shards._descriptors) == 2
+        assert len(reader._descriptors) == 2
 
 
 def test_verifying_names_the_field_that_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -305,3 +312,139 @@ def test_an_index_of_an_earlier_version_is_refused_and_made_again_with_its_notes
         Shards.of([path])
     assert index_shard(path).notes == {"plan": "abc"}
     assert len(Shards.of([path])) == 1
+
+
+# Shards that somebody else wrote
+
+
+def test_what_is_not_part_of_a_sample_is_counted_and_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "train-00000.tar"
+    with tarfile.open(path, "w") as tar:
+        folder = tarfile.TarInfo("dataset")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for name in ("dataset/._a.jpg", "dataset/a.jpg", "dataset/a.txt", "dataset/a.PNG", "dataset/b.jpg", "b.json"):
+            member = tarfile.TarInfo(name)
+            member.size = 2
+            tar.addfile(member, io.BytesIO(b"{}"))
+    assert main(["index", str(path)]) == 0
+    printed = capsys.readouterr().out
+    assert "2 samples, 1 with a mask" in printed
+    for skipped in ("1 x folder", "1 x hidden file", "1 x .txt", "1 x description without an image"):
+        assert skipped in printed
+    assert list(Shards.of([path]).keys) == ["dataset/a", "dataset/b"]
+
+
+@pytest.mark.parametrize("ending", ["JPG", ".jpg", ".JPG", "jpg"])
+def test_an_ending_may_have_a_dot_and_any_case(tmp_path: Path, ending: str) -> None:
+    path = write_tar(tmp_path / "train-00000.tar", [("a.JPG", b"x"), ("b.jpg", b"y")])
+    assert index_shard(path, extensions=Extensions(image=ending)).keys == ("a", "b")
+
+
+def test_images_with_the_default_ending_of_masks_are_images(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train-00000.tar", [("a.png", b"x"), ("b.png", b"y")])
+    assert (index_shard(path, extensions=Extensions(image="png")).size[:, 1] == -1).all()
+
+
+def test_other_endings_of_images_are_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "train-00000.tar", [("a.jpeg", b"x"), ("a.json", b"{}"), ("b.jpeg", b"x")])
+    with pytest.raises(UserError, match=r"no samples with an image \(.jpg\) but 2 x .jpeg.* Choose --image"):
+        scan_shard(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "needed"),
+    [
+        ("00000.tar", "train-00000.tar"),
+        ("train_00003.tar", "train-00003.tar"),
+        ("val.tar", "val-00000.tar"),
+        ("train-00000.TAR", "train-00000.tar"),
+    ],
+)
+def test_a_shard_that_training_would_not_find_is_told_the_name_it_needs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, needed: str
+) -> None:
+    path = write_tar(tmp_path / name, [("a.jpg", b"x")])
+    assert main(["index", str(path)]) == 2
+    assert str(tmp_path / needed) in " ".join(capsys.readouterr().err.split())
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_absent_shards_name_the_tar_that_is_there_under_another_name(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", [("a.jpg", b"x")])
+    with pytest.raises(UserError, match=r"It holds 00000.tar; a shard is named such as val-00000.tar"):
+        Shards.open(tmp_path, "val")
+
+
+# Hostile surroundings
+
+
+def test_an_emptied_shard_is_said_to_have_0_bytes(tmp_path: Path) -> None:
+    (path,) = write_split(tmp_path)
+    path.write_bytes(b"")
+    for read in (Shards.of, lambda paths: scan_shard(paths[0])):
+        with pytest.raises(UserError, match="has 0 bytes"):
+            read([path])
+
+
+@pytest.mark.parametrize("trouble", ["removed", "emptied"])
+def test_a_shard_that_is_lost_after_opening_is_one_line(tmp_path: Path, trouble: str) -> None:
+    (path,) = write_split(tmp_path)
+    shards = Shards.of([path])
+    path.unlink() if trouble == "removed" else path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"train-00000.tar .*(Bring it back|Copy it again)"):
+        shards.read(0)
+
+
+def test_a_folder_that_may_not_be_read_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> list[str]:
+        raise PermissionError(errno.EACCES, "Permission denied", str(folder))
+
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(UserError, match="cannot be read: Permission denied"):
+        Shards.open(tmp_path, "train")
+
+
+def test_few_files_are_open_where_few_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "_descriptors", OrderedDict())
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (12, 12))
+    splits = [Shards.of(write_split(tmp_path / name, per_shard=1)) for name in "ab"]
+    for shards in splits:
+        for number in range(5):
+            shards.read(number)
+            assert len(reader._descriptors) <= 3
+
+
+def test_descriptors_of_a_shard_that_was_packed_again_are_its_own(tmp_path: Path) -> None:
+    for shade in (3, 7):
+        with ShardWriter(tmp_path, "train") as writer:
+            writer.write("a", image=jpeg(shade), mask=None, meta=b"{}")
+        assert Shards.open(tmp_path, "train").read(0).image == jpeg(shade)
+
+
+def test_a_large_member_and_a_long_tail_are_read_in_pieces(tmp_path: Path) -> None:
+    path = tmp_path / "train-00000.tar"
+    with tarfile.open(path, "w") as tar, path.open("r+b") as file:
+        member = tarfile.TarInfo("a.jpg")
+        member.size = 300 << 20
+        file.truncate(member.size + 512)
+        tar.addfile(member, file)
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size + (300 << 20))
+    tracemalloc.start()
+    assert scan_shard(path).keys == ("a",)
+    assert tracemalloc.get_traced_memory()[1] < 20 << 20
+    tracemalloc.stop()
+
+
+def test_a_header_that_would_fill_the_memory_is_refused(tmp_path: Path) -> None:
+    header = tarfile.TarInfo("././@LongLink")
+    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 1 << 30
+    path = tmp_path / "train-00000.tar"
+    path.write_bytes(header.tobuf(tarfile.GNU_FORMAT))
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(UserError, match="not an uncompressed tar"):
+        scan_shard(path)
