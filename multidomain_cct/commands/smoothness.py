@@ -78,20 +78,17 @@ def print_diagnosis(diagnosis: Diagnosis) -> None:
     say(f"{where}: {diagnosis.images} images, borders of the {diagnosis.borders}")
     rows = []
     for score in diagnosis.stages:
-        auc, patch_auc, gain, error = (
-            "none" if value is None else format(value, form)
-            for value, form in (
-                (score.auc, ".3f"),
-                (score.patch_auc, ".3f"),
-                (score.gain, "+.3f"),
-                (score.gain_error, ".3f"),
-            )
-        )
+        gain = "none" if score.gain is None else f"{score.gain:+.3f} ± {_number(score.gain_error)}"
         share = f"{100 * score.border_share:.0f} %"
-        rows.append((score.name, str(score.stride), str(score.channels), share, auc, patch_auc, f"{gain} ± {error}"))
+        areas = (_number(score.auc), _number(score.patch_auc))
+        rows.append((score.name, str(score.stride), str(score.channels), share, *areas, gain))
     heading = ("stage", "stride", "channels", "border\nshare", "AUC\nfeatures", "AUC\npatches", "difference")
     show_table(heading, rows, numbers=True)
     say("AUC: mean over images; difference: its mean over images ± standard error")
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
 
 
 def _open(options: argparse.Namespace) -> tuple[Subject, Domain, Path]:

@@ -89,7 +89,7 @@ def _draw_map(axes: Any, variation: Tensor, stride: int, example: Example, title
         return
     rows, columns = variation.shape
     height, width = example.image.shape[:2]
-    _show(axes, variation.numpy(), title, extent=(0, columns * stride, rows * stride, 0))
+    _show(axes, variation.cpu().numpy(), title, extent=(0, columns * stride, rows * stride, 0))
     if stride >= _OUTLINED:
         axes.imshow(outline(example.ids), extent=(0, width, height, 0), interpolation="antialiased")
     axes.set_xlim(0, width)
