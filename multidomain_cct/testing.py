@@ -63,7 +63,10 @@ def assert_resumes_exactly(
 
 
 def _started(start: Train, recipe: Recipe, folders: Sequence[Path]) -> BaseProcess:
-    process = multiprocessing.get_context("spawn").Process(target=_run, args=(start, recipe, list(folders)))
+    context = multiprocessing.get_context("forkserver")
+    # Unless the server runs already: imported once, torch costs no further process its start.
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=_run, args=(start, recipe, list(folders)))
     process.start()
     return process
 
@@ -79,7 +82,7 @@ def _kill_once_saved(process: BaseProcess, saved: Path, timeout: float) -> None:
 
 
 def _run(start: Train, recipe: Recipe, folders: list[Path]) -> None:
-    # A spawned process would spawn its loader processes; a run forks them.
+    # A process of a fork server would start its loader processes by that server; a run forks them.
     multiprocessing.set_start_method("fork", force=True)
     start(recipe, folders)
 

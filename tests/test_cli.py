@@ -3,9 +3,11 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -419,6 +421,18 @@ def test_a_place_that_cannot_be_written_is_one_line(yard: Path, capsys: pytest.C
     assert main(["pack", "yard", "--raw", "raw", "--workers", "1", "--out", "occupied"]) == 1
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert line.startswith("error: occupied/yard: Not a directory")
+
+
+def test_ctrl_c_exits_with_130_and_the_way_to_go_on(
+    yard: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*arguments: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(10)
+
+    monkeypatch.setattr("multidomain_cct.commands.pack.find_domain", interrupted)
+    assert main(["pack", "yard", "--raw", "raw"]) == 130
+    assert capsys.readouterr().err.startswith("error: stopped. ")
 
 
 def test_a_fault_of_ours_keeps_its_traceback(

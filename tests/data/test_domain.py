@@ -211,6 +211,22 @@ def test_palette_shows_each_class_in_its_colour_and_the_rest_black() -> None:
     assert not domain.palette[21:].any()
 
 
+def test_pascal_voc_has_the_ids_and_the_border_colour_of_its_authors() -> None:
+    domain = find_domain("pascal_voc", [SHIPPED])
+    # VOC2012 development kit, section 3.4.1, and VOCinit.m.
+    names = (
+        "background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+        "pottedplant sheep sofa train tvmonitor"
+    )
+    assert [label.name for label in domain.classes] == names.split()
+    train, known = domain.id_lookup
+    assert train[:21].tolist() == list(range(21))
+    assert train[255] == IGNORE
+    assert known[255]
+    codes, ids = domain.color_lookup
+    assert ids[codes.tolist().index(224 << 16 | 224 << 8 | 192)] == IGNORE
+
+
 def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
     domain = read_domain(write(tmp_path))
     recoloured = read_domain(write(tmp_path, STREET.replace("color: [0, 0, 142]", "color: [9, 9, 9]")))

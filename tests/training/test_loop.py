@@ -1,12 +1,8 @@
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,12 +17,14 @@ from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.results.evaluate import evaluate
 from multidomain_cct.results.trained_run import TrainedRun
+from multidomain_cct.training import loop
 from multidomain_cct.training.build import build_model
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints, load_run
 from multidomain_cct.training.checkpoints.state import read_state
 from multidomain_cct.training.loop import RunFailed, train
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.runlog import read_metrics
+from multidomain_cct.training.step import take_step
 
 TinyRecipe = Callable[..., Recipe]
 DETERMINISTIC = {kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")} | {
@@ -89,37 +87,19 @@ def test_logged_terms_are_the_terms_of_the_forward_pass(tiny_recipe: TinyRecipe,
         assert logged(run, f"train/{term}")[0] == pytest.approx(value.item(), rel=1e-6)
 
 
-def test_a_killed_run_resumes_to_the_same_bytes(tiny_recipe: TinyRecipe, two_domains: Path, tmp_path: Path) -> None:
-    def command(name: str, *more: str) -> list[str]:
-        changes = [
-            f"name={name}",
-            "data.workers=2",
-            "training.steps=20",
-            "training.save_every=5",
-            "training.keep=9",
-            *more,
-        ]
-        return [sys.executable, "-m", "multidomain_cct", str(path), *changes, "--domains", str(two_domains / "domains")]
+def test_every_step_has_its_own_noise_and_the_learning_rate_of_its_place(
+    tiny_recipe: TinyRecipe, two_domains: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seeds: list[int] = []
 
-    path = tmp_path / "tiny.yaml"
-    path.write_text(tiny_recipe(training={"steps": 20, "log_every": 1}).to_yaml())
-    subprocess.run(command("straight"), check=True, timeout=300, capture_output=True)
-    killed = subprocess.Popen(
-        command("killed"), start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    saved = tmp_path / "runs" / "killed" / "checkpoints" / "step-00000010"
-    deadline = time.monotonic() + 200
-    while not saved.exists() and killed.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
-    subprocess.run(command("killed", "resume=auto"), check=True, timeout=300, capture_output=True)
-    runs = [tmp_path / "runs" / name for name in ("straight", "killed")]
-    for name in ("model.safetensors", "optimiser.safetensors"):
-        contents = [(checkpoints(run / "checkpoints")[-1] / name).read_bytes() for run in runs]
-        assert contents[0] == contents[1]
-    losses = [logged(run, "train/fields/consistency") for run in runs]
-    assert losses[0] == losses[1] and len(losses[0]) == 20
+    def watched(*arguments: Any, **options: Any) -> Any:
+        seeds.append(torch.initial_seed())
+        return take_step(*arguments, **options)
+
+    monkeypatch.setattr(loop, "take_step", watched)
+    run = start(tiny_recipe(training__steps=3, optimiser__lr=0.2), two_domains)
+    assert len(set(seeds)) == 3
+    assert logged(run, "lr") == pytest.approx([0.2 * (1 - step / 3) ** 0.9 for step in range(3)])
 
 
 @pytest.mark.parametrize(

@@ -146,13 +146,13 @@ def _append(address: str, target: Path, size: int | None, patience: Patience) ->
 def _open_http(address: str, start: int, stall: float) -> tuple[Any, int, int | None]:
     """The body from byte `start`, or from 0 if the server knows no ranges; where it begins; the whole file's size."""
     request = urllib.request.Request(address, headers={"Range": f"bytes={start}-"} if start else {})
-    response = urllib.request.build_opener(_SameProtocols).open(request, timeout=stall)
+    response = urllib.request.build_opener(SameProtocols).open(request, timeout=stall)
     start = start if response.status == 206 else 0
     length = response.headers.get("Content-Length")
     return response, start, start + int(length) if length is not None and length.isdigit() else None
 
 
-class _SameProtocols(urllib.request.HTTPRedirectHandler):
+class SameProtocols(urllib.request.HTTPRedirectHandler):
     """Follows redirections to http(s) only, and never from https to http."""
 
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:

@@ -104,6 +104,26 @@ def test_flips_are_drawn_at_their_probability() -> None:
     assert 60 < sum(flipped(seed, 0.5) for seed in range(200)) < 140
 
 
+def test_a_crop_reaches_every_column_and_row() -> None:
+    pixels = np.zeros((5, 7, 3), dtype=np.uint8)
+    pixels[..., 0], pixels[..., 1] = np.arange(7), np.arange(5)[:, None]
+    views = [exact_view(Image.fromarray(pixels), None, Augment([1, 1], flip=0), (4, 3), seed) for seed in range(99)]
+    assert {tuple(view.image[:2, 0, 0].tolist()) for view in views} == {(x, y) for x in range(4) for y in range(3)}
+
+
+@pytest.mark.parametrize("ids", [(0, 7), (3, 200)])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_a_resized_mask_holds_no_id_that_the_mask_does_not_hold(ids: tuple[int, int], kind: str) -> None:
+    classes = tuple(LabelClass(f"class {number}", (number, 0, 0)) for number in range(201))
+    domain = Domain("many", "folder", {"train": Split("*.jpg")}, classes)
+    mask = picture()[1].point([*ids, *[255] * 254])
+    record = Record("key", "s.tar", encoded(picture()[0], kind), encoded(mask, "PNG"))
+    for seed in range(10):
+        view = training_view(record, domain, Augment([0.3, 1.9]), (32, 32), np.random.default_rng(seed))
+        assert set(view.ids[view.inside].tolist()) <= set(ids)
+        assert set(view.ids[~view.inside].tolist()) <= {255}
+
+
 def test_long_side_takes_the_place_of_scale() -> None:
     view = exact_view(picture()[0], None, Augment(long_side=[32, 32]), (64, 64))
     assert view.inside.sum() == 32 * 24

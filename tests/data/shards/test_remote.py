@@ -8,8 +8,11 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Iterator
+from email.message import Message
 from pathlib import Path
 from typing import Any, ClassVar
+from urllib.error import HTTPError
+from urllib.request import Request
 
 import fsspec
 import numpy as np
@@ -26,7 +29,14 @@ from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.shards import reader
 from multidomain_cct.data.shards.cache import FileCache
-from multidomain_cct.data.shards.download import Patience, SourceError, download, open_with_fsspec, require_address
+from multidomain_cct.data.shards.download import (
+    Patience,
+    SameProtocols,
+    SourceError,
+    download,
+    open_with_fsspec,
+    require_address,
+)
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.sources import RemoteFolder
 from multidomain_cct.data.shards.writer import ShardWriter
@@ -137,6 +147,20 @@ def test_what_will_not_change_is_not_tried_again(server: Server, tmp_path: Path,
     assert server.requests["train-00000.tar.idx"] == 1
     with pytest.raises(SourceError, match=r"val.catalogue: HTTP 404"):
         RemoteFolder(server.address, FileCache(tmp_path / "cache", 2**30, QUICK)).catalogue("val")
+
+
+@pytest.mark.parametrize(("old", "new"), [("https", "https"), ("http", "http"), ("http", "https")])
+def test_redirections_that_keep_or_gain_encryption_are_followed(old: str, new: str) -> None:
+    followed = SameProtocols().redirect_request(Request(f"{old}://a/b"), None, 302, "", Message(), f"{new}://c/d")
+    assert followed is not None
+    assert followed.full_url == f"{new}://c/d"
+
+
+@pytest.mark.parametrize(("old", "new"), [("https", "http"), ("https", "ftp"), ("http", "file")])
+def test_redirections_that_lose_encryption_or_leave_http_are_refused(old: str, new: str) -> None:
+    with pytest.raises(HTTPError, match="redirected to another protocol") as error:
+        SameProtocols().redirect_request(Request(f"{old}://a/b"), None, 302, "", Message(), f"{new}://c/d")
+    error.value.close()
 
 
 def test_the_cache_stays_within_its_size_and_fetches_again_what_it_let_go(server: Server, tmp_path: Path) -> None:
