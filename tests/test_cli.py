@@ -253,7 +253,7 @@ def test_mistakes_about_domains_and_raw_data(yard: Path, capsys: pytest.CaptureF
     assert "--raw is missing" in mistake(capsys, "pack", "yard")
     assert "nowhere" in mistake(capsys, "pack", "yard", "--raw", "nowhere")
     assert "--workers is 0" in mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "0")
-    assert '"trian"' in (line := mistake(capsys, "pack", "yard", "--raw", "raw", "--split", "trian"))
+    assert "'trian'" in (line := mistake(capsys, "pack", "yard", "--raw", "raw", "--split", "trian"))
     assert "train" in line
     (yard / "raw/masks/2.png").unlink()
     assert "2.jpg" in mistake(capsys, "pack", "yard", "--raw", "raw", "--workers", "1")
