@@ -11,8 +11,7 @@ from multidomain_cct.training.runlog import read_metrics
 
 def recorded_metrics(run: Path) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl that have a step; none when there is no such file."""
-    path = run / "metrics.jsonl"
-    return [line for line in read_metrics(path) if isinstance(line, dict) and "step" in line] if path.is_file() else []
+    return read_metrics(run / "metrics.jsonl")
 
 
 def recorded_environment(run: Path) -> dict[str, Any]:

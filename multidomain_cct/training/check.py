@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
-
-import torch
-from accelerate.tracking import get_available_trackers
 
 from multidomain_cct.data.batches.streams import WEAK_ENDING, DomainStreams, open_streams
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
-from multidomain_cct.errors import UserError
 from multidomain_cct.methods import METHODS
 from multidomain_cct.training.build import auxiliary_decoders, decoders_by_head, uses_unlabelled, wants_unlabelled
 from multidomain_cct.training.checkpoints.initial_weights import matching_heads
+from multidomain_cct.training.findings import Finding, error, fails, noted, notice, warning
+from multidomain_cct.training.machine import check_machine
 from multidomain_cct.training.recipe import Recipe
-
-
-@dataclass(frozen=True)
-class Finding:
-    """Something to know about a recipe before it is trained."""
-
-    severity: Literal["error", "warning", "notice"]
-    """An error stops the training; a warning is a likely mistake; a notice says what the run leaves out."""
-    key: str
-    """The setting or section that it is about."""
-    message: str
-    """One line: what was found, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -54,31 +38,23 @@ def check(
     """
     findings, data = [*check_recipe(recipe), *check_machine(recipe)], TrainingData()
     for name in recipe.domains:
-        with _noted(findings, f"domains.{name}"):
+        with noted(findings, f"domains.{name}"):
             data.domains[name] = find_domain(name, folders, named_by=named_by)
     findings += _check_domains(recipe, data.domains)
-    if _fails(findings):
+    if fails(findings):
         return findings, data
     for name, choice in recipe.domains.items():
-        with _noted(findings, f"domains.{name}"):
+        with noted(findings, f"domains.{name}"):
             used = uses_unlabelled(recipe, data.domains[name])
             data.streams.append(open_streams(data.domains[name], choice, recipe.data, use_unlabelled=used))
         if choice.val_split:
-            with _noted(findings, f"domains.{name}.val_split"):
+            with noted(findings, f"domains.{name}.val_split"):
                 data.scored[name] = Shards.open(Path(recipe.data.shards) / name, choice.val_split)
-    if not _fails(findings):
-        with _noted(findings, "init_from"):
+    if not fails(findings):
+        with noted(findings, "init_from"):
             findings += _check_images(recipe, data)
         findings += _check_batches(recipe, data, parts)
     return findings, data
-
-
-def require(findings: Iterable[Finding]) -> list[str]:
-    """The messages of warnings and notices. Raises UserError with the first error."""
-    findings = list(findings)
-    if errors := [finding.message for finding in findings if finding.severity == "error"]:
-        raise UserError(errors[0])
-    return [finding.message for finding in findings]
 
 
 def check_recipe(recipe: Recipe) -> Iterator[Finding]:
@@ -88,26 +64,26 @@ def check_recipe(recipe: Recipe) -> Iterator[Finding]:
         key = f"domains.{name}"
         further = [*choice.unlabelled_splits, *([choice.weak_split] if choice.weak_split else [])]
         if choice.val_split == "test":
-            yield _error(
+            yield error(
                 f"{key}.val_split", "is `test`, on which `best` must not be chosen. Use `val`, or leave it empty."
             )
         if choice.train_split in choice.unlabelled_splits or len(set(further)) < len(further):
-            yield _error(f"{key}.unlabelled_splits", "repeats a split, the train_split or weak_split. Name each once.")
+            yield error(f"{key}.unlabelled_splits", "repeats a split, the train_split or weak_split. Name each once.")
         if choice.val_split and choice.val_split in further:
-            yield _error(key, f"trains on its val_split {choice.val_split!r}, which is scored. Name another split.")
+            yield error(key, f"trains on its val_split {choice.val_split!r}, which is scored. Name another split.")
         if choice.weak_split and not choice.weak_split.endswith(WEAK_ENDING):
             text = f"is {choice.weak_split!r}; the pseudo-labels that `weaklabels` makes end in {WEAK_ENDING}."
-            yield _error(f"{key}.weak_split", text)
+            yield error(f"{key}.weak_split", text)
         if choice.image_labels and not choice.weak_split:
             text = f"is not read in training; make pseudo-labels with `weaklabels` and name them in {key}.weak_split."
-            yield _notice(f"{key}.image_labels", text)
+            yield notice(f"{key}.image_labels", text)
         if stride % recipe.consistency_of(name).stride:
             text = f"is {recipe.consistency_of(name).stride}, which does not divide encoder.stride {stride}."
-            yield _error(f"{key}.consistency.stride", text)
+            yield error(f"{key}.consistency.stride", text)
     yield from _check_crops(recipe)
     if (recipe.encoder.norm, recipe.encoder.weights, recipe.init_from) == ("frozen", "none", None):
         text = "is `frozen` with encoder.weights=none: untrained norms stay. Use norm=shared, or pretrained weights."
-        yield _warning("encoder.norm", text)
+        yield warning("encoder.norm", text)
 
 
 def _check_crops(recipe: Recipe) -> Iterator[Finding]:
@@ -117,22 +93,10 @@ def _check_crops(recipe: Recipe) -> Iterator[Finding]:
     }
     for key, crop in crops.items():
         if len(crop) != 2 or min(crop) < 1:
-            yield _error(key, f"is {crop}; it is [width, height] in pixels.")
+            yield error(key, f"is {crop}; it is [width, height] in pixels.")
         elif any(side % stride for side in crop):
             nearest = [max(1, round(side / stride)) * stride for side in crop]
-            yield _error(key, f"is {crop}, which encoder.stride {stride} does not divide. Use for example {nearest}.")
-
-
-def check_machine(recipe: Recipe) -> Iterator[Finding]:
-    """What Accelerate would leave out in silence on this machine."""
-    available = [str(tracker) for tracker in get_available_trackers()]
-    for name in recipe.training.trackers:
-        if name not in available:
-            installed = ", ".join(available) or "none"
-            text = f"names {name!r}. Installed: {installed}. For example: pip install tensorboard"
-            yield _error("training.trackers", text)
-    if recipe.training.precision == "fp16" and not torch.accelerator.is_available():
-        yield _error("training.precision", "is `fp16`, which a CPU does not train in. Use `bf16` or `no` there.")
+            yield error(key, f"is {crop}, which encoder.stride {stride} does not divide. Use for example {nearest}.")
 
 
 def _check_domains(recipe: Recipe, domains: dict[str, Domain]) -> Iterator[Finding]:
@@ -142,11 +106,11 @@ def _check_domains(recipe: Recipe, domains: dict[str, Domain]) -> Iterator[Findi
         lender = domain.labels_of
         if lender and lender not in recipe.domains:
             text = f'borrows the labels of "{lender}", which is not in the recipe. Add it: domains.{lender}.'
-            yield _error(f"domains.{name}", text)
+            yield error(f"domains.{name}", text)
         if method.has_auxiliaries and not lender and wants_unlabelled(recipe, name):
             usable, asked = len(auxiliary_decoders(recipe, domain)), len(recipe.perturbations_of(name).each())
             if usable < asked:
-                yield _notice(
+                yield notice(
                     f"domains.{name}.perturbations",
                     f"leaves out {asked - usable} auxiliary decoders with object masks, context masks and guided "
                     "cutout: the class table marks no class, or every class, as `thing`."
@@ -157,7 +121,7 @@ def _check_domains(recipe: Recipe, domains: dict[str, Domain]) -> Iterator[Findi
         text = (
             f"is `{recipe.method}`, which compares label spaces, and there is one. Add a domain, or use another method."
         )
-        yield _error("method", text)
+        yield error("method", text)
 
 
 def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
@@ -166,11 +130,11 @@ def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
     taught |= {stream.domain.labels_of or stream.domain.name for stream in data.streams if stream.labelled}
     if not any(stream.labelled or stream.unlabelled for stream in data.streams):
         text = "have no images to train on. Set `labelled` of one, or use a method for unlabelled images."
-        yield _error("domains", text)
+        yield error("domains", text)
     for stream in data.streams:
         key = f"domains.{stream.domain.name}"
         if (stream.domain.labels_of or stream.domain.name) not in taught:
-            yield _error(
+            yield error(
                 key,
                 "has no labelled image, nor has another domain with its classes, so its main decoder cannot learn. "
                 f"Give it some ({key}.labelled), name its pseudo-labels as train_split, or start from a run that has "
@@ -182,13 +146,13 @@ def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
                 label.name for label, pixels in zip(stream.domain.classes, counts.pixels, strict=True) if not pixels
             ]
             text = f"shows no pixel of {', '.join(absent)} in its {len(stream.labelled)} images. Label more images."
-            yield _notice(f"{key}.labelled", text)
+            yield notice(f"{key}.labelled", text)
         if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
             text = "has no image to train its own norms (encoder.norm=per_domain). Leave it out, or use norm=shared."
-            yield _error(key, text)
+            yield error(key, text)
     if METHODS[recipe.method].needs_unlabelled and not any(stream.unlabelled for stream in data.streams):
         text = "which needs unlabelled images; no domain has any. Add some, or use method=supervised."
-        yield _error("method", f"is `{recipe.method}`, {text}")
+        yield error("method", f"is `{recipe.method}`, {text}")
 
 
 def _check_batches(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[Finding]:
@@ -201,41 +165,16 @@ def _check_batches(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[F
             size = stream.batch(subset)
             if stream.samples(subset) and size % parts:
                 accumulation = recipe.training.accumulation
-                yield _error(
+                yield error(
                     f"{key}.{subset}_batch",
                     f"is {size}, which {parts // accumulation} process(es) x {accumulation} accumulated micro-batches "
                     f"do not divide. Use a multiple of {parts}.",
                 )
         if stream.unlabelled and mixes and stream.unlabelled_batch == parts:
             text = "is one image per process and micro-batch, with no other to be mixed with: cutmix does nothing."
-            yield _warning(f"{key}.unlabelled_batch", text)
+            yield warning(f"{key}.unlabelled_batch", text)
         drawn = recipe.consistency_of(stream.domain.name).sample
         available = len(decoders.get(stream.domain.labels_of or stream.domain.name, []))
         if stream.unlabelled and 0 < available < drawn:
             text = f"is {drawn}, but there are {available} auxiliary decoders. Draw at most that many; 0 takes all."
-            yield _error(f"{key}.consistency.sample", text)
-
-
-def _error(key: str, text: str) -> Finding:
-    return Finding("error", key, f"{key} {text}")
-
-
-def _warning(key: str, text: str) -> Finding:
-    return Finding("warning", key, f"{key} {text}")
-
-
-def _notice(key: str, text: str) -> Finding:
-    return Finding("notice", key, f"{key} {text}")
-
-
-def _fails(findings: Iterable[Finding]) -> bool:
-    return any(finding.severity == "error" for finding in findings)
-
-
-@contextmanager
-def _noted(findings: list[Finding], key: str) -> Iterator[None]:
-    """A UserError becomes a finding."""
-    try:
-        yield
-    except UserError as error:
-        findings.append(Finding("error", key, str(error)))
+            yield error(f"{key}.consistency.sample", text)

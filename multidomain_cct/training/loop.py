@@ -1,34 +1,31 @@
-"""train(recipe): open the run, then step, log, evaluate and save."""
+"""train(recipe): open the run, then step, log, validate and save."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast
 
 from multidomain_cct.data.batches.bad_images import BadImages
-from multidomain_cct.data.batches.loader import steps
-from multidomain_cct.evaluation.scoring import Score, Share, arithmetic_and_harmonic, score
+from multidomain_cct.data.batches.loader import Batch, steps
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.training.build import compile_encoder
-from multidomain_cct.training.checkpoints.checkpoint import save_checkpoint
+from multidomain_cct.training.checkpoints.checkpoint import checkpoints, save_checkpoint
 from multidomain_cct.training.checkpoints.state import RunState
 from multidomain_cct.training.processes.failures import RunFailed as RunFailed
-from multidomain_cct.training.processes.failures import no_process_left, one_line_errors
+from multidomain_cct.training.processes.failures import no_process_left, one_line_errors, one_line_out_of_memory
 from multidomain_cct.training.processes.stopping import RunStopped, StopRequest
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.run import Run, build_accelerator, open_run
 from multidomain_cct.training.run_folder import write_run_folder
 from multidomain_cct.training.runlog import RunLog, Window, environment
 from multidomain_cct.training.schedules import learning_rate, set_learning_rate
+from multidomain_cct.training.startup import show_startup
 from multidomain_cct.training.step import BufferBackup, take_step
-
-
-class _EvaluationStopped(Exception):
-    """All processes were asked to stop while they evaluated."""
+from multidomain_cct.training.validation import ValidationStopped, record, validate
 
 
 def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_by: str = "the recipe") -> Path:
@@ -38,27 +35,23 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     and RunStopped when SIGTERM or Ctrl-C asked it to stop and it has saved.
     """
     accelerator = build_accelerator(recipe)
-    with StopRequest(accelerator) as stop, no_process_left():
-        run, state, start = open_run(recipe, folders, stop, named_by=named_by)
+    rank, world = accelerator.process_index, accelerator.num_processes
+    out_of_memory = one_line_out_of_memory(rank, world, lambda: _less_memory(recipe))
+    with ExitStack() as lock, StopRequest(accelerator) as stop, no_process_left(), out_of_memory:
+        run, state, start = open_run(recipe, folders, stop, lock, named_by=named_by)
         # The other processes look for an earlier run before the first one writes this one.
         accelerator.wait_for_everyone()
-        with one_line_errors(accelerator.process_index, accelerator.num_processes):
+        with one_line_errors(rank, world):
             if accelerator.is_main_process:
                 forced = {"forced": list(start.forced)} if start.forced else {}
-                write_run_folder(
-                    recipe, run.domains, environment(command, accelerator.device, accelerator.num_processes) | forced
-                )
+                write_run_folder(recipe, run.domains, environment(command, accelerator.device, world) | forced)
             accelerator.wait_for_everyone()
             if recipe.training.trackers:
                 accelerator.init_trackers(recipe.name)
-            log = RunLog(
-                recipe.folder,
-                first_step=state.step,
-                num_steps=recipe.training.steps,
-                enabled=accelerator.is_main_process,
-                scored=not state.owes_evaluation,
-            )
+            enabled, scored = accelerator.is_main_process, not state.owes_evaluation
+            log = RunLog(recipe.folder, state.step, recipe.training.steps, enabled=enabled, scored=scored)
             with log:
+                show_startup(run, log)
                 for notice in (*start.notices, *_compiled(run)):
                     log.notice(notice)
                 try:
@@ -70,6 +63,17 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
     return recipe.folder
 
 
+def _less_memory(recipe: Recipe) -> str:
+    """What to change for less memory, in order, and what is saved."""
+    encoder, training = recipe.encoder, recipe.training
+    ways = [] if encoder.checkpoint or encoder.norm == "per_domain" else ["encoder.checkpoint=true"]
+    ways += [f"training.accumulation={2 * training.accumulation}, a smaller data.crop or smaller batches"]
+    ways += ["training.precision=bf16"] if training.precision == "no" else []
+    newest = checkpoints(recipe.folder / "checkpoints")[-1:]
+    safe = f"{newest[0]} is safe, and resume=auto goes on from it" if newest else "No checkpoint was written yet"
+    return f"Set, in this order: {'; '.join(ways)}. {safe} (resume=force with another crop, batch or precision)."
+
+
 def _compiled(run: Run) -> list[str]:
     """Compile the encoder on the first step's images if the recipe asks for it. Returns why that failed."""
     if not run.recipe.encoder.compile:
@@ -79,20 +83,13 @@ def _compiled(run: Run) -> list[str]:
 
 
 def _loop(run: Run, state: RunState, log: RunLog) -> None:
-    recipe, settings, device = run.recipe, run.recipe.training, run.accelerator.device
+    settings, device, world = run.recipe.training, run.accelerator.device, run.accelerator.num_processes
     run.stop.training = True
     if state.owes_evaluation:
-        state = _with_evaluation(run, state, log)
+        state = _with_scores(run, state, log)
         _save_or_stop(run, state, save=not state.owes_evaluation, stopping=state.owes_evaluation)
-    micro_batches = steps(
-        run.data,
-        state.step,
-        settings.steps,
-        workers=recipe.data.workers,
-        prefetch=recipe.data.prefetch,
-        pin_memory=device.type == "cuda",
-    )
-    window, skips = Window(run.accelerator.num_processes), _Skips(settings.max_skipped, state.step)
+    micro_batches = _micro_batches(run, state.step)
+    window, skips = Window(world), _Skips(settings.max_skipped, settings.steps, state.step)
     bad_images, backup = BadImages(run.data, state.images), BufferBackup(run.model)
     run.model.train()
     for step in range(state.step, settings.steps):
@@ -105,16 +102,22 @@ def _loop(run: Run, state: RunState, log: RunLog) -> None:
         window.skipped += result.trouble is not None
         skips.count(done, result.trouble, log)
         ends_window = last or done % settings.log_every == 0
-        log.advance(done, window.text(device), plain=ends_window)
+        log.advance(done, window, device, plain=ends_window)
         if ends_window:
-            _record(run, log, done, window.metrics(device) | bad_images.metrics | {"lr": lr})
-            window = Window(run.accelerator.num_processes)
+            record(run, log, done, window.metrics(device) | bad_images.metrics | {"lr": lr})
+            window = Window(world)
         state = replace(state, step=done, images=bad_images.counts)
         if run.scored and (last or done % settings.evaluate_every == 0):
-            state = _with_evaluation(run, state, log)
+            state = _with_scores(run, state, log)
         save = last or state.best_step == done or done % settings.save_every == 0
         _save_or_stop(run, state, save=save, stopping=result.stopping or state.owes_evaluation)
         window.restart_clock()
+
+
+def _micro_batches(run: Run, start: int) -> Iterator[dict[str, Batch]]:
+    data, last = run.recipe.data, run.recipe.training.steps
+    pinned = run.accelerator.device.type == "cuda"
+    return steps(run.data, start, last, workers=data.workers, prefetch=data.prefetch, pin_memory=pinned)
 
 
 def _prepare(run: Run, step: int) -> float:
@@ -134,28 +137,29 @@ class _Skips:
     """Steps in a row that were skipped because something was not finite."""
 
     max_skipped: int
+    num_steps: int
     last_finite: int
     in_a_row: int = 0
 
     def count(self, step: int, trouble: str | None, log: RunLog) -> None:
-        """Print what was not finite in a step. Raises RunFailed after too many in a row."""
+        """Print what was not finite in a step. Raises RunFailed after too many in a row, or when a run has no other."""
         if trouble is None:
             self.in_a_row, self.last_finite = 0, step
             return
         self.in_a_row += 1
-        log.notice(f"step {step}: {trouble} (last finite at {self.last_finite}). The step was skipped.")
-        if self.in_a_row > self.max_skipped:
+        log.warning(f"step {step}: {trouble} (last finite at {self.last_finite}). The step was skipped.")
+        if self.in_a_row > self.max_skipped or self.in_a_row == self.num_steps:
             raise RunFailed(
                 f"step {step}: {trouble}; {self.in_a_row} steps in a row were skipped. Lower optimiser.lr, set "
                 "training.clip, or look at these images."
             )
 
 
-def _with_evaluation(run: Run, state: RunState, log: RunLog) -> RunState:
+def _with_scores(run: Run, state: RunState, log: RunLog) -> RunState:
     """The state with this step's scores, or one that owes them because the run was asked to stop meanwhile."""
     try:
-        mean = _evaluate(run, log, state.step)
-    except _EvaluationStopped:
+        mean = validate(run, log, state.step)
+    except ValidationStopped:
         return replace(state, owes_evaluation=True)
     state = replace(state, owes_evaluation=False)
     return replace(state, best_step=state.step, best_miou=mean) if mean > state.best_miou else state
@@ -170,85 +174,3 @@ def _save_or_stop(run: Run, state: RunState, *, save: bool, stopping: bool) -> N
         accelerator.wait_for_everyone()
     if stopping:
         raise run.stop.stopped(state.step)
-
-
-def _evaluate(run: Run, log: RunLog, step: int) -> float:
-    """Score every domain's val split, record the scores, and return their mean mIoU.
-
-    Raises _EvaluationStopped in all processes when one was asked to stop.
-    """
-    model = run.bare_model
-    for buffer in model.buffers():
-        # Each process has its own running statistics; the first process's are scored, because they are saved.
-        buffer.copy_(broadcast(buffer.clone()))
-    scores = _scores(run)
-    values = _score_metrics(scores)
-    if model.teacher is not None:
-        # The running average is what predicts; the weights that are trained are scored beside it.
-        with model.as_student():
-            values |= {f"val/{name}/student/miou": result.miou for name, result in _scores(run).items()}
-    _record(run, log, step, values | _class_health(run, log, step))
-    log.notice(f"step {step}: " + "  ".join(f"{name} mIoU {100 * result.miou:.1f}" for name, result in scores.items()))
-    return arithmetic_and_harmonic([result.miou for result in scores.values()])[0]
-
-
-def _scores(run: Run) -> dict[str, Score]:
-    """Every domain's score on its val split. Raises _EvaluationStopped like `_evaluate`."""
-    recipe, accelerator = run.recipe, run.accelerator
-    share = Share(
-        accelerator.process_index,
-        accelerator.num_processes,
-        total=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
-        between=lambda: _leave_if_asked(run.stop),
-    )
-    scores: dict[str, Score] = {}
-    # In 32 bits whatever the precision of training, so that `evaluate` gives the same numbers.
-    for name, shards in run.scored.items():
-        scores[name] = score(
-            run.bare_model,
-            shards,
-            run.domains[name],
-            recipe.domains[name].val_split,
-            recipe.evaluation,
-            workers=min(1, recipe.data.workers),
-            share=share,
-        )
-    return scores
-
-
-def _class_health(run: Run, log: RunLog, step: int) -> dict[str, float]:
-    """What unlabelled images teach of each class, as metrics. Says which classes have labels and hardly any target."""
-    values: dict[str, float] = {}
-    for name, domain in run.domains.items():
-        for label, health in zip(domain.classes, run.bare_model.class_health(name), strict=False):
-            values[f"train/{name}/pseudo_labels/{label.name}"] = health.predicted
-            values[f"train/{name}/kept/{label.name}"] = health.kept
-            if health.vanishes:
-                log.notice(
-                    f"step {step}: {name}: {label.name} is vanishing from the pseudo-labels: "
-                    f"{100 * health.predicted:.2f} % of the unlabelled pixels, {100 * health.labelled:.2f} % of the "
-                    "labelled ones. Label more images of it, or raise cct_strong.alignment."
-                )
-    return values
-
-
-def _leave_if_asked(stop: StopRequest) -> None:
-    if stop.agreed():
-        raise _EvaluationStopped
-
-
-def _score_metrics(scores: Mapping[str, Score]) -> dict[str, float | None]:
-    values: dict[str, float | None] = {}
-    for name, result in scores.items():
-        values[f"val/{name}/miou"] = result.miou
-        values[f"val/{name}/pixel_accuracy"] = result.pixel_accuracy
-        values |= {f"val/{name}/iou/{label}": iou for label, iou in result.iou.items()}
-    values["val/mean_miou"], values["val/harmonic_miou"] = arithmetic_and_harmonic(
-        [result.miou for result in scores.values()]
-    )
-    return values
-
-
-def _record(run: Run, log: RunLog, step: int, values: Mapping[str, float | None]) -> None:
-    log.metrics(step, values)
-    run.accelerator.log({key: value for key, value in values.items() if value is not None}, step=step)

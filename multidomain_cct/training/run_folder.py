@@ -15,6 +15,7 @@ from multidomain_cct.data.domain import Domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import make_folder, replace_text
 from multidomain_cct.files.printable import first_few
+from multidomain_cct.files.strict_yaml import read_yaml
 from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint
 from multidomain_cct.training.checkpoints.state import read_state
 from multidomain_cct.training.recipe import Recipe, changes, differences, read_run_recipe
@@ -65,7 +66,7 @@ def _changed_domains(folder: Path, domains: Mapping[str, Domain]) -> list[str]:
     for name, domain in domains.items():
         path = folder / "domains" / f"{name}.yaml"
         if path.is_file():
-            old, new = yaml.safe_load(path.read_text(encoding="utf-8")), yaml.safe_load(domain.to_yaml())
+            old, new = read_yaml(path), yaml.safe_load(domain.to_yaml())
             changed += changes({name: old}, {name: new})
     return changed
 
@@ -86,10 +87,11 @@ def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], environment:
     path = recipe.folder / "env.json"
     try:
         earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError:
-        raise UserError(f"{path}: this is not JSON. Remove it to go on without the record of earlier starts.") from None
-    # The first start is what made the run; later ones are listed under it.
-    content = earlier | {"resumed": [*earlier.get("resumed", []), environment]} if earlier else environment
+        # The first start is what made the run; later ones are listed under it.
+        content = earlier | {"resumed": [*earlier.get("resumed", []), environment]} if earlier else environment
+    except (ValueError, TypeError, AttributeError):
+        remedy = "Remove it to go on without the record of earlier starts."
+        raise UserError(f"{path}: this is not the JSON that training writes. {remedy}") from None
     replace_text(path, json.dumps(content, indent=1))
 
 

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Column
+from rich.table import Column, Table
 
 from multidomain_cct import __version__
 from multidomain_cct.data.batches.loader import Batch
@@ -33,7 +33,7 @@ class RunLog:
     """Records the metrics of a run and shows its progress. Only the first process of a run has it `enabled`."""
 
     def __init__(
-        self, folder: Path, *, first_step: int, num_steps: int, enabled: bool = True, scored: bool = True
+        self, folder: Path, first_step: int, num_steps: int, *, enabled: bool = True, scored: bool = True
     ) -> None:
         """Drops what an interrupted run logged after `first_step`, its last checkpoint, and the scores of `first_step`
         itself unless it is `scored`.
@@ -45,23 +45,19 @@ class RunLog:
         if not enabled:
             return
         path = folder / "metrics.jsonl"
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step] if path.is_file() else []
+        kept = [line for line in read_metrics(path) if line["step"] <= first_step]
         if not scored:
             kept = [line for line in kept if line["step"] < first_step or "val/mean_miou" not in line]
         replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a", encoding="utf-8")
         if self.console.is_terminal:
+            width = self.console.width
+            columns = (BarColumn(bar_width=10), TimeRemainingColumn())[width < 100 :]
             # A narrow terminal cuts the losses, which come last.
-            whole = Column(no_wrap=True, min_width=max(7, 2 * len(str(num_steps)) + 1))
-            cut = Column(no_wrap=True, overflow="ellipsis", ratio=1)
-            self._progress = Progress(
-                TextColumn("{task.completed}/{task.total}", table_column=whole),
-                BarColumn(bar_width=10),
-                TimeRemainingColumn(table_column=whole.copy()),
-                TextColumn("{task.description}", table_column=cut),
-                console=self.console,
-                expand=True,
-            )
+            losses = TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1))
+            count = TextColumn("{task.completed}/{task.total}", table_column=Column(no_wrap=True))
+            self._progress = Progress(count, *columns, losses, console=self.console, expand=True)
+            self._width = width - (2 * len(str(num_steps)) + 2) - (8 if width < 100 else 19)
             self._task = self._progress.add_task("starting", total=num_steps, completed=first_step)
 
     def __enter__(self) -> RunLog:
@@ -82,22 +78,32 @@ class RunLog:
             self._file.write(json.dumps({"step": step} | finite) + "\n")
             self._file.flush()
 
-    def advance(self, step: int, text: str, *, plain: bool) -> None:
+    def advance(self, step: int, window: Window, device: torch.device, *, plain: bool) -> None:
         """Show where the run is: the live line always, a plain line when asked."""
         if not self.enabled:
             return
         if self._progress is not None:
+            text = window.text(device, self._width)
             self._progress.update(self._task, completed=step, description=escape(text))
         elif plain:
-            seconds = (time.monotonic() - self._started) / max(1, step - self.first_step) * (self.num_steps - step)
-            self.console.print(
-                f"step {step}/{self.num_steps}  ETA {int(seconds) // 60}:{int(seconds) % 60:02d}  {text}", markup=False
-            )
+            seconds = int((time.monotonic() - self._started) / (step - self.first_step) * (self.num_steps - step))
+            left = f"{seconds // 60}:{seconds % 60:02d}"
+            self.console.print(f"step {step}/{self.num_steps}  ETA {left}  {window.text(device)}", markup=False)
 
-    def notice(self, text: str) -> None:
-        """One line that stays."""
+    def notice(self, text: str, style: str = "") -> None:
+        """Lines that stay."""
         if self.enabled:
-            self.console.print(printable(text), markup=False)
+            lines = "\n".join(printable(line) for line in text.split("\n"))
+            self.console.print(lines, markup=False, style=style)
+
+    def warning(self, text: str) -> None:
+        """A line that stays, in colour."""
+        self.notice(text, "yellow")
+
+    def show(self, table: Table) -> None:
+        """A table, at the terminal's width, or at one that suits a file."""
+        if self.enabled:
+            self.console.print(table, width=None if self.console.is_terminal else 120, soft_wrap=False)
 
 
 class Window:
@@ -141,26 +147,36 @@ class Window:
         }
         return losses | speed | {"sys/skipped_steps": self.skipped}
 
-    def text(self, device: torch.device) -> str:
-        """Speed, waiting for data, memory, and the losses by domain."""
-        domains: dict[str, list[str]] = defaultdict(list)
+    def text(self, device: torch.device, width: int | None = None) -> str:
+        """Speed, waiting for data, memory, and the losses by domain: as much as `width` columns hold, every domain."""
+        domains: dict[str, dict[str, float]] = defaultdict(dict)
         for term, total in self.sums.items():
             name, _, loss = term.partition("/")
-            domains[name].append(f"{loss[:3]} {total / self.counts[term]:.3f}")
+            domains[name][loss[:3]] = total / self.counts[term]
         values = self.metrics(device)
-        losses = " | ".join(f"{name} {' '.join(terms)}" for name, terms in domains.items())
-        return (
+        speed = (
             f"{values['sys/images_per_s']:.1f} img/s  wait {values['sys/data_wait_fraction']:.0%}  "
-            f"{values['sys/peak_mib']:.0f} MiB  {losses}"
+            f"{values['sys/peak_mib']:.0f} MiB"
         )
+        each = {
+            name: " ".join(f"{loss} {value:.3f}" for loss, value in terms.items()) for name, terms in domains.items()
+        }
+        losses = " | ".join(f"{name} {terms}" for name, terms in each.items())
+        sums = {name: sum(terms.values()) for name, terms in domains.items()}
+        short = " | ".join(f"{name} {value:.3f}" for name, value in sums.items())
+        fits = (text for text in (f"{speed}  {losses}", losses, short) if width is None or len(text) <= width)
+        letters = max(1, (width or 0) // max(1, len(sums)) - 6)
+        return next(fits, " ".join(f"{name[:letters]} {value:.2f}" for name, value in sums.items()))
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl but one that a crash has cut."""
+    """The lines of a metrics.jsonl but those that are cut or damaged; none without a file."""
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    for text in path.read_bytes().splitlines() if path.is_file() else []:
         with suppress(ValueError):
-            lines.append(json.loads(text))
+            line = json.loads(text)
+            if isinstance(line, dict) and isinstance(line.get("step"), int):
+                lines.append(line)
     return lines
 
 
@@ -172,14 +188,19 @@ def peak_mib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / scale
 
 
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's architecture and cores."""
+    on_gpu = device.type == "cuda"
+    return torch.cuda.get_device_name(device) if on_gpu else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+
+
 def environment(command: str, device: torch.device, world: int) -> dict[str, Any]:
     """Command, hardware and versions of a start, for env.json."""
     packages = ("torch", "torchvision", "timm", "accelerate", "webdataset", "numpy", "pillow")
-    on_gpu, cpu = device.type == "cuda", f"{platform.machine()} CPU, {os.cpu_count()} cores"
     return {
         "command": command,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name(device) if on_gpu else cpu,
+        "device": device_name(device),
         "processes": world,
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),

@@ -143,7 +143,7 @@ def test_b25_the_terminal_and_the_log_show_any_name_and_never_fail(
     out, err = capsys.readouterr()
     assert "\x1b" not in out + err and "\0" not in out + err and "\u202e" not in out + err
     assert printable(key).replace("\n", "").isprintable()
-    with RunLog(tmp_path, first_step=0, num_steps=1) as log:
+    with RunLog(tmp_path, 0, 1) as log:
         log.notice(f"step 1: loss is nan; keys {key}")
         log.metrics(1, {f"train/{key}": 1.0})
     assert capsys.readouterr().out.replace("\n", "").isprintable()

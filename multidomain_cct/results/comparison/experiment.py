@@ -17,8 +17,9 @@ from typing import Any
 from multidomain_cct.errors import UserError, did_you_mean, require_choice
 from multidomain_cct.files.strict_yaml import read_yaml
 from multidomain_cct.results.records import recorded_environment, recorded_metrics, scores_by_class
-from multidomain_cct.training.check import check_recipe, require
+from multidomain_cct.training.check import check_recipe
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints
+from multidomain_cct.training.findings import require
 from multidomain_cct.training.recipe import Recipe, differences, read_recipe, read_run_recipe
 
 OWN_KEYS = ("seed", "name", "runs", "resume")

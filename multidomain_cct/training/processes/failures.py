@@ -6,7 +6,7 @@ import multiprocessing
 import re
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from accelerate import Accelerator
@@ -18,6 +18,11 @@ from multidomain_cct.data.shards.download import SourceError
 from multidomain_cct.errors import UserError
 
 GO_ON = "The run goes on from its last checkpoint with resume=auto."
+
+_OUT_OF_MEMORY = (
+    r"CUDA out of memory|CUDA error: out of memory|.*(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|.*DefaultCPUAllocator"
+)
+"""How torch's errors begin that are about memory."""
 
 
 class RunFailed(RuntimeError):
@@ -78,6 +83,19 @@ def one_line_errors(rank: int, world: int) -> Iterator[None]:
         ):
             raise RunFailed(f"another process of the run has ended; its own line says why. {GO_ON}") from None
         raise
+
+
+@contextmanager
+def one_line_out_of_memory(rank: int, world: int, remedy: Callable[[], str]) -> Iterator[None]:
+    """Memory that is used up, on a GPU or a CPU, becomes RunFailed with one line, which ends with the remedy."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        text = " ".join(str(error).split())
+        if not isinstance(error, MemoryError) and not re.search(_OUT_OF_MEMORY, text):
+            raise
+        where = f"rank {rank}: " if world > 1 else ""
+        raise RunFailed(f"{where}out of memory ({text[:160].rstrip('.')}). {remedy()}") from None
 
 
 @contextmanager

@@ -1,0 +1,53 @@
+"""Whether this machine, and Accelerate's settings around the run, are what the recipe needs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import torch
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+
+from multidomain_cct.errors import did_you_mean
+from multidomain_cct.training.findings import Finding, error, warning
+from multidomain_cct.training.recipe import Recipe
+
+_FROM = "in the environment (`accelerate launch` sets it from its options and its default config file)"
+_SHARDED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+def check_machine(recipe: Recipe) -> Iterator[Finding]:
+    """What Accelerate would leave out, or mix in, without a word."""
+    training, available = recipe.training, [str(tracker) for tracker in get_available_trackers()]
+    for name in training.trackers:
+        if name not in available:
+            known = [str(tracker) for tracker in LoggerType if tracker != LoggerType.ALL]
+            remedy = f" Install it: pip install {name}" if name in known else did_you_mean(name, known)
+            text = f"names {name!r}. Installed: {', '.join(available) or 'none'}.{remedy}"
+            yield error("training.trackers", text)
+    if training.precision == "fp16" and not torch.accelerator.is_available():
+        yield error("training.precision", "is `fp16`, which a CPU does not train in. Use `bf16` or `no` there.")
+    for variable, name in _SHARDED.items():
+        if os.environ.get(variable, "").lower() in ("1", "true", "yes", "on", "y", "t"):
+            remedy = "unset it, or give accelerate launch a config file without it (--config_file)"
+            yield error(variable, f"is set {_FROM}. A run is plain data parallel and takes no {name}: {remedy}.")
+    if (dynamo := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() not in ("no", ""):
+        remedy = "Give accelerate launch --dynamo_backend no; encoder.compile=true compiles the encoder"
+        yield error("ACCELERATE_DYNAMO_BACKEND", f"is {dynamo} {_FROM}. {remedy}.")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if steps not in ("1", "", str(training.accumulation)):
+        remedy = f"Unset it; training.accumulation={steps} accumulates"
+        yield error("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", f"is {steps} {_FROM}. {remedy}.")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if precision == "fp8":
+        remedy = "Give accelerate launch --mixed_precision no; training.precision is no, bf16 or fp16"
+        yield error("ACCELERATE_MIXED_PRECISION", f"is fp8 {_FROM}. {remedy}.")
+    elif precision not in ("no", "", training.precision):
+        text = f"is {precision} {_FROM} and not used: the recipe decides. Set training.precision={precision} for it."
+        yield warning("ACCELERATE_MIXED_PRECISION", text)
