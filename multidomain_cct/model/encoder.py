@@ -139,8 +139,10 @@ class Encoder(nn.Module):
         return features
 
 
-def build_backbone(settings: EncoderSettings) -> Any:
-    """timm's feature extractor: with context `fpn` it returns the levels from the stride to 32, else the last one."""
+def feature_options(settings: EncoderSettings) -> dict[str, Any]:
+    """timm's options for a feature extractor of these settings, without building it. Raises UserError for an unknown
+    name and a stride or context that the model cannot have.
+    """
     if not timm.is_model(settings.name):
         near = difflib.get_close_matches(settings.name, timm.list_models(), n=3, cutoff=0.5)
         raise UserError(
@@ -149,10 +151,15 @@ def build_backbone(settings: EncoderSettings) -> Any:
         )
     with torch.device("meta"):
         facts = _create(settings, {"features_only": True}).feature_info
-    reductions: list[int] = facts.reduction()
-    levels = dict(zip(facts.out_indices, reductions, strict=True))
-    backbone = _create(settings, {"features_only": True} | _level_options(settings, levels) | _pretrained(settings))
-    if backbone.feature_info.reduction()[0 if settings.context == "fpn" else -1] != settings.stride:
+    levels = dict(zip(facts.out_indices, facts.reduction(), strict=True))
+    return {"features_only": True} | _level_options(settings, levels)
+
+
+def build_backbone(settings: EncoderSettings) -> Any:
+    """timm's feature extractor: with context `fpn` it returns the levels from the stride to 32, else the last one."""
+    backbone = _create(settings, feature_options(settings) | _pretrained(settings))
+    reductions: list[int] = backbone.feature_info.reduction()
+    if reductions[0 if settings.context == "fpn" else -1] != settings.stride:
         raise UserError(
             f"encoder.stride is {settings.stride}, but {settings.name} has {reductions}. Use context `fpn`, or another."
         )

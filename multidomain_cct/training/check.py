@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from multidomain_cct.data.batches.streams import WEAK_ENDING, DomainStreams, open_streams
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.label_findings import pixel_findings, table_findings
+from multidomain_cct.data.shards.index import shard_paths
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
+from multidomain_cct.errors import did_you_mean
 from multidomain_cct.methods import METHODS
+from multidomain_cct.model.encoder import feature_options
 from multidomain_cct.training.build import auxiliary_decoders, decoders_by_head, uses_unlabelled, wants_unlabelled
 from multidomain_cct.training.checkpoints.initial_weights import matching_heads
 from multidomain_cct.training.findings import Finding, error, fails, noted, notice, warning
@@ -43,17 +47,21 @@ def check(
     findings += _check_domains(recipe, data.domains)
     if fails(findings):
         return findings, data
+    findings += _check_splits(recipe, data.domains)
+    if fails(findings):
+        return findings, data
+    hint = _where_looked(recipe)
     for name, choice in recipe.domains.items():
-        with noted(findings, f"domains.{name}"):
+        with noted(findings, f"domains.{name}", hint):
             used = uses_unlabelled(recipe, data.domains[name])
             data.streams.append(open_streams(data.domains[name], choice, recipe.data, use_unlabelled=used))
         if choice.val_split:
-            with noted(findings, f"domains.{name}.val_split"):
+            with noted(findings, f"domains.{name}.val_split", hint):
                 data.scored[name] = Shards.open(Path(recipe.data.shards) / name, choice.val_split)
     if not fails(findings):
         with noted(findings, "init_from"):
             findings += _check_images(recipe, data)
-        findings += _check_batches(recipe, data, parts)
+        findings += [*_check_batches(recipe, data, parts), *_check_norms(recipe, data, parts)]
     return findings, data
 
 
@@ -81,6 +89,10 @@ def check_recipe(recipe: Recipe) -> Iterator[Finding]:
             text = f"is {recipe.consistency_of(name).stride}, which does not divide encoder.stride {stride}."
             yield error(f"{key}.consistency.stride", text)
     yield from _check_crops(recipe)
+    unfit: list[Finding] = []
+    with noted(unfit, "encoder"):
+        feature_options(recipe.encoder)
+    yield from unfit
     if (recipe.encoder.norm, recipe.encoder.weights, recipe.init_from) == ("frozen", "none", None):
         text = "is `frozen` with encoder.weights=none: untrained norms stay. Use norm=shared, or pretrained weights."
         yield warning("encoder.norm", text)
@@ -103,6 +115,8 @@ def _check_domains(recipe: Recipe, domains: dict[str, Domain]) -> Iterator[Findi
     """Label spaces, and the auxiliary decoders that they allow."""
     method = METHODS[recipe.method]
     for name, domain in domains.items():
+        if domain.num_classes == 1:
+            yield warning(f"domains.{name}", f": {' '.join(table_findings(domain.classes))}")
         lender = domain.labels_of
         if lender and lender not in recipe.domains:
             text = f'borrows the labels of "{lender}", which is not in the recipe. Add it: domains.{lender}.'
@@ -113,7 +127,7 @@ def _check_domains(recipe: Recipe, domains: dict[str, Domain]) -> Iterator[Findi
                 yield notice(
                     f"domains.{name}.perturbations",
                     f"leaves out {asked - usable} auxiliary decoders with object masks, context masks and guided "
-                    "cutout: the class table marks no class, or every class, as `thing`."
+                    "cutout: the class table marks no class, or every class, as a countable object (`thing: true`)."
                     f"{'' if usable else ' None is left, so its unlabelled images are not used.'}",
                 )
     spaces = {domain.labels_of or name for name, domain in domains.items()}
@@ -141,18 +155,18 @@ def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
                 "its head (init_from).",
             )
         counts = stream.labelled_classes if stream.labelled else None
-        if counts is not None and not counts.pixels.all():
-            absent = [
-                label.name for label, pixels in zip(stream.domain.classes, counts.pixels, strict=True) if not pixels
-            ]
-            text = f"shows no pixel of {', '.join(absent)} in its {len(stream.labelled)} images. Label more images."
-            yield notice(f"{key}.labelled", text)
+        pixels = [] if counts is None else [*counts.pixels.tolist(), counts.ignored]
+        for text in pixel_findings(stream.domain.classes, pixels, unnamed={}, raw={}) if pixels else []:
+            yield warning(f"{key}.labelled", f"is {len(stream.labelled)} images: {text}")
         if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
             text = "has no image to train its own norms (encoder.norm=per_domain). Leave it out, or use norm=shared."
             yield error(key, text)
-    if METHODS[recipe.method].needs_unlabelled and not any(stream.unlabelled for stream in data.streams):
-        text = "which needs unlabelled images; no domain has any. Add some, or use method=supervised."
-        yield error("method", f"is `{recipe.method}`, {text}")
+    if not any(stream.unlabelled for stream in data.streams):
+        text = f"is `{recipe.method}`, but no domain has unlabelled images. Add some, or use method=supervised."
+        if METHODS[recipe.method].needs_unlabelled:
+            yield error("method", text)
+        elif any(wants_unlabelled(recipe, name) for name in recipe.domains):
+            yield warning("method", text)
 
 
 def _check_batches(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[Finding]:
@@ -162,7 +176,10 @@ def _check_batches(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[F
     for stream in data.streams:
         key = f"domains.{stream.domain.name}"
         for subset in ("labelled", "unlabelled"):
-            size = stream.batch(subset)
+            size, available = stream.batch(subset), len(stream.samples(subset))
+            if 0 < available < size:
+                text = f"is {size}, but there are {available} {subset} images, so a step repeats some."
+                yield notice(f"{key}.{subset}_batch", text)
             if stream.samples(subset) and size % parts:
                 accumulation = recipe.training.accumulation
                 yield error(
@@ -178,3 +195,45 @@ def _check_batches(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[F
         if stream.unlabelled and 0 < available < drawn:
             text = f"is {drawn}, but there are {available} auxiliary decoders. Draw at most that many; 0 takes all."
             yield error(f"{key}.consistency.sample", text)
+
+
+def _check_splits(recipe: Recipe, domains: Mapping[str, Domain]) -> Iterator[Finding]:
+    """Splits that a domain's file does not have, nor anybody's shards."""
+    for name, choice in recipe.domains.items():
+        folder = Path(recipe.data.shards) / name
+        splits = {"val_split": choice.val_split, "train_split": choice.train_split}
+        splits |= {f"unlabelled_splits[{place}]": split for place, split in enumerate(choice.unlabelled_splits)}
+        for key, split in splits.items():
+            has_shards = choice.remote or not folder.is_dir() or shard_paths(folder, split)
+            if split and split not in domains[name].splits and not has_shards and not split.endswith(WEAK_ENDING):
+                known = ", ".join(domains[name].splits)
+                remedy = f"Name one{', or write none to score no images' if key == 'val_split' else ''}."
+                text = f"is {split!r}, which {name} does not have. Its splits: {known}. {remedy}"
+                yield error(f"domains.{name}.{key}", text + did_you_mean(split, domains[name].splits))
+
+
+def _where_looked(recipe: Recipe) -> str:
+    """The places in which a recipe's relative paths are looked for, for what is not found."""
+    if recipe.file is None or Path(recipe.data.shards).is_absolute():
+        return ""
+    return f" Relative paths are looked for in {Path.cwd()} and {' and '.join(map(str, recipe.places))}."
+
+
+def _check_norms(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[Finding]:
+    """Batch norms that would see a single image, whose statistics are its own or, on pooled features, nothing."""
+    if recipe.encoder.norm == "frozen":
+        return
+    apart = recipe.encoder.norm == "per_domain" or recipe.data.schedule == "alternate"
+    passes: dict[tuple[str, tuple[int, int]], int] = {}
+    for stream in data.streams:
+        counts = (stream.batch(subset) for subset in ("labelled", "unlabelled") if stream.samples(subset))
+        group = (stream.domain.name if apart else "", stream.crop)
+        passes[group] = passes.get(group, 0) + sum(counts) // parts
+    for (name, crop), images in passes.items():
+        if images == 1:
+            key = f"domains.{name}.labelled_batch" if name else "data.labelled_batch"
+            yield error(
+                key,
+                f"gives batch norms one image of {crop[0]}x{crop[1]} per process and micro-batch ({parts} parts). "
+                "Raise it, lower training.accumulation or the number of processes, or set encoder.norm=frozen.",
+            )

@@ -1,11 +1,11 @@
-"""Recipe: every setting of a run, read from one YAML file and `key=value` overrides and checked key by key."""
+"""A recipe, read from one YAML file and `key=value` overrides and checked key by key."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin, get_type_hints
@@ -14,176 +14,23 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from multidomain_cct.data.batches.streams import DataSettings, DomainSettings
-from multidomain_cct.errors import UserError, did_you_mean, require_choice, require_number
-from multidomain_cct.evaluation.inference import InferenceSettings
+from multidomain_cct.errors import UserError, did_you_mean
 from multidomain_cct.files.strict_yaml import StrictLoader, read_yaml
-from multidomain_cct.methods import METHODS
-from multidomain_cct.methods.cct_strong import CCTStrongSettings
-from multidomain_cct.methods.mean_teacher import MeanTeacherSettings
-from multidomain_cct.methods.unimatch import UniMatchSettings
-from multidomain_cct.methods.usss import UsssSettings
-from multidomain_cct.model.decoders import DECODERS
-from multidomain_cct.model.encoder import EncoderSettings
-from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings
-from multidomain_cct.model.perturbations import Perturbations
-from multidomain_cct.training.schedules import OptimiserSettings
-from multidomain_cct.weak.cams import PseudoLabelSettings
+from multidomain_cct.training.settings import Recipe as Recipe
 
 _MAY_CHANGE = (
-    r"file|name|runs|resume|init_from|evaluation\..*|domains\..*\.remote|data\.(shards|workers|prefetch|remote|cache|cache_gib)|"
+    r"file|name|runs|resume|init_from|evaluation\..*|encoder\.checkpoint|domains\..*\.remote|"
+    r"data\.(shards|workers|prefetch|remote|cache|cache_gib)|"
     r"training\.(accumulation|log_every|evaluate_every|save_every|keep|trackers|max_skipped)"
 )
 """What a resumed run may change: where files lie, how work is cut, and how often it is logged, scored and saved."""
+_PACKAGE = Path(__file__).resolve().parents[1]
 INHERITED = ("consistency", "perturbations", "cct_strong")
 """Sections that a domain may have too: its keys replace those of the recipe's section, the others stay."""
+SYNONYMS = {"batch_size": "labelled_batch", "batch": "labelled_batch", "learning_rate": "lr", "crop_size": "crop"}
+"""What people write for settings."""
 RENAMED = {"optimiser.trunk_factor": "optimiser.backbone_factor"}
 """Keys of earlier versions. In a recipe they are refused; in a run's folder they are read."""
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """Length, precision and bookkeeping of the run."""
-
-    steps: int = 40000
-    """Optimiser steps."""
-    precision: str = "no"
-    """Mixed precision: `no`, `bf16` or `fp16`."""
-    accumulation: int = 1
-    """Micro-batches per step and process; the batch sizes in `data` are those of the whole step."""
-    clip: float = 0.0
-    """Largest norm of the gradient; 0 does not clip."""
-    log_every: int = 10
-    """Steps between lines in metrics.jsonl."""
-    evaluate_every: int = 1000
-    """Steps between evaluations on the val splits; the last step is always evaluated."""
-    save_every: int = 1000
-    """Steps between checkpoints; the last step and each new best are always saved."""
-    keep: int = 2
-    """Newest checkpoints that are kept, besides the best."""
-    max_skipped: int = 10
-    """Steps in a row that may be skipped because a loss or gradient is not finite; one more ends the run."""
-    trackers: list[str] = field(default_factory=list)
-    """Trackers of Accelerate that also receive the metrics, for example tensorboard."""
-
-    def __post_init__(self) -> None:
-        require_choice("training.precision", self.precision, ("no", "bf16", "fp16"))
-        require_number("training.clip", self.clip, at_least=0)
-        for name in ("steps", "accumulation", "log_every", "evaluate_every", "save_every", "keep", "max_skipped"):
-            require_number(f"training.{name}", vars(self)[name], at_least=1)
-
-
-@dataclass(frozen=True)
-class DomainRecipe(DomainSettings):
-    """What the recipe uses of one domain, and how the model learns from it."""
-
-    consistency: ConsistencySettings | None = None
-    """The unsupervised loss of this domain; keys left out are those of the recipe's `consistency`."""
-    perturbations: Perturbations | None = None
-    """The auxiliary decoders of this domain; keys left out are those of the recipe's `perturbations`. A borrowed head
-    has the mix of its lender.
-    """
-    cct_strong: CCTStrongSettings | None = None
-    """Strong views of this domain; keys left out are those of the recipe's `cct_strong`."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """A run, complete."""
-
-    name: str = ""
-    """Name of the run's folder; left out: the recipe's file name."""
-    runs: str = "runs"
-    """Folder of the runs."""
-    seed: int = 0
-    """Decides initial weights, order, augmentation and perturbations."""
-    resume: str = "never"
-    """`never`: refuse a run folder that exists; `auto`: go on from its newest checkpoint, or start when there is none;
-    `force`: the same, although settings or data have changed.
-    """
-    init_from: str | None = None
-    """Run folder whose weights a new run starts from: the encoder, and the heads whose names and classes match."""
-    method: str = "cct"
-    """How unlabelled images are used: `cct`; `cct_strong` (CCT on strong views, with a teacher); `supervised` (not at
-    all); `mean_teacher`; `unimatch`; or `usss` (entropy across label spaces).
-    """
-    ema: float | None = None
-    """Decay of a running average of the weights, 0 to below 1, which then predicts and is scored; none: no average. For
-    methods without a teacher of their own.
-    """
-    domains: dict[str, DomainRecipe] = field(default_factory=dict)
-    """The domains, by name, each with its settings."""
-    data: DataSettings = field(default_factory=DataSettings)
-    """Shards, batches, views."""
-    encoder: EncoderSettings = field(default_factory=EncoderSettings)
-    """The shared encoder."""
-    decoder: str = "pixelshuffle"
-    """`pixelshuffle` (the paper) or `bilinear`."""
-    perturbations: Perturbations = field(default_factory=Perturbations)
-    """The auxiliary decoders of every domain."""
-    supervised: SupervisedSettings = field(default_factory=SupervisedSettings)
-    """The loss on labelled images."""
-    consistency: ConsistencySettings = field(default_factory=ConsistencySettings)
-    """The loss on unlabelled images, of `cct` and `mean_teacher`; of `cct_strong`, that of the auxiliary decoders."""
-    cct_strong: CCTStrongSettings = field(default_factory=CCTStrongSettings)
-    """Of `method: cct_strong`."""
-    mean_teacher: MeanTeacherSettings = field(default_factory=MeanTeacherSettings)
-    """Of `method: mean_teacher`."""
-    unimatch: UniMatchSettings = field(default_factory=UniMatchSettings)
-    """Of `method: unimatch`."""
-    usss: UsssSettings = field(default_factory=UsssSettings)
-    """Of `method: usss`."""
-    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
-    """Optimiser and learning rate."""
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    """Length and bookkeeping."""
-    evaluation: InferenceSettings = field(default_factory=InferenceSettings)
-    """How val images are predicted."""
-    pseudo_labels: PseudoLabelSettings = field(default_factory=PseudoLabelSettings)
-    """How `weaklabels` makes pseudo-labels of image-level labels."""
-    file: Path | None = field(default=None, compare=False)
-    """The file that it was read from. What is not compared is no setting."""
-
-    def __post_init__(self) -> None:
-        if not self.domains:
-            raise UserError("domains is empty; name at least one, for example `domains: {camvid: {labelled: 50}}`.")
-        if not re.fullmatch(r"[\w+-][\w.+-]*|", self.name):
-            raise UserError(
-                f"name is {self.name!r}; it holds letters, digits and . _ + - only, and starts without a dot."
-            )
-        require_choice("resume", self.resume, ("never", "auto", "force"))
-        require_choice("method", self.method, METHODS)
-        require_choice("decoder", self.decoder, DECODERS)
-        if self.ema is not None:
-            require_number("ema", self.ema, at_least=0, below=1)
-            if METHODS[self.method].has_own_teacher:
-                raise UserError(f"ema is for methods without a teacher of their own; set {self.method}.decay.")
-
-    @property
-    def folder(self) -> Path:
-        """The run's folder."""
-        return Path(self.runs) / self.name
-
-    @property
-    def method_settings(self) -> Any:
-        """The section of the recipe's method; None when the method has none."""
-        wanted = METHODS[self.method].settings_type
-        return next((section for section in vars(self).values() if type(section) is wanted), None)
-
-    def consistency_of(self, domain: str) -> ConsistencySettings:
-        """The domain's own settings. A recipe's consistency.weight=0 turns every domain's consistency off."""
-        own = self.domains[domain].consistency
-        return self.consistency if own is None or self.consistency.weight == 0 else own
-
-    def perturbations_of(self, domain: str) -> Perturbations:
-        """The domain's own mix, or the recipe's."""
-        return self.domains[domain].perturbations or self.perturbations
-
-    def to_yaml(self) -> str:
-        """Every setting, with defaults filled in; reading it back gives an equal Recipe."""
-        plain = asdict(replace(self, file=None))
-        del plain["file"]
-        return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=160)
 
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -191,12 +38,13 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises UserError, with one line that names the file or override and the key, for anything that cannot be used.
     """
-    path = _found(path)
+    own, path = path.exists(), _found(path)
     plain = read_yaml(path)
     for override in overrides:
         _apply(override, plain)
     recipe = recipe_from(plain, " ".join([str(path), *overrides]))
-    return replace(recipe, name=recipe.name or path.stem, file=path)
+    recipe = replace(recipe, name=recipe.name or path.stem, file=path if own else None)
+    return _located(recipe, recipe.places)
 
 
 def read_run_recipe(run: Path) -> Recipe:
@@ -213,7 +61,27 @@ def read_run_recipe(run: Path) -> Recipe:
         if isinstance(choice, dict):
             # Earlier versions knew no other order.
             choice.setdefault("order", "random")
-    return replace(recipe_from(plain, str(path)), file=path)
+    # `runs` lies beside what the run's paths began in.
+    return _located(replace(recipe_from(plain, str(path)), file=path), run.resolve().parents[1:2])
+
+
+def _located(recipe: Recipe, places: Sequence[Path]) -> Recipe:
+    """The recipe with its relative paths where they are found: in the working directory, or in one of these places."""
+
+    def at(text: str, exists: Callable[[Path], bool] = Path.is_dir) -> str:
+        here = not text or exists(Path(text))
+        return next((str(place / text) for place in places if not here and exists(place / text)), text)
+
+    domains = {
+        name: replace(
+            choice, labelled=at(choice.labelled, Path.is_file), image_labels=at(choice.image_labels, Path.is_file)
+        )
+        for name, choice in recipe.domains.items()
+    }
+    data = replace(recipe.data, shards=at(recipe.data.shards), cache=at(recipe.data.cache))
+    encoder = replace(recipe.encoder, weights=at(recipe.encoder.weights, Path.is_file))
+    init_from = recipe.init_from and at(recipe.init_from)
+    return replace(recipe, runs=at(recipe.runs), init_from=init_from, domains=domains, data=data, encoder=encoder)
 
 
 def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
@@ -226,6 +94,8 @@ def recipe_from(plain: dict[str, Any], where: str) -> Recipe:
     plain = {**plain, "domains": {name: value or {} for name, value in domains.items()}}
     _check_keys(plain, Recipe, where)
     for choice in plain["domains"].values():
+        if choice.get("val_split", "") in (None, "none"):
+            choice["val_split"] = ""
         own = {name: choice[name] for name in INHERITED if choice.get(name) is not None}
         choice |= {name: _merged(plain.get(name) or {}, section) for name, section in own.items()}
     try:
@@ -263,14 +133,19 @@ def changes(old: dict[str, Any], new: dict[str, Any], *, may_change: str = "") -
     return [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in before | after
-        if before.get(key) != after.get(key) and not re.fullmatch(may_change, key)
+        if not _same(before.get(key), after.get(key)) and not re.fullmatch(may_change, key)
     ]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; a path is, wherever its beginning was found."""
+    texts = isinstance(one, str) and isinstance(other, str)
+    return one == other or (texts and (one.endswith(f"/{other}") or other.endswith(f"/{one}")))
 
 
 def _found(path: Path) -> Path:
     """The path, or the recipe of that name that is installed with the package."""
-    package = Path(__file__).resolve().parents[1]
-    installed = [package / "recipes" / path.name, package.parent / "recipes" / path.name]
+    installed = [folder / "recipes" / path.name for folder in (_PACKAGE, _PACKAGE.parent)]
     for candidate in [path, *(installed if path.parent.name in ("", "recipes") else [])]:
         if candidate.exists():
             return candidate
@@ -283,7 +158,7 @@ def _apply(override: str, plain: dict[str, Any]) -> None:
     if not equals or not key:
         raise UserError(f"{override!r} is not an override; write key=value, for example optimiser.lr=0.02.")
     try:
-        value = yaml.load(text, Loader=StrictLoader)
+        value = yaml.load(text, Loader=StrictLoader) if text else ""
     except (yaml.YAMLError, UserError, ValueError):
         raise UserError(f"{override!r}: the value is not valid YAML.") from None
     *parents, last = key.split(".")
@@ -293,7 +168,10 @@ def _apply(override: str, plain: dict[str, Any]) -> None:
         plain = plain[parent]
         if not isinstance(plain, dict):
             raise UserError(f"{override!r}: {'.'.join(parents[: position + 1])} is a value, not a section.")
-    plain[last] = value
+    if value is None and parents == ["domains"]:
+        plain.pop(last, None)
+    else:
+        plain[last] = value
 
 
 def _check_keys(value: Any, annotation: Any, where: str, path: str = "") -> None:
@@ -314,11 +192,24 @@ def _check_keys(value: Any, annotation: Any, where: str, path: str = "") -> None
         if hints and key not in hints:
             if full in RENAMED:
                 raise UserError(f"{where}: {full} is now {RENAMED[full]}. Rename it.")
+            longer = [each for each in _settings(Recipe) if each.endswith(f".{SYNONYMS.get(str(key), key)}")]
+            if 0 < len(longer) < 5:
+                raise UserError(f'{where}: unknown key "{full}". Its full key is {" or ".join(longer)}.')
             allowed = f"{f'in {path}' if path else 'at the top'}: {', '.join(hints)}."
             raise UserError(f'{where}: unknown key "{full}". Allowed {allowed}{did_you_mean(str(key), hints)}')
         _check_keys(item, hints.get(key, of_each), where, full)
     for item in value if isinstance(value, list) else []:
         _check_keys(item, None, where, path)
+
+
+def _settings(kind: Any, path: str = "") -> Iterator[str]:
+    """The full key of every setting of a recipe's sections, such as training.steps; not those of single domains."""
+    types = get_type_hints(kind)
+    for each in fields(kind):
+        key = f"{path}.{each.name}" if path else each.name
+        yield key
+        if is_dataclass(types[each.name]):
+            yield from _settings(types[each.name], key)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

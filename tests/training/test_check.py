@@ -108,6 +108,24 @@ def test_norms_that_can_never_be_trained_are_a_warning(tiny_recipe: TinyRecipe) 
     assert list(check_recipe(tiny_recipe(encoder=frozen, init_from="runs/other"))) == []
 
 
+@pytest.mark.parametrize(
+    ("encoder", "words"),
+    [
+        ({"name": "resnet5"}, ("resnet50",)),
+        ({"stride": 12}, ("encoder.stride is 12", "8, 16")),
+        ({"context": "psp", "stride": 4}, ("encoder.stride is 4", "8, 16 or 32")),
+        ({"name": "test_vit", "context": "fpn"}, ("encoder.context is `fpn`",)),
+    ],
+)
+def test_an_encoder_that_cannot_be_built_is_an_error(
+    tiny_recipe: TinyRecipe, encoder: dict[str, object], words: tuple[str, ...]
+) -> None:
+    settings = {"name": "test_resnet", "stride": 8, "context": "fpn", "width": 32} | encoder
+    found = check_recipe(tiny_recipe(encoder=settings, data={"shards": "x", "crop": [96, 96]}))
+    finding = only([finding for finding in found if finding.key == "encoder"], "error")
+    assert all(word in finding.message for word in words)
+
+
 def test_image_labels_that_training_does_not_read_are_noticed(tiny_recipe: TinyRecipe) -> None:
     finding = only(list(check_recipe(tiny_recipe(domains={"shapes": {"image_labels": "masks"}}))), "notice")
     assert "domains.shapes.weak_split" in finding.message
@@ -130,7 +148,7 @@ def test_auxiliary_decoders_that_a_class_table_does_not_allow_are_noticed_once(
 ) -> None:
     shapes = tiny_domain("shapes")
     shapes = replace(shapes, classes=tuple(replace(label, thing=thing) for label in shapes.classes))
-    finding = only(findings({"shapes": shapes}, domains={"shapes": {}}, perturbations=OBJECTS), "notice")
+    finding = only(findings({"shapes": shapes}, domains={"shapes": {"labelled": "4"}}, perturbations=OBJECTS), "notice")
     assert finding.key == "domains.shapes.perturbations"
     assert "5 auxiliary decoders" in finding.message
     assert "None is left" not in finding.message
@@ -139,7 +157,7 @@ def test_auxiliary_decoders_that_a_class_table_does_not_allow_are_noticed_once(
 def test_a_domain_without_auxiliary_decoders_does_not_use_its_unlabelled_images(
     findings: Callable[..., list[Finding]],
 ) -> None:
-    finding = only(findings(domains={"shapes": {}}, perturbations=OBJECTS | NONE_OF_THE_REST), "notice")
+    finding = findings(domains={"shapes": {"labelled": "4"}}, perturbations=OBJECTS | NONE_OF_THE_REST)[0]
     assert finding.message.endswith("None is left, so its unlabelled images are not used.")
 
 
@@ -164,7 +182,87 @@ def test_comparing_label_spaces_takes_two(findings: Callable[..., list[Finding]]
     assert "Add a domain" in finding.message
 
 
+def test_a_table_of_one_class_is_a_warning(
+    findings: Callable[..., list[Finding]], tiny_domain: Callable[..., Domain]
+) -> None:
+    single = replace(tiny_domain("shapes"), classes=tiny_domain("shapes").classes[:1])
+    found = findings({"shapes": single}, domains={"shapes": {"labelled": "4"}})
+    assert any(each.severity == "warning" and "one class" in each.message for each in found)
+
+
 # Data
+
+
+@pytest.mark.parametrize("key", ["val_split", "train_split"])
+def test_a_split_that_the_domain_does_not_have_is_answered_with_its_splits(
+    findings: Callable[..., list[Finding]], key: str
+) -> None:
+    finding = only(findings(domains={"shapes": {key: "valid"}}), "error")
+    assert finding.key == f"domains.shapes.{key}"
+    for word in ("'valid'", "train, val", 'Did you mean "val"'):
+        assert word in finding.message
+    assert ("write none" in finding.message) == (key == "val_split")
+
+
+@pytest.mark.parametrize(("method", "consistency"), [("cct", 1.0), ("mean_teacher", 1.0), ("cct", 0.0)])
+def test_a_method_for_unlabelled_images_without_any_is_a_warning_unless_they_are_turned_off(
+    findings: Callable[..., list[Finding]], method: str, consistency: float
+) -> None:
+    found = findings(domains={"shapes": {}}, method=method, consistency={"weight": consistency})
+    assert [finding.key for finding in found] == (["method"] if consistency else [])
+    assert all("method=supervised" in finding.message for finding in found)
+
+
+def test_a_batch_that_repeats_images_is_a_notice(findings: Callable[..., list[Finding]]) -> None:
+    finding = only(findings(domains={"shapes": {"labelled": "4", "labelled_batch": 6}}), "notice")
+    assert finding.key == "domains.shapes.labelled_batch"
+    assert "there are 4 labelled images" in finding.message
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts", "key"),
+    [
+        ({"labelled_batch": 1}, 1, "data.labelled_batch"),
+        ({"labelled_batch": 4}, 4, "data.labelled_batch"),
+        ({"labelled_batch": 2, "encoder__norm": "per_domain"}, 2, "domains.shapes.labelled_batch"),
+        ({"labelled_batch": 1, "encoder__norm": "frozen"}, 1, None),
+        ({"labelled_batch": 4}, 2, None),
+    ],
+)
+def test_batch_norm_of_a_single_image_is_an_error(
+    findings: Callable[..., list[Finding]], changes: dict[str, Any], parts: int, key: str | None
+) -> None:
+    batch = changes.pop("labelled_batch")
+    domains = {"shapes": {"labelled": "4", "unlabelled": "none", "labelled_batch": batch}}
+    found = findings(domains=domains, method="supervised", parts=parts, **changes)
+    assert [finding.key for finding in found if finding.severity == "error"] == ([key] if key else [])
+    for finding in found:
+        for remedy in ("accumulation", "processes", "encoder.norm=frozen"):
+            assert finding.severity != "error" or remedy in finding.message
+
+
+def test_shards_are_looked_for_beside_the_recipe_and_both_places_are_shown(
+    two_domains: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere, project = tmp_path / "elsewhere", tmp_path / "project"
+    for folder in (elsewhere, project / "recipes", project / "lists"):
+        folder.mkdir(parents=True)
+    recipe = project / "recipes" / "mine.yaml"
+    recipe.write_text("domains: {shapes: {labelled: lists/few.txt, unlabelled: none}}\nmethod: supervised\n")
+    monkeypatch.chdir(elsewhere)
+    settings = ["encoder.name=test_resnet", "encoder.width=32", "data.crop=[64,64]"]
+    (missing,) = (each for each in check(read_recipe(recipe, settings), [two_domains / "domains"])[0][:1])
+    assert str(elsewhere) in missing.message
+    assert str(project) in missing.message
+    (project / "lists" / "few.txt").write_text("train_000\ntrain_002\n")
+    (project / "data").mkdir()
+    (project / "data" / "shards").symlink_to(two_domains)
+    found, data = check(read_recipe(recipe, settings), [two_domains / "domains"])
+    assert [each.message for each in found if each.severity == "error"] == []
+    assert len(data.streams[0].labelled) == 2
+    assert read_recipe(recipe).runs == "runs"
+    (project / "runs").mkdir()
+    assert read_recipe(recipe).folder == project / "runs" / "mine"
 
 
 def test_missing_shards_are_named_with_the_command_that_makes_them(findings: Callable[..., list[Finding]]) -> None:
@@ -179,9 +277,9 @@ def test_classes_that_the_labelled_images_do_not_show_are_noticed(
 ) -> None:
     shapes = tiny_domain("shapes")
     taller = replace(shapes, classes=(*shapes.classes, LabelClass("tower", (9, 9, 9))))
-    finding = only(findings({"shapes": taller}), "notice")
+    finding = only(findings({"shapes": taller}), "warning")
     assert finding.key == "domains.shapes.labelled"
-    assert "no pixel of tower" in finding.message
+    assert 'no pixel of the class "tower"' in finding.message
 
 
 @pytest.mark.parametrize(("key", "accumulation", "parts"), [("labelled_batch", 1, 4), ("unlabelled_batch", 3, 6)])
@@ -189,10 +287,8 @@ def test_a_batch_that_does_not_divide_is_an_error_with_the_multiple(
     findings: Callable[..., list[Finding]], key: str, accumulation: int, parts: int
 ) -> None:
     sizes = {"labelled_batch": 12, "unlabelled_batch": 12} | {key: 10}
-    finding = only(
-        findings(domains={"shapes": {"labelled": "4"} | sizes}, training__accumulation=accumulation, parts=parts),
-        "error",
-    )
+    found = findings(domains={"shapes": {"labelled": "4"} | sizes}, training__accumulation=accumulation, parts=parts)
+    finding = only([finding for finding in found if finding.severity == "error"], "error")
     assert finding.key == f"domains.shapes.{key}"
     assert finding.message.endswith(f"Use a multiple of {parts}.")
 

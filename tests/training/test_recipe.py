@@ -53,6 +53,44 @@ def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("text", ["", "none", "null"])
+def test_a_domain_may_have_no_val_split(tmp_path: Path, text: str) -> None:
+    overridden = read_recipe(write(tmp_path, BASE), [f"domains.camvid.val_split={text}"])
+    assert overridden.domains["camvid"].val_split == ""
+    assert overridden.domains["cityscapes"].val_split == "val"
+    written = read_recipe(write(tmp_path, f"domains: {{camvid: {{val_split: {text}}}}}"))
+    assert written.domains["camvid"].val_split == ""
+
+
+def test_null_drops_a_domain(tmp_path: Path) -> None:
+    assert list(read_recipe(write(tmp_path, BASE), ["domains.camvid=null"]).domains) == ["cityscapes"]
+    with pytest.raises(UserError, match="domains is empty"):
+        read_recipe(write(tmp_path, BASE), ["domains.camvid=null", "domains.cityscapes=null"])
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("lr=0.1", "optimiser.lr"),
+        ("steps=9", "training.steps"),
+        ("batch_size=4", "data.labelled_batch"),
+        ("crop=[64,64]", "data.crop"),
+        ("training.lr=1", "optimiser.lr"),
+    ],
+)
+def test_a_short_key_is_answered_with_the_full_one(tmp_path: Path, override: str, key: str) -> None:
+    with pytest.raises(UserError, match=rf"unknown key .*{key}\b"):
+        read_recipe(write(tmp_path, BASE), [override])
+
+
+def test_a_replaced_recipe_keeps_its_file(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, BASE))
+    assert replace(recipe, seed=3).file == tmp_path / "mine.yaml"
+    assert "file" not in recipe.to_yaml().split("\n")[0]
+    with pytest.raises(UserError, match='unknown key "file"'):
+        read_recipe(write(tmp_path, BASE), ["file=x.yaml"])
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

@@ -19,10 +19,8 @@ from multidomain_cct.errors import UserError
 
 GO_ON = "The run goes on from its last checkpoint with resume=auto."
 
-_OUT_OF_MEMORY = (
-    r"CUDA out of memory|CUDA error: out of memory|.*(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|.*DefaultCPUAllocator"
-)
-"""How torch's errors begin that are about memory."""
+_OUT_OF_MEMORY = r"CUDA (error: )?out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|DefaultCPUAllocator"
+"""What torch's errors about memory contain."""
 
 
 class RunFailed(RuntimeError):

@@ -1,0 +1,77 @@
+"""What Accelerate's environment and this machine mean for a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from multidomain_cct.errors import UserError
+from multidomain_cct.training.machine import check_machine
+from multidomain_cct.training.recipe import Recipe
+from multidomain_cct.training.run import build_accelerator
+
+TinyRecipe = Callable[..., Recipe]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("ACCELERATE_USE_DEEPSPEED", "true", "config file without it"),
+        ("ACCELERATE_USE_FSDP", "true", "config file without it"),
+        ("ACCELERATE_USE_MEGATRON_LM", "true", "config file without it"),
+        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "config file without it"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "encoder.compile=true"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "training.accumulation=8"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "bf16"),
+    ],
+)
+def test_what_training_would_mix_in_without_a_word_is_refused(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, remedy: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UserError, match=f"^{variable} is .*environment") as refused:
+        build_accelerator(tiny_recipe())
+    assert remedy in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "changes"),
+    [
+        ("ACCELERATE_USE_FSDP", "false", {}),
+        ("ACCELERATE_DYNAMO_BACKEND", "NO", {}),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", {}),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2", {"training__accumulation": 2}),
+        ("ACCELERATE_MIXED_PRECISION", "no", {"training__precision": "bf16"}),
+        ("ACCELERATE_MIXED_PRECISION", "bf16", {"training__precision": "bf16"}),
+    ],
+)
+def test_what_agrees_with_the_recipe_is_not_mentioned_and_changes_no_gradient(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, changes: dict[str, object]
+) -> None:
+    monkeypatch.setenv(variable, value)
+    recipe = tiny_recipe(**changes)
+    assert list(check_machine(recipe)) == []
+    weight = torch.ones((), requires_grad=True)
+    build_accelerator(recipe).backward(weight * 1.0)
+    assert weight.grad == 1
+
+
+def test_another_precision_in_the_environment_is_said(tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    (finding,) = check_machine(tiny_recipe())
+    assert finding.severity == "warning"
+    assert "training.precision=bf16" in finding.message
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("wandb", "pip install wandb"), ("wanbd", 'Did you mean "wandb"')])
+def test_a_tracker_that_is_not_installed_is_answered_with_its_package(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch, name: str, remedy: str
+) -> None:
+    monkeypatch.setattr("multidomain_cct.training.machine.get_available_trackers", lambda: ["tensorboard"])
+    (finding,) = check_machine(tiny_recipe(training__trackers=[name]))
+    assert finding.key == "training.trackers"
+    assert "Installed: tensorboard" in finding.message
+    assert remedy in finding.message
