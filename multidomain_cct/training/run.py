@@ -71,10 +71,10 @@ def open_run(
     with mistakes_in_common(accelerator):
         findings, opened = check(recipe, folders, named_by=named_by, parts=accelerator.num_processes * accumulation)
         findings = require(findings)
+        model = _initial_model(recipe, opened)
         if accelerator.is_main_process:
             lock.enter_context(locked(recipe.folder, "training"))
         start = find_start(recipe, opened.domains, opened.streams)
-        model = _initial_model(recipe, opened)
         left_out = []
         if start.checkpoint is None and recipe.init_from is not None:
             left_out = load_initial_weights(Path(recipe.init_from), model, opened.domains)

@@ -184,7 +184,7 @@ def _program(arguments: list[str], plan: Plan) -> int:
 def _follow(plan: Plan) -> None:
     from multidomain_cct.training import loop
 
-    steps, save, evaluate, now = loop.steps, loop.save_checkpoint, loop._evaluate, [0]
+    steps, save, evaluate, now = loop.steps, loop.save_checkpoint, loop.validate, [0]
 
     def send(place: str) -> None:
         if (
@@ -213,7 +213,7 @@ def _follow(plan: Plan) -> None:
         send("evaluation")
         return evaluate(*arguments)
 
-    loop.steps, loop.save_checkpoint, loop._evaluate = watched, saved, evaluated
+    loop.steps, loop.save_checkpoint, loop.validate = watched, saved, evaluated
     if plan.nan_steps:
         _spoil(plan, now)
 

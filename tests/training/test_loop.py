@@ -1,6 +1,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +175,9 @@ def test_a_tracker_receives_the_metrics(tiny_recipe: TinyRecipe, two_domains: Pa
 
 
 def test_a_tracker_that_is_not_installed_is_refused(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
-    with pytest.raises(UserError, match="training.trackers names 'tensorbored'. Installed: .*tensorboard"):
+    with pytest.raises(
+        UserError, match="training.trackers names 'tensorbored'.*Installed: .*Did you mean .tensorboard"
+    ):
         start(tiny_recipe(training__trackers=["tensorbored"]), two_domains)
 
 
@@ -307,14 +310,93 @@ def test_other_labelled_images_are_noticed_on_resuming(
         start(tiny_recipe(**settings), two_domains)
 
 
-def test_a_start_that_failed_does_not_stand_in_the_way(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
-    one_image = {"labelled_batch": 1, "unlabelled_batch": 1}
-    recipe = tiny_recipe(
-        domains={"shapes": {"labelled": "4", "unlabelled": "none", **one_image}}, encoder__context="psp"
-    )
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+@pytest.mark.parametrize(
+    ("error", "kind", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), RunFailed, "Tried to allocate"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), RunFailed, "can't allocate"),
+        (MemoryError("Unable to allocate 3 GiB"), RunFailed, "Unable to allocate"),
+        (RuntimeError("shapes cannot be multiplied"), RuntimeError, "^shapes"),
+    ],
+)
+def test_a_start_that_failed_does_not_stand_in_the_way_and_memory_is_one_line(
+    tiny_recipe: TinyRecipe,
+    two_domains: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    kind: type[Exception],
+    words: str,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    recipe = tiny_recipe()
+    with monkeypatch.context() as broken, pytest.raises(kind, match=words) as caught:
+        broken.setattr("multidomain_cct.training.loop.take_step", fail)
         start(recipe, two_domains)
-    assert start(tiny_recipe(), two_domains) == recipe.folder
+    if kind is RunFailed:
+        places = [
+            str(caught.value).find(way) for way in ("encoder.checkpoint=true", "accumulation", "bf16", "No check")
+        ]
+        assert places == sorted(places)
+        assert places[0] > 0
+        assert "\n" not in str(caught.value)
+    assert start(recipe, two_domains) == recipe.folder
+
+
+def test_out_of_memory_names_the_checkpoint_that_is_safe(
+    tiny_recipe: TinyRecipe, two_domains: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = start(tiny_recipe(training__steps=1), two_domains)
+    shutil.rmtree(run)
+    monkeypatch.setattr("multidomain_cct.training.loop.validate", lambda *_: (_ for _ in ()).throw(MemoryError("gone")))
+    with pytest.raises(RunFailed, match=r"out of memory \(gone\).*step-00000001 is safe.*resume=auto"):
+        start(tiny_recipe(training={"steps": 3, "save_every": 1, "evaluate_every": 2}), two_domains)
+
+
+@pytest.mark.parametrize("resume", ["never", "auto"])
+def test_a_run_in_use_is_left_alone(tiny_recipe: TinyRecipe, two_domains: Path, resume: str) -> None:
+    recipe = tiny_recipe(resume=resume)
+    code = f"""
+import sys, time
+from pathlib import Path
+from multidomain_cct.files.lock import locked
+with locked(Path({str(recipe.folder)!r}), "training"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match=rf"in use by process {other.pid} on .*training"):
+            start(recipe, two_domains)
+        assert not recipe.folder.exists()
+        other.communicate()
+    assert start(recipe, two_domains) == recipe.folder
+    assert [path.name for path in recipe.folder.parent.iterdir()] == [recipe.name]
+
+
+def test_a_run_shows_what_it_trains_on_what(
+    tiny_recipe: TinyRecipe, two_domains: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start(tiny_recipe(training__steps=4), two_domains)
+    lines = capsys.readouterr().out.splitlines()
+    words = next(line.split() for line in lines if line.strip().startswith("fields "))
+    # 4 of 10 labelled, the other 6 and 6 of another split not; 4 steps of 2 see 8 of these 12.
+    assert words == ["fields", "4", "12", "3", "3", "none", "2+2", "64x64", "0.667"]
+    facts = "\n".join(lines)
+    for fact in ("method cct", "test_resnet", "million parameters", "1 process", "precision no", "4 steps"):
+        assert fact in facts
+
+
+def test_a_run_whose_every_step_is_skipped_has_failed(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
+    recipe = tiny_recipe(optimiser={"lr": 1e30, "schedule": "constant"}, training={"steps": 2, "max_skipped": 9})
+    broken = tiny_recipe(name="broken", supervised={"loss": "ce"}, optimiser={"lr": 1e30}, training={"steps": 1})
+    assert start(broken, two_domains) == broken.folder, "one finite step is no failed run"
+    domains = {"shapes": {"labelled": "4", "weight": 3e38, "unlabelled": "none"}}
+    with pytest.raises(RunFailed, match="2 steps in a row were skipped. Lower optimiser.lr"):
+        start(replace(recipe, domains=tiny_recipe(domains=domains).domains, method="supervised"), two_domains)
+    assert not checkpoints(recipe.folder / "checkpoints")
 
 
 def test_resuming_keeps_the_record_of_the_first_start(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
@@ -432,7 +514,7 @@ def test_checkpoints_beyond_the_newest_and_the_best_are_removed(tiny_recipe: Tin
         ({"domains": {"feilds": {}}}, r'names the domain "feilds".*Did you mean "fields"'),
         (
             {"domains": {"fields": {"val_split": "hard"}}},
-            r"fields has no hard shards. Make them: python -m multidomain_cct pack fields",
+            r"domains.fields.val_split is .hard.*Its splits: train, val",
         ),
         ({"encoder__name": "resnet5"}, r"which timm does not know"),
         pytest.param(
