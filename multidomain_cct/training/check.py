@@ -116,7 +116,7 @@ def _check_domains(recipe: Recipe, domains: dict[str, Domain]) -> Iterator[Findi
     method = METHODS[recipe.method]
     for name, domain in domains.items():
         if domain.num_classes == 1:
-            yield warning(f"domains.{name}", f": {' '.join(table_findings(domain.classes))}")
+            yield warning(f"domains.{name}", f": {' '.join(table_findings(domain))}")
         lender = domain.labels_of
         if lender and lender not in recipe.domains:
             text = f'borrows the labels of "{lender}", which is not in the recipe. Add it: domains.{lender}.'
@@ -156,7 +156,7 @@ def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
             )
         counts = stream.labelled_classes if stream.labelled else None
         pixels = [] if counts is None else [*counts.pixels.tolist(), counts.ignored]
-        for text in pixel_findings(stream.domain.classes, pixels, unnamed={}, raw={}) if pixels else []:
+        for text in pixel_findings(stream.domain, pixels, {}) if pixels else []:
             yield warning(f"{key}.labelled", f"is {len(stream.labelled)} images: {text}")
         if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
             text = "has no image to train its own norms (encoder.norm=per_domain). Leave it out, or use norm=shared."
