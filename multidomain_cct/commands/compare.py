@@ -182,7 +182,7 @@ class _Training:
         if show:
             say(self.experiment.title)
             for heading, *rows in comparison.tables():
-                show_table(heading, rows, wide=True)
+                show_table(heading, rows)
 
 
 def _stop(processes: Sequence[subprocess.Popen[bytes]]) -> None:

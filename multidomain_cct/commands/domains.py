@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from multidomain_cct.commands.terminal import DONE, FAILED, SHARDS, Words, complain, domain_options, show_table
-from multidomain_cct.data.specification import domain_folders, find_domain, known_domains
+from multidomain_cct.data.specification import domain_folders, known_domain, known_domains
 from multidomain_cct.errors import UserError
 
 
@@ -22,10 +22,10 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.data.shards.index import shard_paths
 
     rows, broken = [], []
-    folders = domain_folders(options.domains)
-    for name, path in known_domains(folders).items():
+    known = known_domains(domain_folders(options.domains))
+    for name, path in known.items():
         try:
-            domain = find_domain(name, folders)
+            domain = known_domain(name, known)
         except UserError as error:
             broken.append(str(error))
             continue

@@ -40,9 +40,9 @@ def program() -> str:
 
 
 def complain(message: str, label: str = "error") -> None:
-    """One line on standard error."""
-    line = f"{label}: {printable(' '.join(message.split()))}"
-    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
+    """One line on standard error; a warning is yellow."""
+    line, style = f"{label}: {printable(' '.join(message.split()))}", "yellow" if label == "warning" else ""
+    Console(stderr=True, soft_wrap=True).print(line, style=style, markup=False, highlight=False)
 
 
 def report_error(error: Exception) -> None:
@@ -74,25 +74,20 @@ def say(text: str) -> None:
 
 
 def show_table(
-    heading: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    *,
-    title: str = "",
-    numbers: bool = False,
-    sums: int = 0,
-    wide: bool = False,
+    heading: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", numbers: bool = False, sums: int = 0
 ) -> None:
-    """A table on standard output.
+    """A table on standard output; in a file or a pipe, which have no width, each row is one line.
 
-    `numbers` aligns all columns but the first to the right, a line sets off the last `sums` rows, and `wide` keeps the
-    cells whole in a file, which has no width.
+    `numbers` aligns all columns but the first to the right, and a line sets off the last `sums` rows.
     """
     console = Console(highlight=False)
-    if wide and not console.is_terminal:
-        console = Console(highlight=False, width=240)
-    table = Table(title=escape(title) or None, title_justify="left", box=SIMPLE, show_edge=False, padding=(0, 1, 0, 0))
+    if not console.is_terminal:
+        console = Console(highlight=False, width=100_000)
+    table = Table(
+        title=escape(printable(title)) or None, title_justify="left", box=SIMPLE, show_edge=False, padding=(0, 1, 0, 0)
+    )
     for position, name in enumerate(heading):
-        table.add_column(escape(name), justify="right" if numbers and position else "left", overflow="fold")
+        table.add_column(escape(printable(name)), justify="right" if numbers and position else "left", overflow="fold")
     for position, cells in enumerate(rows):
         table.add_row(*(escape(printable(cell)) for cell in cells), end_section=position == len(rows) - sums - 1)
     console.print(table)

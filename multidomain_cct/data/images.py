@@ -12,7 +12,6 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
@@ -26,8 +25,13 @@ _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, RuntimeError, Attribu
 _TOO_LARGE = (Image.DecompressionBombWarning, Image.DecompressionBombError)
 ID_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "I;16L")
 """Pillow's modes of masks that hold ids."""
-_GREY_STEPS: dict[Any, int] = {"L;2": 85, "L;4": 17}
-"""Pillow stretches grey values of 2 and 4 bits to the range of 8; dividing by the step gives the stored ids back."""
+_KEPT = frozenset(
+    "1 L P P;1 P;2 P;4 I;16 I;16B I;16N I;12 I;16S I;16BS I;32S I;32BS I;32N "
+    "RGB RGBX RGBA BGR BGRX BGRA XBGR ABGR BGR;15 BGR;16 LA CMYK F F;32F F;32BF".split()
+)
+"""How files store pixels whose values Pillow keeps. Others it inverts (white as 0) or narrows (16-bit colours)."""
+_STRETCHED = {"L;2": 3, "L;4": 15}
+"""Grey values that Pillow stretches to 0..255, with the highest in the file."""
 
 
 def load_image(source: bytes | Path, name: str) -> Image.Image:
@@ -52,7 +56,7 @@ def open_image(source: bytes | Path, name: str) -> Image.Image:
 def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
     """(width, height) of an opened image after it is turned upright."""
     # Pillow gives the upright size of a TIFF.
-    return image.size if image.format == "TIFF" or _orientation(image, name) < 5 else (image.height, image.width)
+    return image.size if image.format == "TIFF" or orientation(image, name) < 5 else (image.height, image.width)
 
 
 def decode_smaller(image: Image.Image, name: str, wanted: tuple[int, int]) -> tuple[float, float]:
@@ -62,42 +66,85 @@ def decode_smaller(image: Image.Image, name: str, wanted: tuple[int, int]) -> tu
     the size: the last column or row is then covered in part only. A JPEG that has to be turned is left at full size,
     since its partial pixels would lie on another side.
     """
-    if image.format == "JPEG" and _orientation(image, name) == 1 and (drafted := image.draft(None, wanted)) is not None:
+    if image.format == "JPEG" and orientation(image, name) == 1 and (drafted := image.draft(None, wanted)) is not None:
         return drafted[1][2], drafted[1][3]
     return upright_size(image, name)
 
 
 def decoded(image: Image.Image, name: str) -> Image.Image:
-    """An opened image as 8-bit RGB, turned upright. Raises UserError, starting with `name`, when it cannot be read."""
+    """An opened image as 8-bit RGB, turned upright; of 16 bits, the upper 8.
+
+    Raises UserError, starting with `name`, when it cannot be read, and for numbers that leave open which one is white.
+    """
     with _errors_that_name(name):
+        # Before loading, which forgets how the pixels were stored.
+        stored, deep = _stored(image)[0], has_16_bits(image)
         image.load()
         ImageOps.exif_transpose(image, in_place=True)
-        if image.mode.startswith("I"):
-            # Pillow clips 16 bits to 255 instead of scaling them.
-            return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-        return image if image.mode == "RGB" else image.convert("RGB")
+        if image.mode == "F" or (image.mode == "I" and not deep):
+            held = "floating-point numbers" if image.mode == "F" else "integers of more than 16 bits, or with a sign"
+            raise UserError(
+                f"{name}: the image holds {held}; nothing says which is white. Export it with 8 or 16 bits."
+            )
+        if not deep:
+            return image if image.mode == "RGB" else image.convert("RGB")
+    values, grey = np.asarray(image), image.mode.startswith("I")
+    # Of colours Pillow has kept the upper 8 bits only.
+    if stored != "I;12" and (0 < values.max() < 4096 if grey else values[..., :3].max() < 16):
+        remedy = "Scale the values to 0..65535, or export it with 8 bits."
+        raise UserError(f"{name}: the image has 16 bits, but its values end below 4096: it would be black. {remedy}")
+    if grey:
+        # Pillow would clip 16 bits to 255.
+        image = Image.fromarray((values.astype(np.uint32) >> (4 if stored == "I;12" else 8)).astype(np.uint8))
+    return image.convert("RGB")
 
 
-def load_mask(source: bytes | Path, name: str, formats: tuple[str, ...]) -> tuple[Image.Image, int]:
-    """A mask with the pixels that its file holds, and the step by which they have to be divided.
+def load_mask(source: bytes | Path, name: str, formats: tuple[str, ...]) -> tuple[Image.Image, np.ndarray]:
+    """A mask, turned upright by its own EXIF tag, and the values in its file, (H, W) or (H, W, channels).
 
-    Raises UserError, starting with `name`, when it cannot be read.
+    Raises UserError, starting with `name`, when it cannot be read, or not without a change of its values.
     """
     with _errors_that_name(name, "mask"):
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
-            # Before loading, which forgets how the pixels were stored.
-            step = _grey_step(image)
+            stored, highest = _stored(image)
             image.load()
-    return image, step
+            ImageOps.exif_transpose(image, in_place=True)
+        values = np.asarray(image)
+    if highest is not None:
+        scale = highest / (65535 if image.mode == "I" else 255)
+        values = np.rint(values * scale).astype(np.uint16 if highest > 255 else np.uint8)
+    elif stored not in _KEPT:
+        raise UserError(
+            f"{name}: the mask's pixels are stored as {stored}, which is not read unchanged. Export 8- or 16-bit ids "
+            "in one channel, palette indices or 8-bit RGB colours."
+        )
+    return image, values.astype(np.uint8) if values.dtype == bool else values
 
 
-def _grey_step(image: Image.Image) -> int:
-    stored = image.tile[0].args if isinstance(image, ImageFile.ImageFile) and image.tile else None
-    return _GREY_STEPS.get(stored[0] if isinstance(stored, tuple) else stored, 1)
+def _stored(image: Image.Image) -> tuple[str, int | None]:
+    """How the file of an opened image stores its pixels, in Pillow's words, and the highest value of grey ones that
+    Pillow scales to its own range.
+    """
+    if not isinstance(image, ImageFile.ImageFile) or not image.tile or image.format == "GIF":
+        return image.mode, None
+    codec, _, _, args = image.tile[0]
+    kind = str(args[0] if isinstance(args, tuple) else args)
+    if not codec.startswith("ppm") or not isinstance(args, tuple):
+        return kind, _STRETCHED.get(kind)
+    if kind == "L":
+        return kind, int(args[1])
+    return (kind if args[1] == 255 else f"{kind} of 0..{args[1]}"), None
 
 
-def _orientation(image: Image.Image, name: str) -> int:
-    """The EXIF tag: 1 is upright, 5 to 8 lie on their side."""
+def has_16_bits(image: Image.Image) -> bool:
+    """Whether an opened image has 16 bits a channel, of which `decoded` keeps 8."""
+    kind, _, bits = _stored(image)[0].partition(";")
+    grey = image.mode.startswith("I;16") or (image.format == "PPM" and image.mode == "I")
+    return grey or (bits.startswith("16") and kind not in ("I", "BGR"))
+
+
+def orientation(image: Image.Image, name: str) -> int:
+    """The EXIF tag of an opened image: 1 is upright, 5 to 8 lie on their side."""
     with _errors_that_name(name):
         tag: int = image.getexif().get(ExifTags.Base.Orientation, 1)
     return tag if tag in range(1, 9) else 1

@@ -5,6 +5,7 @@ about the pixels that were counted with it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.files.printable import first_few
@@ -46,6 +47,19 @@ def pixel_findings(domain: Domain, pixels: Sequence[int], unnamed: Mapping[str, 
             f"{share:.1%} of the pixels are ignored because no class names their raw values: {values}. Give them to a "
             "class, or list them in ignore_ids or ignore_colors."
         )
+    return findings
+
+
+def shared_findings(scored: Mapping[str, Mapping[Any, str]], others: Mapping[str, Mapping[Any, str]]) -> list[str]:
+    """Which scored splits share images with others. A split is given as the contents of its images, with their keys."""
+    findings = []
+    for name, images in scored.items():
+        for other, contents in others.items():
+            if shared := sorted(images[content] for content in images.keys() & contents.keys()):
+                findings.append(
+                    f"{len(shared)} of {len(images)} images of {name} are also in {other}, so its scores are too "
+                    f"high: {first_few(shared)}. Take them out of one of the two."
+                )
     return findings
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from multidomain_cct.data.domain import IGNORE, LAYOUTS, Domain, LabelClass, Split
 from multidomain_cct.errors import UserError, did_you_mean, require_choice
+from multidomain_cct.files.printable import first_few, printable
 from multidomain_cct.files.strict_yaml import read_yaml
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -43,7 +44,7 @@ def read_domain(path: Path) -> Domain:
         unknown=raw.get("unknown", Domain.unknown),
         ignore_ids=_raw_ids(raw.get("ignore_ids", Domain.ignore_ids), f"{where}: ignore_ids"),
         ignore_colors=_colors(raw.get("ignore_colors", ()), f"{where}: ignore_colors"),
-        **{key: str(raw.get(key, "")) for key in ("labels_of", "title", "licence", "source")},
+        **{key: _text(raw.get(key, ""), f"{where}: {key}") for key in ("labels_of", "title", "licence", "source")},
     )
     _refuse_ambiguous_values(domain, where)
     return domain
@@ -72,19 +73,20 @@ def known_domains(folders: Iterable[Path]) -> dict[str, Path]:
 
 def find_domain(name: str, folders: Sequence[Path], named_by: str = "the command") -> Domain:
     """The domain called `name`, from the first folder that has it, with the classes it borrows (`labels_of`)."""
-    known = known_domains(folders)
+    return known_domain(name, known_domains(folders), named_by)
+
+
+def known_domain(name: str, known: Mapping[str, Path], named_by: str = "the command") -> Domain:
+    """As `find_domain`, from what `known_domains` listed."""
     if name not in known:
-        raise UserError(
-            f'{named_by} names the domain "{name}". Known: {", ".join(known) or "none"}.{did_you_mean(name, known)}'
-        )
+        raise UserError(f'{named_by} names the domain "{name}". {_known(name, known)}')
     domain = read_domain(known[name])
     if not domain.labels_of:
         return domain
     where = f'{known[name]}: labels_of is "{domain.labels_of}"'
     others = [other for other in known if other != name]
     if domain.labels_of not in others:
-        known_others = f"Known: {', '.join(others) or 'none'}.{did_you_mean(domain.labels_of, others)}"
-        raise UserError(f"{where}; it is the name of another domain. {known_others}")
+        raise UserError(f"{where}; it is the name of another domain. {_known(domain.labels_of, others)}")
     lender = read_domain(known[domain.labels_of])
     if lender.labels_of:
         raise UserError(f'{where}, which borrows its labels itself. Name "{lender.labels_of}".')
@@ -98,6 +100,11 @@ def find_domain(name: str, folders: Sequence[Path], named_by: str = "the command
     )
     _refuse_ambiguous_values(borrower, str(known[name]))
     return borrower
+
+
+def _known(name: str, known: Iterable[str]) -> str:
+    names = list(known)
+    return f"Known: {first_few(names, 20) or 'none'}.{did_you_mean(name, names)}"
 
 
 def _read_splits(raw: Any, layout: str, where: str) -> dict[str, Split]:
@@ -138,7 +145,7 @@ def _read_class(row: Any, where: str) -> LabelClass:
     if not isinstance(thing, bool):
         raise UserError(f"{where}.thing is {thing!r}; it is true (countable object) or false (stuff).")
     return LabelClass(
-        name=str(row["name"]),
+        name=_text(row["name"], f"{where}.name"),
         color=_color(row["color"], f"{where}.color"),
         ids=None if ids is None else _raw_ids([ids] if isinstance(ids, int) else ids, f"{where}.ids"),
         colors=_colors(row.get("colors", ()), f"{where}.colors"),
@@ -165,6 +172,8 @@ def _refuse_ambiguous_values(domain: Domain, where: str) -> None:
                 raise UserError(f"{where}: {text} belongs to both {owners[text]} and {owner}; it can only be one.")
             owners[text] = owner
 
+    # Otherwise a colour that two classes share is refused when a mask with colours is read.
+    masks_hold_colors = bool(domain.ignore_colors) or any(label.colors for label in domain.classes)
     for position, label in enumerate(domain.classes):
         if names.setdefault(label.name, position) != position:
             raise UserError(
@@ -172,7 +181,8 @@ def _refuse_ambiguous_values(domain: Domain, where: str) -> None:
                 "names must differ."
             )
         claim((position,) if label.ids is None else label.ids, f'"{label.name}"')
-        claim(label.colors or (label.color,), f'"{label.name}"')
+        if masks_hold_colors:
+            claim(label.colors or (label.color,), f'"{label.name}"')
     claim(set(domain.ignore_ids), "ignore_ids")
     claim(set(domain.ignore_colors), "ignore_colors")
 
@@ -181,6 +191,14 @@ def _name(raw: Any, what: str) -> str:
     if not _NAME.fullmatch(str(raw)):
         raise UserError(f"{what} {str(raw)!r}; a name starts with a letter and holds letters, digits, - and _ only.")
     return str(raw)
+
+
+def _text(raw: Any, where: str) -> str:
+    """Words on one line, without what could control a terminal or turn the direction of writing."""
+    text = " ".join(str(raw).split())
+    if re.search("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", text):
+        raise UserError(f"{where} is {printable(text)!r}; it holds control characters. Remove them.")
+    return text
 
 
 def _read_size(raw: Any, where: str) -> tuple[int, int] | None:

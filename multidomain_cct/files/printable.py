@@ -12,6 +12,6 @@ def printable(text: str) -> str:
     )
 
 
-def first_few(items: Sequence[str]) -> str:
-    """The first four of the items, and how many more there are."""
-    return ", ".join(items[:4]) + (f", and {len(items) - 4} more" if len(items) > 4 else "")
+def first_few(items: Sequence[str], count: int = 4) -> str:
+    """The first of the items, and how many more there are."""
+    return ", ".join(items[:count]) + (f", and {len(items) - count} more" if len(items) > count else "")

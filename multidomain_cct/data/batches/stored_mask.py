@@ -19,7 +19,7 @@ def stored_mask(content: bytes, domain: Domain, where: str) -> Image.Image:
     for an id that the class table lacks.
     """
     try:
-        mask, step = load_mask(content, where, ("PNG",))
+        mask, ids = load_mask(content, where, ("PNG",))
     except UserError as error:
         raise BadSample(str(error), "mask: cannot be read") from None
     if mask.mode not in ID_MODES:
@@ -27,9 +27,6 @@ def stored_mask(content: bytes, domain: Domain, where: str) -> Image.Image:
             f"{where}: the mask has the mode {mask.mode}; a mask in a shard is a PNG of train ids in one channel.",
             "mask: wrong mode",
         )
-    # In a palette PNG the indices are the ids; converting would give the brightness of their colours.
-    stored = np.asarray(mask)
-    ids = stored // step if step > 1 else stored
     if not _all_known(ids, domain.num_classes):
         wrong = ids[(ids >= domain.num_classes) & (ids != IGNORE)]
         raise BadSample(
@@ -37,7 +34,7 @@ def stored_mask(content: bytes, domain: Domain, where: str) -> Image.Image:
             f"{domain.num_classes - 1} and {IGNORE} for ignore. Pack it again with this class table.",
             "mask: id outside the class table",
         )
-    return mask if mask.mode == "L" and step == 1 else Image.fromarray(ids.astype(np.uint8, copy=False))
+    return Image.fromarray(ids.astype(np.uint8, copy=False))
 
 
 def _all_known(ids: np.ndarray, num_classes: int) -> bool:

@@ -15,12 +15,17 @@ import numpy as np
 from PIL import Image
 
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.images import load_image
+from multidomain_cct.data.images import decoded, has_16_bits, open_image, orientation
 from multidomain_cct.data.packing.raw_files import RawSample
 from multidomain_cct.data.packing.raw_masks import read_mask
 from multidomain_cct.errors import UserError
 
 JPEG_QUALITY = 95
+SIXTEEN_BITS = "images of 16 bits, of which the upper 8 are kept"
+TURNED = "images turned upright by their EXIF orientation"
+TURNED_ALONE = (
+    "images were turned by their EXIF orientation, and their masks have none and were not: look whether they fit"
+)
 
 
 @dataclass(frozen=True)
@@ -54,19 +59,28 @@ class Encoder:
         return encoded
 
     def encode(self, sample: RawSample) -> Encoded:
-        source = sample.image.read_bytes()
-        image = load_image(source, str(sample.image))
+        source, name = sample.image.read_bytes(), str(sample.image)
+        opened = open_image(source, name)
+        # Before decoding, which turns the image. All readers show an upright 8-bit RGB JPEG alike.
+        turned, deep = orientation(opened, name), has_16_bits(opened)
+        is_plain = (opened.format, opened.mode, turned) == ("JPEG", "RGB", 1)
+        image = decoded(opened, name)
         original = image.size
         facts: dict[str, Any] = {"images": 1, "labelled": 0, "pixels": [0] * 256, "unknown": {}}
+        facts["remarks"] = {TURNED: int(turned > 1), SIXTEEN_BITS: int(deep)}
         mask = None
         stored = fitted_size(original, self.domain.size)
         if sample.mask is not None:
             train_ids, facts["unknown"] = read_mask(sample.mask, self.domain)
             picture = Image.fromarray(train_ids)
+            if turned > 1 and sample.mask.cell is None:
+                with open_image(sample.mask.path, str(sample.mask.path)) as mask_file:
+                    facts["remarks"][TURNED_ALONE] = int(orientation(mask_file, str(sample.mask.path)) == 1)
             if picture.size != original:
+                exif = f", which its EXIF orientation {turned} turned; turn the mask too" if turned > 4 else ""
                 raise UserError(
                     f"{sample.mask.path}: the mask is {_text(picture.size)} but its image {sample.image} is "
-                    f"{_text(original)}. Export the mask at the image's size."
+                    f"{_text(original)}{exif}. Export the mask at the image's size."
                 )
             if self.split not in self.domain.score_at_full_size and stored != original:
                 picture = picture.resize(stored, Image.Resampling.NEAREST)
@@ -76,7 +90,7 @@ class Encoder:
             content = _jpeg(image.resize(stored, Image.Resampling.BICUBIC))
         else:
             # A plain JPEG of the right size is kept byte for byte: no second loss.
-            content = source if _is_plain_jpeg(source) else _jpeg(image)
+            content = source if is_plain else _jpeg(image)
         meta = {"size": list(original), "source": sample.image.relative_to(self.raw).as_posix()}
         facts |= {"image_bytes": len(content), "sizes": {_text(stored): 1}}
         return Encoded(sample.key, content, mask, json.dumps(meta, sort_keys=True).encode(), facts)
@@ -92,12 +106,6 @@ def fitted_size(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int
         return size
     ratio = min(1.0, box[0] / size[0], box[1] / size[1])
     return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
-
-
-def _is_plain_jpeg(source: bytes) -> bool:
-    """Whether the bytes are an upright 8-bit RGB JPEG, which all readers show alike."""
-    with Image.open(io.BytesIO(source)) as image:
-        return image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -50,6 +50,8 @@ class Summary:
     """Pixels per raw value that the class table lacks."""
     sizes: Counter[str] = field(default_factory=Counter)
     """Images per stored size, WIDTHxHEIGHT."""
+    remarks: Counter[str] = field(default_factory=Counter)
+    """Images by what was done to them that is worth a look."""
     shards: int = 0
 
     def add(self, facts: Mapping[str, Any]) -> None:
@@ -60,6 +62,8 @@ class Summary:
         self.pixels += np.array(facts["pixels"], dtype=np.int64)
         self.unknown.update(facts["unknown"])
         self.sizes.update(facts["sizes"])
+        # Shards of earlier versions have none.
+        self.remarks.update(facts.get("remarks", {}))
 
     def as_json(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "shards"} | {

@@ -17,7 +17,7 @@ from multidomain_cct.data.domain import Domain, Split
 from multidomain_cct.data.shards.keys import escape_key
 from multidomain_cct.errors import UserError
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IMAGE_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
 MASK_ENDINGS = ("_mask", "-mask", "_label", "_gt")
 """Endings that a mask's name may add to its image's name in the layout `folder`."""
 LONGEST_KEY = 200
@@ -56,7 +56,10 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
     """
     images = _globbed(raw, globs.images, f"{domain.name}: splits.{split}.images")
     if not images:
-        raise MissingRawFiles(f"{raw}: split {split} of {domain.name} needs {globs.images}, and no image matches that.")
+        others = _read_as_images(raw, globs.images)
+        raise MissingRawFiles(
+            f"{raw}: split {split} of {domain.name} needs {globs.images}, and no image matches that{others}."
+        )
     if not globs.masks:
         return unlabelled_samples(images)
     masks = _globbed(raw, globs.masks, f"{domain.name}: splits.{split}.masks")
@@ -73,7 +76,14 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
         if extended:
             masks[stem] = masks.pop(extended[0])
     files = {stem: MaskFile(path) for stem, path in masks.items()}
-    return paired_samples(images, files, lambda stem: f"the name {stem} in {globs.masks}")
+    return paired_samples(
+        images, files, lambda stem: f"the name {stem} in {globs.masks}{_read_as_images(raw, globs.masks)}"
+    )
+
+
+def _read_as_images(raw: Path, pattern: str) -> str:
+    others = other_files(raw, pattern)
+    return f" ({others} match, but only {' '.join(sorted(IMAGE_SUFFIXES))} are read)" if others else ""
 
 
 def paired_samples(
@@ -127,14 +137,25 @@ def sample_key(stem: str) -> str:
 
 
 def image_files(folder: Path, pattern: str) -> list[Path]:
-    """The image files below a folder that a glob matches, sorted; upper and lower case are the same in its ending."""
+    """The image files below a folder that a glob matches, sorted."""
+    return [path for path in _matching_files(folder, pattern) if path.suffix.lower() in IMAGE_SUFFIXES]
+
+
+def other_files(folder: Path, pattern: str) -> str:
+    """Numbers and endings of the files that a glob matches and that are not read as images."""
+    endings = Counter(path.suffix.lower() for path in _matching_files(folder, pattern))
+    return ", ".join(
+        f"{count} {ending or 'without ending'}"
+        for ending, count in sorted(endings.items())
+        if ending not in IMAGE_SUFFIXES
+    )
+
+
+def _matching_files(folder: Path, pattern: str) -> list[Path]:
     home, depth = folder / _fixed_folders(pattern), 99 if "**" in pattern else 1 + pattern.count("/")
     expression = _expression(pattern)
-    return sorted(
-        path
-        for path in (_files_below(home, depth, frozenset()) if home.is_dir() else ())
-        if path.suffix.lower() in IMAGE_SUFFIXES and expression.fullmatch(path.relative_to(folder).as_posix())
-    )
+    found = _files_below(home, depth, frozenset()) if home.is_dir() else ()
+    return sorted(path for path in found if expression.fullmatch(path.relative_to(folder).as_posix()))
 
 
 def _files_below(folder: Path, depth: int, above: frozenset[str]) -> Iterator[Path]:

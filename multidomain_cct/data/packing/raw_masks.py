@@ -14,8 +14,7 @@ from multidomain_cct.data.images import ID_MODES, load_mask
 from multidomain_cct.data.packing.raw_files import MaskFile
 from multidomain_cct.errors import UserError
 
-_FORMATS = ("PNG", "BMP", "TIFF", "GIF", "JPEG")
-_COLOR_MODES = ("RGB", "RGBA")
+_FORMATS = ("PNG", "BMP", "TIFF", "GIF", "PPM", "JPEG")
 
 
 def read_mask(mask: MaskFile, domain: Domain) -> tuple[np.ndarray, dict[str, int]]:
@@ -27,7 +26,7 @@ def read_mask(mask: MaskFile, domain: Domain) -> tuple[np.ndarray, dict[str, int
     ignore_colors are not counted. Raises UserError, naming the file, when it cannot be read, when its format alters
     labels, and for unknown values when the domain has `unknown: error`.
     """
-    values = _read_pixels(mask.path) if mask.cell is None else _read_cell(mask.path, mask.cell)
+    values = _read_pixels(mask.path, domain) if mask.cell is None else _read_cell(mask.path, mask.cell)
     if values.ndim == 3:
         train_ids, known = _colors_to_train_ids(values, domain)
     elif mask.train_ids:
@@ -83,22 +82,53 @@ def _codes(colors: np.ndarray) -> np.ndarray:
     return codes
 
 
-def _read_pixels(path: Path) -> np.ndarray:
+def _read_pixels(path: Path, domain: Domain) -> np.ndarray:
     """Raw ids (H, W) or raw colours (H, W, 3) of an image file."""
-    image, step = load_mask(path, str(path), _FORMATS)
+    image, values = load_mask(path, str(path), _FORMATS)
     if image.format == "JPEG" or image.info.get("compression") in ("jpeg", "tiff_jpeg"):
         raise UserError(
             f"{path}: the mask is JPEG-compressed, which changes labels along every border. Export it as PNG."
         )
-    if image.mode not in ID_MODES + _COLOR_MODES:
+    if image.mode not in (*ID_MODES, "RGB", "RGBA"):
         raise UserError(
             f"{path}: the mask has pixels of Pillow's mode {image.mode}. Export it as 8- or 16-bit ids in one "
             "channel, palette indices or RGB colours."
         )
-    pixels = np.asarray(image)
-    if pixels.dtype == bool:
-        return pixels.astype(np.uint8)
-    return pixels[..., :3] if image.mode in _COLOR_MODES else pixels // step if step > 1 else pixels
+    if image.mode == "P":
+        _refuse_two_readings(path, values, image.getpalette("RGB") or [], domain)
+    if values.ndim == 2:
+        return values
+    _require_one_class_per_color(path, domain)
+    return values[..., :3]
+
+
+def _refuse_two_readings(path: Path, indices: np.ndarray, palette: list[int], domain: Domain) -> None:
+    """Refuse indices of other classes than their colours in the palette, when the class table has all of these."""
+    used = np.flatnonzero(np.bincount(indices.ravel()))
+    colors = np.array(palette, dtype=np.uint8).reshape(-1, 3)
+    by_id, _ = _ids_to_train_ids(used, domain)
+    by_color, known = _colors_to_train_ids(colors[used[used < len(colors)]], domain)
+    # One colour alone may agree by chance, such as black.
+    if len(known) < len(used) or not known.all() or len(np.unique(by_color)) < 2 or (by_id == by_color).all():
+        return
+    first = int(np.flatnonzero(by_id != by_color)[0])
+    names = {train_id: f'"{label.name}"' for train_id, label in enumerate(domain.classes)}
+    number, color = (names.get(int(ids[first]), "no class") for ids in (by_id, by_color))
+    raise UserError(
+        f"{path}: the palette's entry {used[first]} is {number} by its number, and {color} by its colour "
+        f"{colors[used[first]].tolist()}. Export the mask as RGB if colours are right, as grey ids if numbers are."
+    )
+
+
+def _require_one_class_per_color(path: Path, domain: Domain) -> None:
+    codes, train = domain.color_lookup
+    shared = np.flatnonzero((codes[1:] == codes[:-1]) & (train[1:] != train[:-1]))
+    if len(shared):
+        pair = " and ".join(domain.classes[train[place]].name for place in (shared[0], shared[0] + 1))
+        raise UserError(
+            f"{path}: the mask holds colours, and the classes {pair} of {domain.name} have the same color. Give each "
+            "its own, or export masks of ids."
+        )
 
 
 def _read_cell(path: Path, cell: int) -> np.ndarray:

@@ -79,7 +79,9 @@ class Shards:
         paths = shard_paths(folder, split)
         if not paths:
             command = f"python -m multidomain_cct pack {folder.name} --raw FOLDER --split {split} --out {folder.parent}"
-            others = sorted(path.name for path in folder.glob("*.tar") if not re.fullmatch(r".+-[0-9]+\.tar", path.name))
+            others = sorted(
+                path.name for path in folder.glob("*.tar") if not re.fullmatch(r".+-[0-9]+\.tar", path.name)
+            )
             named = f" It holds {others[0]}; a shard is named such as {split}-00000.tar." if others else ""
             raise UserError(f"{folder} has no {split} shards.{named} Make them: {command}")
         listed = catalogue_path(folder, split)
