@@ -11,7 +11,7 @@ from multidomain_cct.commands.terminal import DONE, FAILED, Words, complain, pre
 def register(words: Words) -> None:
     command = words.add_parser("predict", parents=[prediction_options()], help="segment images")
     command.add_argument("folder", type=Path, metavar="RUN")
-    command.add_argument("--domain", metavar="D", help="whose classes to predict (a run of one domain needs none)")
+    command.add_argument("--domain", metavar="D", help="whose classes to predict (not needed for a run of one domain)")
     command.add_argument("--out", required=True, type=Path, metavar="DIR", help="receives index/, color/ and overlay/")
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE|FOLDER")
     command.set_defaults(run=run)
@@ -27,6 +27,12 @@ def run(options: argparse.Namespace) -> int:
         summary = predict(trained, options.domain, options.images, options.out, settings, progress=progress)
     for line in summary.unreadable:
         complain(f"skipped {line}")
-    unreadable = f", {len(summary.unreadable)} skipped" if summary.unreadable else ""
-    say(f"{summary.written} image(s) written to {options.out}{unreadable}")
+    text = f"{summary.written} image(s) written to {options.out}"
+    if summary.unreadable:
+        text += f", {len(summary.unreadable)} skipped"
+    if summary.resized:
+        text += (
+            f"; {len(summary.resized)} predicted at the size of the training images, the first of {summary.resized[0]}"
+        )
+    say(text)
     return FAILED if summary.unreadable else DONE

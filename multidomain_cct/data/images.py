@@ -34,22 +34,23 @@ _STRETCHED = {"L;2": 3, "L;4": 15}
 """Grey values that Pillow stretches to 0..255, with the highest in the file."""
 
 
-def load_image(source: bytes | Path, name: str) -> Image.Image:
+def load_image(source: bytes | Path, name: str, *, large: bool = False) -> Image.Image:
     """The image as 8-bit RGB, turned upright as its EXIF tag asks.
 
-    Raises UserError, starting with `name`, when it cannot be read.
+    `large` allows 179 million pixels instead of 89, for a person's own photograph. Raises UserError, starting with
+    `name`, when it cannot be read.
     """
     # A loaded image outlives its file.
-    with open_image(source, name) as image:
+    with open_image(source, name, large=large) as image:
         return decoded(image, name)
 
 
-def open_image(source: bytes | Path, name: str) -> Image.Image:
+def open_image(source: bytes | Path, name: str, *, large: bool = False) -> Image.Image:
     """The image with only its header read, for `decoded`.
 
     Raises UserError, starting with `name`, when it cannot be read.
     """
-    with _errors_that_name(name):
+    with _errors_that_name(name, large=large):
         return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
 
 
@@ -97,6 +98,19 @@ def decoded(image: Image.Image, name: str) -> Image.Image:
         # Pillow would clip 16 bits to 255.
         image = Image.fromarray((values.astype(np.uint32) >> (4 if stored == "I;12" else 8)).astype(np.uint8))
     return image.convert("RGB")
+
+
+def fitted_size(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int, int]:
+    """The largest (width, height) of the same aspect ratio within both the box and the original."""
+    if box is None:
+        return size
+    ratio = min(1.0, box[0] / size[0], box[1] / size[1])
+    return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
+
+
+def resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The image at (width, height), as `pack` shrinks images and as predictions see them."""
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def load_mask(source: bytes | Path, name: str, formats: tuple[str, ...]) -> tuple[Image.Image, np.ndarray]:
@@ -151,13 +165,13 @@ def orientation(image: Image.Image, name: str) -> int:
 
 
 @contextmanager
-def _errors_that_name(name: str, what: str = "image") -> Iterator[None]:
+def _errors_that_name(name: str, what: str = "image", *, large: bool = False) -> Iterator[None]:
     """Pillow's errors become UserErrors of one line."""
     try:
         with warnings.catch_warnings():
             # Pillow goes on after a warning. Broken EXIF is no reason to fail; a size that would fill the memory is.
             warnings.simplefilter("ignore")
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore" if large else "error", Image.DecompressionBombWarning)
             yield
     except _TOO_LARGE as error:
         raise UserError(

@@ -5,6 +5,7 @@ Shapes: B images, C classes of the domain, H W image size, H' W' size at which t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -52,14 +53,26 @@ def class_probabilities(
 
     Up to rounding, an image gets the same ones alone.
     """
-    views = [
-        (scale, mirrored) for scale in settings.scales for mirrored in ((False, True) if settings.flip else (False,))
-    ]
-    total = torch.zeros((), device=images.device)
-    for scale, mirrored in views:
+    return mean_probabilities(view_logits(model, images, domain, settings), size)
+
+
+def view_logits(model: Segmenter, images: Tensor, domain: str, settings: InferenceSettings) -> list[Tensor]:
+    """(B, C, h, w) logits of the images at each scale, and of their mirror images, turned back."""
+    views = []
+    for scale in settings.scales:
         view = scaled(images, scale)
-        logits = _window_logits(model, view.flip(-1) if mirrored else view, domain, settings).float()
-        logits = F.interpolate(logits.flip(-1) if mirrored else logits, size=size, mode="bilinear")
+        views.append(_window_logits(model, view, domain, settings).float())
+        if settings.flip:
+            views.append(_window_logits(model, view.flip(-1), domain, settings).float().flip(-1))
+    return views
+
+
+def mean_probabilities(views: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+    """(B, C, H', W') probabilities at `size` = (H', W'): the mean over the views of their logits."""
+    total = torch.zeros((), device=views[0].device)
+    for logits in views:
+        if logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
         total = total + logits.softmax(dim=1)
     return total / len(views)
 

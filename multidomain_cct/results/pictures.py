@@ -10,18 +10,20 @@ from collections.abc import Iterable
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from multidomain_cct.data.domain import IGNORE, Domain
+from multidomain_cct.data.domain import IGNORE, Domain, LabelClass
 from multidomain_cct.files.printable import printable
 
 RIGHT, WRONG, IGNORED = (72, 72, 72), (225, 45, 45), (0, 0, 0)
 """Colours of an error map."""
+OPACITY = 0.55
+"""Of an overlay, 0 to 1."""
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 _NAME_LENGTH = 32
 
 
 def colored(ids: np.ndarray, domain: Domain) -> Image.Image:
     """The (H, W) uint8 train ids in the classes' colours, RGB; ids without a class are black."""
-    return Image.fromarray(domain.palette[ids])
+    return indexed(ids, domain).convert("RGB")
 
 
 def indexed(ids: np.ndarray, domain: Domain) -> Image.Image:
@@ -31,21 +33,29 @@ def indexed(ids: np.ndarray, domain: Domain) -> Image.Image:
     return image
 
 
-def overlay(image: Image.Image, ids: np.ndarray, domain: Domain, opacity: float = 0.5) -> Image.Image:
+def overlay(image: Image.Image, ids: np.ndarray, domain: Domain, opacity: float = OPACITY) -> Image.Image:
     """The RGB image with the classes' colours laid over it; opacity is 0 to 1.
 
-    Where the id is 255 the image stays as it is.
+    Where the id is 255, and under classes that mean "nothing" (`is_clear`), the image stays as it is.
     """
-    strength = Image.fromarray(np.where(ids == IGNORE, 0, round(255 * opacity)).astype(np.uint8))
-    return Image.composite(colored(ids, domain), image, strength)
+    strength = np.zeros(256, dtype=np.uint8)
+    strength[: domain.num_classes] = [0 if is_clear(label) else round(255 * opacity) for label in domain.classes]
+    return Image.composite(colored(ids, domain), image, Image.fromarray(strength[ids]))
+
+
+def is_clear(label: LabelClass) -> bool:
+    """Whether an overlay leaves the class transparent: stuff that is named background, or painted black."""
+    return not label.thing and (label.name.strip("_ ").casefold() == "background" or label.color == (0, 0, 0))
 
 
 def legend(domain: Domain, present: Iterable[int], *, width: int = 320, text_size: int = 14) -> Image.Image:
-    """A swatch and a name for each of the train ids that are present, in columns; at least `width` pixels wide."""
+    """A swatch and a name for each of the train ids that are present, in columns; at least `width` pixels wide.
+
+    The swatch of a class that an overlay leaves transparent is empty.
+    """
     rows = [
-        (_short(domain.classes[train_id].name), domain.classes[train_id].color)
-        for train_id in sorted(set(present))
-        if train_id < domain.num_classes
+        (_short(label.name), _PAPER if is_clear(label) else label.color)
+        for label in (domain.classes[train_id] for train_id in sorted(set(present)) if train_id < domain.num_classes)
     ]
     if IGNORE in present:
         rows.append(("no class", IGNORED))
@@ -59,7 +69,9 @@ def legend(domain: Domain, present: Iterable[int], *, width: int = 320, text_siz
     for number, (name, color) in enumerate(rows):
         left, middle = gap + number % columns * cell, gap // 2 + number // columns * line + line // 2
         top = middle - text_size // 2
-        draw.rectangle((left, top, left + text_size, top + text_size), fill=color, outline=_INK)
+        draw.rectangle(
+            (left, top, left + text_size, top + text_size), fill=color, outline=_INK, width=max(1, text_size // 14)
+        )
         draw.text((left + text_size + gap, middle), name, fill=_INK, font=font, anchor="lm")
     return picture
 

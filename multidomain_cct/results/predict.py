@@ -9,18 +9,21 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.files.durable import replacing
-from multidomain_cct.results.pictures import indexed, legend, with_legend
+from multidomain_cct.results.pictures import OPACITY, colored, indexed, legend, overlay, with_legend
 from multidomain_cct.results.trained_run import Prediction, TrainedRun
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp")
 """What counts as an image in a folder; a file that is named itself may have any ending."""
 KINDS = ("index", "color", "overlay")
 """Folders of an output folder."""
+
+OVERLAY_SIDE = 4096
+"""Longer side of the largest overlay, which is there to be looked at."""
 
 
 @dataclass
@@ -30,6 +33,8 @@ class PredictSummary:
     written: int = 0
     unreadable: list[str] = field(default_factory=list)
     """One line, path and reason, for each image that was skipped."""
+    resized: list[str] = field(default_factory=list)
+    """Own size and size in the network, `4000x3000 at 320x240`, of images that were predicted at another one."""
 
 
 def predict(
@@ -44,7 +49,9 @@ def predict(
     """Predict the classes of `domain` (None: the run's only one) for images and folders of images.
 
     `a/b.jpg` in the folder source `a` becomes `b.png` in `out/index` (palette PNG; indices are train ids), `out/color`
-    and `out/overlay`; index and color have the size of the image turned upright. Images that differ only in their
+    and `out/overlay`; index and color have the size of the image turned upright, and so has an overlay of up to 4096
+    pixels. The network sees images at the size of
+    the training images. Images that differ only in their
     ending keep it: `b.jpg.png`. `progress(images, total)` wraps the iteration.
 
     Raises UserError, before anything is written, for a domain without a head, a source without images, two images of
@@ -62,22 +69,34 @@ def predict(
         except UserError as error:
             summary.unreadable.append(str(error))
             continue
-        pictures = (indexed(result.ids, result.label_space), result.colored(), _with_legend(result))
-        for kind, picture in zip(KINDS, pictures, strict=True):
-            target = out / kind / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(target, durable=False) as temporary:
-                picture.save(temporary, "PNG")
+        if result.seen_at != result.image.size:
+            (width, height), (seen_width, seen_height) = result.image.size, result.seen_at
+            summary.resized.append(f"{width}x{height} at {seen_width}x{seen_height}")
+        _save(_overlay_with_legend(result), out / "overlay" / name)
+        ids, label_space = result.ids, result.label_space
+        # A large photograph and its colours would fill the memory together.
+        del result
+        _save(indexed(ids, label_space), out / "index" / name)
+        _save(colored(ids, label_space), out / "color" / name)
         summary.written += 1
     return summary
 
 
-def _with_legend(result: Prediction) -> Image.Image:
-    """The overlay above a legend of the classes that it shows."""
-    text_size = min(40, max(12, min(result.image.size) // 24))
-    present = np.unique(result.ids).tolist()
-    key = legend(result.label_space, present, width=result.image.width, text_size=text_size)
-    return with_legend(result.overlay(), key)
+def _save(picture: Image.Image, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target, durable=False) as temporary:
+        picture.save(temporary, "PNG")
+
+
+def _overlay_with_legend(result: Prediction) -> Image.Image:
+    """The overlay, shrunk to what can be looked at, above a legend of the classes that it shows."""
+    image, ids = result.image, Image.fromarray(result.ids)
+    if max(image.size) > OVERLAY_SIDE:
+        image = ImageOps.contain(image, (OVERLAY_SIDE, OVERLAY_SIDE))
+        ids = ids.resize(image.size, Image.Resampling.NEAREST)
+    present, text_size = np.flatnonzero(ids.histogram()).tolist(), max(14, max(image.size) // 45)
+    page = overlay(image, np.asarray(ids), result.label_space, OPACITY)
+    return with_legend(page, legend(result.label_space, present, width=image.width, text_size=text_size))
 
 
 def _output_names(sources: Sequence[Path], out: Path) -> dict[PurePath, Path]:

@@ -27,3 +27,9 @@ def scores_by_class(line: dict[str, Any], domain: str) -> dict[str, float | None
     """IoU by class of one domain in a line of metrics; None for a class in neither truth nor prediction."""
     start = f"val/{domain}/iou/"
     return {key.removeprefix(start): value for key, value in line.items() if key.startswith(start)}
+
+
+def recorded_image_size(run: Path, domain: str) -> tuple[int, int] | None:
+    """(width, height) of the domain's median training image; None where it was not recorded."""
+    size = recorded_environment(run).get("images", {}).get(domain, {}).get("median_size")
+    return (size[0], size[1]) if size else None

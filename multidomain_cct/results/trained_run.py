@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from multidomain_cct.data.batches.views import image_tensor
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.images import decoded, load_image
 from multidomain_cct.errors import UserError, did_you_mean
-from multidomain_cct.evaluation.inference import InferenceSettings, class_probabilities
-from multidomain_cct.results.pictures import colored, overlay
+from multidomain_cct.evaluation.inference import InferenceSettings
+from multidomain_cct.evaluation.photos import photo_probabilities, trained_size
+from multidomain_cct.results.pictures import OPACITY, colored, overlay
+from multidomain_cct.results.records import recorded_image_size
 from multidomain_cct.training.checkpoints.checkpoint import LoadedRun, load_run
 
 ImageInput = str | PathLike[str] | Image.Image | np.ndarray | Tensor
@@ -44,6 +45,8 @@ class Prediction:
     image: Image.Image = field(repr=False)
     """The image itself, RGB, turned upright as its EXIF tag asks."""
     label_space: Domain = field(repr=False)
+    seen_at: tuple[int, int]
+    """(width, height) at which the network saw the image."""
 
     @property
     def domain(self) -> str:
@@ -58,7 +61,7 @@ class Prediction:
         """The ids in the classes' colours."""
         return colored(self.ids, self.label_space)
 
-    def overlay(self, opacity: float = 0.55) -> Image.Image:
+    def overlay(self, opacity: float = OPACITY) -> Image.Image:
         """The image with the classes' colours laid over it; opacity is 0 to 1."""
         return overlay(self.image, self.ids, self.label_space, opacity)
 
@@ -98,6 +101,10 @@ class TrainedRun(LoadedRun):
         asked = {"window": window and list(window), "scales": scales and list(scales), "flip": flip}
         return replace(self.recipe.evaluation, **{key: value for key, value in asked.items() if value})  # type: ignore[arg-type]
 
+    def seen_at(self, size: tuple[int, int], domain: Domain) -> tuple[int, int]:
+        """(width, height) at which the network sees a photograph of this size: that of the training images."""
+        return trained_size(size, domain.size, recorded_image_size(self.folder, domain.name))
+
     # A path is a sequence of paths to the type checker, and the first signature is the one that it takes.
     @overload
     def predict(  # type: ignore[overload-overlap]
@@ -129,7 +136,8 @@ class TrainedRun(LoadedRun):
     ) -> Prediction | list[Prediction]:
         """The classes of `domain` in an image, or in each of a list of images.
 
-        A run of one domain needs no `domain`. `settings` None predicts as in training. Raises UserError for a domain
+        The network sees an image at the size of the training images, and the answer has the image's own size. A run of
+        one domain needs no `domain`. `settings` None predicts as in training. Raises UserError for a domain
         that the run does not have, for an array or tensor of another type or shape, and for a file that is not an
         image.
         """
@@ -138,25 +146,25 @@ class TrainedRun(LoadedRun):
             return [self._predict(each, head, probabilities, settings) for each in image]
         return self._predict(image, head, probabilities, settings)  # type: ignore[arg-type]
 
-    @torch.inference_mode()
     def _predict(
         self, image: ImageInput, domain: Domain, probabilities: bool, settings: InferenceSettings | None
     ) -> Prediction:
-        picture = as_rgb(image)
-        pixels, size = image_tensor(picture).to(self.device)[None], (picture.height, picture.width)
-        scores = class_probabilities(self.model, pixels, domain.name, size, settings or self.recipe.evaluation)[0]
-        return Prediction(
-            ids=scores.argmax(dim=0).to(torch.uint8).cpu().numpy(),
-            probabilities=scores.cpu().numpy() if probabilities else None,
-            image=picture,
-            label_space=domain,
-        )
+        photo = as_rgb(image)
+        seen_at = self.seen_at(photo.size, domain)
+        ids = np.empty((photo.height, photo.width), dtype=np.uint8)
+        scores = np.empty((domain.num_classes, *ids.shape), dtype=np.float32) if probabilities else None
+        parts = photo_probabilities(self.model, photo, domain.name, seen_at, settings or self.recipe.evaluation)
+        for where, part in parts:
+            ids[where] = part.argmax(dim=0).to(torch.uint8).cpu().numpy()
+            if scores is not None:
+                scores[:, *where] = part.cpu().numpy()
+        return Prediction(ids, scores, photo, domain, seen_at)
 
 
 def as_rgb(image: ImageInput) -> Image.Image:
     """The image as 8-bit RGB, turned upright. Raises UserError for what is not an image, or is one of another type."""
     if isinstance(image, (str, PathLike)):
-        return load_image(Path(image), str(image))
+        return load_image(Path(image), str(image), large=True)
     if isinstance(image, Image.Image):
         # A copy: turning it upright would change the caller's.
         return decoded(image.copy(), "the image")

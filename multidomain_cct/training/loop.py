@@ -20,7 +20,7 @@ from multidomain_cct.training.processes.failures import no_process_left, one_lin
 from multidomain_cct.training.processes.stopping import RunStopped, StopRequest
 from multidomain_cct.training.recipe import Recipe
 from multidomain_cct.training.run import Run, build_accelerator, open_run
-from multidomain_cct.training.run_folder import write_run_folder
+from multidomain_cct.training.run_folder import training_images, write_run_folder
 from multidomain_cct.training.runlog import RunLog, Window, environment
 from multidomain_cct.training.schedules import learning_rate, set_learning_rate
 from multidomain_cct.training.startup import show_startup
@@ -43,8 +43,9 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
         accelerator.wait_for_everyone()
         with one_line_errors(rank, world):
             if accelerator.is_main_process:
-                forced = {"forced": list(start.forced)} if start.forced else {}
-                write_run_folder(recipe, run.domains, environment(command, accelerator.device, world) | forced)
+                facts = environment(command, accelerator.device, world)
+                facts |= {"forced": list(start.forced)} if start.forced else {}
+                write_run_folder(recipe, run.domains, facts | {"images": training_images(run.data.streams)})
             accelerator.wait_for_everyone()
             if recipe.training.trackers:
                 accelerator.init_trackers(recipe.name)

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import yaml
 
 from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.images import open_image, upright_size
+from multidomain_cct.data.shards.sources import RemoteFolder
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import make_folder, replace_text
 from multidomain_cct.files.printable import first_few
@@ -19,6 +25,9 @@ from multidomain_cct.files.strict_yaml import read_yaml
 from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint
 from multidomain_cct.training.checkpoints.state import read_state
 from multidomain_cct.training.recipe import Recipe, changes, differences, read_run_recipe
+
+_MEASURED = 32
+"""Labelled, and unlabelled, images from which the median size is taken."""
 
 
 @dataclass(frozen=True)
@@ -106,3 +115,31 @@ def fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, 
         keys = [stream.sources[source].keys[number] for source, number in stream.labelled]
         hashes[f"{stream.domain.name}/labelled"] = hashlib.sha256("\n".join(sorted(keys)).encode()).hexdigest()[:16]
     return hashes
+
+
+def training_images(streams: Sequence[DomainStreams]) -> dict[str, dict[str, Any]]:
+    """For env.json, by domain: the numbers of images that the run learns from, and the size of the median one."""
+    return {
+        stream.domain.name: {
+            "labelled": len(stream.labelled),
+            "unlabelled": len(stream.unlabelled),
+            "median_size": _median_size(stream),
+        }
+        for stream in streams
+    }
+
+
+def _median_size(stream: DomainStreams) -> tuple[int, int] | None:
+    """(width, height) of the image of median area among a few; None where the domain's `size` says it."""
+    sizes = []
+    for samples in (stream.labelled, stream.unlabelled) if stream.domain.size is None else ():
+        # Each read of a remote image may fetch a shard, so those of the first one have to do.
+        remote = bool(samples) and isinstance(stream.sources[samples[0][0]].source, RemoteFolder)
+        last = min(len(samples), _MEASURED) if remote else len(samples)
+        for position in np.linspace(0, last - 1, min(last, _MEASURED)).astype(int).tolist():
+            source, number = samples[position]
+            # Training says what is wrong with a bad sample.
+            with suppress(UserError):
+                record = stream.sources[source].read(number, with_mask=False)
+                sizes.append(upright_size(open_image(record.image, record.where), record.where))
+    return sorted(sizes, key=math.prod)[len(sizes) // 2] if sizes else None

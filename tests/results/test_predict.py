@@ -25,7 +25,7 @@ def run(tiny_run: Path) -> TrainedRun:
     return TrainedRun.load(tiny_run, device=CPU)
 
 
-def draw(path: Path, size: tuple[int, int] = (50, 30), **options: Any) -> Path:
+def draw(path: Path, size: tuple[int, int] = (90, 60), **options: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     pixels = np.random.default_rng(len(path.name)).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(pixels).save(path, **options)
@@ -52,26 +52,41 @@ def test_a_folder_is_mirrored_into_index_color_and_overlay(run: TrainedRun, tmp_
 
 
 def test_indices_are_the_train_ids_of_the_most_probable_classes(run: TrainedRun, tmp_path: Path) -> None:
-    path = draw(tmp_path / "a.png", size=(61, 43))
+    path = draw(tmp_path / "a.png", size=(91, 63))
     segment(run, [path], tmp_path / "out")
     with Image.open(path) as image, torch.inference_mode():
         expected = (
-            class_probabilities(run.model, image_tensor(image)[None], "fields", (43, 61), InferenceSettings())
+            class_probabilities(run.model, image_tensor(image)[None], "fields", (63, 91), InferenceSettings())
             .argmax(dim=1)[0]
             .numpy()
         )
     with Image.open(tmp_path / "out/index/a.png") as index, Image.open(tmp_path / "out/color/a.png") as color:
         assert index.mode == "P"
-        assert index.size == color.size == (61, 43)
+        assert index.size == color.size == (91, 63)
         assert np.array_equal(np.asarray(index), expected)
         assert np.array_equal(np.asarray(color), run.domains["fields"].palette[expected])
 
 
-def test_an_overlay_shows_the_image_at_its_size_above_a_legend(run: TrainedRun, tmp_path: Path) -> None:
-    segment(run, [draw(tmp_path / "a.png", size=(400, 300))], tmp_path / "out")
+@pytest.mark.parametrize(("size", "shown"), [((400, 300), (400, 300)), ((8000, 100), (4096, 51))])
+def test_an_overlay_shows_the_image_above_a_legend(
+    run: TrainedRun, tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    segment(run, [draw(tmp_path / "a.png", size=size)], tmp_path / "out")
     with Image.open(tmp_path / "out/overlay/a.png") as overlay:
-        assert overlay.width == 400
-        assert 310 < overlay.height < 400
+        assert overlay.width == shown[0]
+        assert 10 < overlay.height - shown[1] < 300
+    with Image.open(tmp_path / "out/index/a.png") as index, Image.open(tmp_path / "out/color/a.png") as color:
+        assert index.size == color.size == size
+
+
+def test_images_of_another_size_than_the_training_images_are_predicted_at_that_and_told(
+    run: TrainedRun, tmp_path: Path
+) -> None:
+    draw(tmp_path / "in/a.png", size=(960, 720)), draw(tmp_path / "in/b.png", size=(96, 72))
+    summary = segment(run, [tmp_path / "in"], tmp_path / "out")
+    assert summary.resized == ["960x720 at 96x72"]
+    with Image.open(tmp_path / "out/index/a.png") as index:
+        assert index.size == (960, 720)
 
 
 def test_an_image_that_lies_on_its_side_is_turned_upright(run: TrainedRun, tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,12 @@ from PIL import Image
 
 import multidomain_cct
 from multidomain_cct.__main__ import main
+from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.images import resized
+from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.errors import UserError
+from multidomain_cct.evaluation.scoring import confusion_of, mean_iou
+from multidomain_cct.results.evaluate import evaluate
 from multidomain_cct.results.trained_run import TrainedRun
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (41, 67, 3), dtype=np.uint8)
@@ -95,6 +103,92 @@ def test_a_file_that_is_not_an_image_is_named(run: TrainedRun, tmp_path: Path) -
     for name in ("a.jpg", "absent.jpg"):
         with pytest.raises(UserError, match=f"{name}: the image cannot be read"):
             run.predict(tmp_path / name, "fields")
+
+
+@pytest.fixture(scope="module")
+def learnt(
+    tiny_training: Callable[..., Path], tiny_domain: Callable[..., Domain], tmp_path_factory: pytest.TempPathFactory
+) -> TrainedRun:
+    """A run that has learnt something from images of 96x72, which were photographs of 288x216: see `photographs`.
+
+    The masks of its val split have the photographs' size, as `pack` leaves them.
+    """
+    workspace, classes = tmp_path_factory.mktemp("learnt"), ("grass", "sky", "barn")
+    for split, count in (("train", 16), ("val", 3)):
+        with ShardWriter(workspace / "shards" / "fields", split) as writer:
+            for number, (image, mask) in enumerate(photographs(tiny_domain("fields", classes), split, count)):
+                small, stored, labels = resized(image, (96, 72)), io.BytesIO(), io.BytesIO()
+                (mask if split == "val" else mask.resize((96, 72), Image.Resampling.NEAREST)).save(labels, "PNG")
+                small.save(stored, "JPEG", quality=95)
+                writer.write(f"{split}_{number}", image=stored.getvalue(), mask=labels.getvalue(), meta=b"{}")
+    training = {"steps": 60, "log_every": 60, "evaluate_every": 60}
+    folder = tiny_training(
+        workspace,
+        "learnt",
+        {"fields": classes},
+        method="supervised",
+        training=training,
+        domains={"fields": {"labelled": "all"}},
+    )
+    return TrainedRun.load(folder, device=torch.device("cpu"))
+
+
+def photographs(domain: Domain, split: str, count: int) -> Iterator[tuple[Image.Image, Image.Image]]:
+    """Noisy images of 288x216, and their train ids: stripes of the classes, in about their colours."""
+    rng = np.random.default_rng(len(split))
+    for _ in range(count):
+        rows = np.repeat(rng.permutation(3), 72)[rng.integers(0, 216, 4).max() :]
+        ids = np.broadcast_to(np.resize(rows, 216)[:, None], (216, 288)).astype(np.uint8)
+        pixels = domain.palette[ids] + rng.normal(0, 40, (216, 288, 3))
+        yield Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), Image.fromarray(ids)
+
+
+def miou_of_photographs(run: TrainedRun, *, factor: int = 1) -> float:
+    """The score of `predict` on the photographs, enlarged `factor` times."""
+    domain, confusion = run.domains["fields"], torch.zeros(3, 3, dtype=torch.int64)
+    for image, mask in photographs(domain, "val", 3):
+        size = image.width * factor, image.height * factor
+        result = run.predict(image.resize(size, Image.Resampling.BICUBIC), "fields")
+        assert result.ids.shape == size[::-1]
+        truth = np.array(mask.resize(size, Image.Resampling.NEAREST))
+        confusion += confusion_of(torch.from_numpy(truth), torch.from_numpy(result.ids), 3)
+    return mean_iou(confusion.numpy())
+
+
+@pytest.mark.parametrize("packed_to", [None, (96, 72)])
+@pytest.mark.parametrize("factor", [1, 3])
+def test_packed_and_original_photographs_give_the_same_scores(
+    learnt: TrainedRun, packed_to: tuple[int, int] | None, factor: int
+) -> None:
+    run = replace(learnt, domains={"fields": replace(learnt.domains["fields"], size=packed_to)})
+    (packed,) = evaluate(run)
+    assert packed.miou > 0.5
+    assert abs(miou_of_photographs(run, factor=factor) - packed.miou) < 0.01
+    # At their own size they are something else.
+    unscaled = replace(run, domains={"fields": replace(run.domains["fields"], size=(9999, 9999))})
+    assert abs(miou_of_photographs(unscaled, factor=factor) - packed.miou) > 0.02
+
+
+def test_small_photographs_are_enlarged_unless_pack_would_not(learnt: TrainedRun) -> None:
+    assert learnt.seen_at((48, 36), learnt.domains["fields"]) == (96, 72)
+    assert learnt.seen_at((48, 36), replace(learnt.domains["fields"], size=(96, 72))) == (48, 36)
+
+
+@pytest.mark.parametrize("size", [(96, 72), (140, 100), (70, 50)])
+def test_photographs_of_about_the_size_of_the_training_images_keep_theirs(
+    learnt: TrainedRun, size: tuple[int, int]
+) -> None:
+    assert learnt.predict(Image.new("RGB", size), "fields").seen_at == size
+
+
+def test_a_run_that_recorded_no_image_size_predicts_at_the_image_s_own(learnt: TrainedRun, tmp_path: Path) -> None:
+    folder = shutil.copytree(learnt.folder, tmp_path / "old")
+    environment = json.loads((folder / "env.json").read_text())
+    recorded = environment.pop("images")
+    assert recorded == {"fields": {"labelled": 16, "unlabelled": 0, "median_size": [96, 72]}}
+    (folder / "env.json").write_text(json.dumps(environment))
+    old = TrainedRun.load(folder, device=torch.device("cpu"))
+    assert old.predict(Image.new("RGB", (300, 200)), "fields").seen_at == (300, 200)
 
 
 def test_evaluate_is_the_json_of_the_command(

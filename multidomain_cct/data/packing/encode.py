@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.images import decoded, has_16_bits, open_image, orientation
+from multidomain_cct.data.images import decoded, fitted_size, has_16_bits, open_image, orientation, resized
 from multidomain_cct.data.packing.raw_files import RawSample
 from multidomain_cct.data.packing.raw_masks import read_mask
 from multidomain_cct.errors import UserError
@@ -87,7 +87,7 @@ class Encoder:
             facts |= {"labelled": 1, "pixels": picture.histogram()}
             mask = mask_png(picture)
         if stored != original:
-            content = _jpeg(image.resize(stored, Image.Resampling.BICUBIC))
+            content = _jpeg(resized(image, stored))
         else:
             # A plain JPEG of the right size is kept byte for byte: no second loss.
             content = source if is_plain else _jpeg(image)
@@ -98,14 +98,6 @@ class Encoder:
 
 def _text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def fitted_size(size: tuple[int, int], box: tuple[int, int] | None) -> tuple[int, int]:
-    """The largest (width, height) of the same aspect ratio within both the box and the original."""
-    if box is None:
-        return size
-    ratio = min(1.0, box[0] / size[0], box[1] / size[1])
-    return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))
 
 
 def _jpeg(image: Image.Image) -> bytes:

@@ -20,7 +20,8 @@ from PIL import Image
 
 from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
-from multidomain_cct.data.packing.encode import JPEG_QUALITY, fitted_size
+from multidomain_cct.data.images import fitted_size
+from multidomain_cct.data.packing.encode import JPEG_QUALITY
 from multidomain_cct.data.packing.pack import pack
 from multidomain_cct.data.shards.index import index_path, shard_paths
 from multidomain_cct.data.shards.reader import Shards
