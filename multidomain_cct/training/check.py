@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from multidomain_cct.data.batches.loader_room import require_room, tensor_bytes
 from multidomain_cct.data.batches.streams import WEAK_ENDING, DomainStreams, open_streams
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.label_findings import pixel_findings, table_findings
@@ -61,7 +62,10 @@ def check(
     if not fails(findings):
         with noted(findings, "init_from"):
             findings += _check_images(recipe, data)
-        findings += [*_check_batches(recipe, data, parts), *_check_norms(recipe, data, parts)]
+        findings += [*_check_batches(recipe, data, parts), *_check_norms(recipe, data, parts), *_check_crop_sizes(data)]
+        with noted(findings, "data.workers"):
+            sizes = tensor_bytes(data.streams, parts, together=recipe.data.schedule == "together")
+            require_room(sizes, workers=recipe.data.workers, prefetch=recipe.data.prefetch)
     return findings, data
 
 
@@ -195,6 +199,14 @@ def _check_batches(recipe: Recipe, data: TrainingData, parts: int) -> Iterator[F
         if stream.unlabelled and 0 < available < drawn:
             text = f"is {drawn}, but there are {available} auxiliary decoders. Draw at most that many; 0 takes all."
             yield error(f"{key}.consistency.sample", text)
+
+
+def _check_crop_sizes(data: TrainingData) -> Iterator[Finding]:
+    for stream in data.streams:
+        width, height = stream.largest_image or stream.crop
+        if stream.crop[0] > width and stream.crop[1] > height:
+            text = f"is {list(stream.crop)}, larger than every image (the largest {width}x{height}): views are padded."
+            yield notice(f"domains.{stream.domain.name}.crop", f"{text} Use a smaller one.")
 
 
 def _check_splits(recipe: Recipe, domains: Mapping[str, Domain]) -> Iterator[Finding]:

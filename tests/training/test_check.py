@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -37,7 +39,7 @@ def findings(two_domains: Path, tiny_recipe: TinyRecipe) -> Callable[..., list[F
     def run(own: Mapping[str, Domain] | None = None, parts: int = 1, **changes: Any) -> list[Finding]:
         recipe = tiny_recipe(**{"perturbations": WITHOUT_OBJECTS} | changes)
         folder = Path(recipe.runs).parent / "own_domains"
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         for domain in (own or {}).values():
             (folder / f"{domain.name}.yaml").write_text(domain.to_yaml(), encoding="utf-8")
         return check(recipe, [folder, two_domains / "domains"], parts=parts)[0]
@@ -280,6 +282,25 @@ def test_classes_that_the_labelled_images_do_not_show_are_noticed(
     finding = only(findings({"shapes": taller}), "warning")
     assert finding.key == "domains.shapes.labelled"
     assert 'no pixel of the class "tower"' in finding.message
+
+
+def test_a_crop_larger_than_every_image_is_noticed_once_for_each_domain(findings: Callable[..., list[Finding]]) -> None:
+    found = findings(data__crop=[256, 256])
+    assert [finding.key for finding in found if "larger than every image" in finding.message] == [
+        "domains.fields.crop",
+        "domains.shapes.crop",
+    ]
+    assert {finding.severity for finding in found} == {"notice"}
+
+
+def test_loader_processes_without_room_are_an_error(
+    findings: Callable[..., list[Finding]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=1, f_frsize=1))
+    assert findings(data__workers=0) == []
+    finding = only(findings(data__workers=1), "error")
+    assert finding.key == "data.workers"
+    assert "--shm-size" in finding.message
 
 
 @pytest.mark.parametrize(("key", "accumulation", "parts"), [("labelled_batch", 1, 4), ("unlabelled_batch", 3, 6)])

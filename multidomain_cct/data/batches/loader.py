@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from multidomain_cct.data.batches.loader_room import require_room, tensor_bytes
 from multidomain_cct.data.batches.order import batch_positions
 from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.batches.views import Augment, View, decode, image_tensor, mask_tensor, training_view
@@ -28,6 +29,9 @@ from multidomain_cct.data.shards.download import SourceError
 from multidomain_cct.data.shards.reader import BadSample, Shards
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
+
+_SCORED_AHEAD = 4
+"""Images that each worker prepares ahead in an evaluation."""
 
 _SUBSTITUTES = 16
 """Samples that are tried in place of one that cannot be used."""
@@ -200,10 +204,12 @@ def steps(
     """The micro-batches of the steps from `start` (inclusive) to `stop`, in order; each step has `data.accumulation` of
     them.
 
-    Raises UserError with one line when a sample cannot be used and none replaces it, and SourceError when its shard
-    cannot be fetched.
+    Raises UserError with one line when the machine has no room for the loader, or a sample cannot be used and none
+    replaces it, and SourceError when its shard cannot be fetched.
     """
     numbers = range(start * data.accumulation, stop * data.accumulation)
+    sizes = tensor_bytes(data.streams, data.world * data.accumulation, together=data.schedule == "together")
+    require_room(sizes, workers=workers, prefetch=prefetch)
     return _loaded(data, numbers, workers=workers, prefetch=prefetch, pin_memory=pin_memory)
 
 
@@ -234,8 +240,16 @@ class _ScoredSet(Dataset[Any]):
 
 
 def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, workers: int) -> Iterator[ScoredImage]:
-    """The samples with these numbers, whole, with their masks."""
-    return _loaded(_ScoredSet(shards, domain), numbers, workers=workers, prefetch=4, pin_memory=False)
+    """The samples with these numbers, whole, with their masks; without loader processes where there is no room for
+    them.
+    """
+    data = _ScoredSet(shards, domain)
+    if workers and len(numbers) and isinstance(first := data[numbers[0]], ScoredImage):
+        try:
+            require_room([first.image.nbytes, first.mask.nbytes], workers=workers, prefetch=_SCORED_AHEAD)
+        except UserError:
+            workers = 0
+    return _loaded(data, numbers, workers=workers, prefetch=_SCORED_AHEAD, pin_memory=False)
 
 
 def _loaded(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,12 @@ from multidomain_cct.data.batches.order import Stream
 from multidomain_cct.data.batches.selection import Selection
 from multidomain_cct.data.batches.views import Augment
 from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.images import open_image, upright_size
 from multidomain_cct.data.shards.cache import FileCache
 from multidomain_cct.data.shards.download import PROTOCOLS, require_address
 from multidomain_cct.data.shards.index import shard_paths
 from multidomain_cct.data.shards.reader import Shards
-from multidomain_cct.data.shards.sources import RemoteFolder
+from multidomain_cct.data.shards.sources import LocalFolder, RemoteFolder
 from multidomain_cct.errors import UserError, require_choice, require_number
 
 SCHEDULES = ("together", "alternate")
@@ -158,6 +160,20 @@ class DomainStreams:
     def labelled_classes(self) -> ClassCounts | None:
         """The classes in the masks of the labelled images; None when that would take decoding very many masks."""
         return count_classes(self.sources[0], [number for _, number in self.labelled], self.domain)
+
+    @cached_property
+    def largest_image(self) -> tuple[int, int] | None:
+        """The largest width and height among some of the images, by their headers; None when none can be read here."""
+        sizes = [(0, 0)]
+        for samples in (self.labelled, self.unlabelled):
+            for source, number in (samples[place] for place in range(0, len(samples), -(-len(samples) // 32) or 1)):
+                # A remote shard would be fetched whole.
+                if isinstance(self.sources[source].source, LocalFolder):
+                    with suppress(UserError):
+                        record = self.sources[source].read(number, with_mask=False)
+                        sizes.append(upright_size(open_image(record.image, record.where), record.where))
+        width, height = (max(sides) for sides in zip(*sizes, strict=True))
+        return (width, height) if width else None
 
     def samples(self, subset: str) -> Sequence[tuple[int, int]]:
         """The `labelled` or the `unlabelled` samples."""
