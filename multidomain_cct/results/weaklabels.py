@@ -161,6 +161,9 @@ def train_classifier(
     The recipe's seed decides order, augmentation and initial weights. Raises RunFailed when the loss is not finite.
     """
     settings = recipe.pseudo_labels
+    apart = len(tagged) == 1 or recipe.encoder.norm == "per_domain"
+    if settings.batch == 1 and apart and recipe.encoder.norm != "frozen":
+        raise UserError("pseudo_labels.batch is 1, too few for batch norms. Raise it, or set encoder.norm=frozen.")
     optimisation = replace(recipe.optimiser, name="sgd", lr=settings.lr, schedule="poly", warmup=0)
     streams = [images.streams(recipe.data, recipe.domains[images.domain.name], settings.batch) for images in tagged]
     data = TrainingSet(streams, seed=seed_from(recipe.seed, "weaklabels"), augment=recipe.data.augment)

@@ -120,7 +120,7 @@ def _check_domains(recipe: Recipe, domains: dict[str, Domain]) -> Iterator[Findi
     method = METHODS[recipe.method]
     for name, domain in domains.items():
         if domain.num_classes == 1:
-            yield warning(f"domains.{name}", f": {' '.join(table_findings(domain))}")
+            yield Finding("warning", f"domains.{name}", f"domains.{name}: {' '.join(table_findings(domain))}")
         lender = domain.labels_of
         if lender and lender not in recipe.domains:
             text = f'borrows the labels of "{lender}", which is not in the recipe. Add it: domains.{lender}.'

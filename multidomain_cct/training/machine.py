@@ -38,16 +38,17 @@ def check_machine(recipe: Recipe) -> Iterator[Finding]:
             remedy = "unset it, or give accelerate launch a config file without it (--config_file)"
             yield error(variable, f"is set {_FROM}. A run is plain data parallel and takes no {name}: {remedy}.")
     if (dynamo := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")).lower() not in ("no", ""):
-        remedy = "Give accelerate launch --dynamo_backend no; encoder.compile=true compiles the encoder"
-        yield error("ACCELERATE_DYNAMO_BACKEND", f"is {dynamo} {_FROM}. {remedy}.")
+        yield _unused("ACCELERATE_DYNAMO_BACKEND", dynamo, "encoder.compile=true")
     steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
     if steps not in ("1", "", str(training.accumulation)):
-        remedy = f"Unset it; training.accumulation={steps} accumulates"
-        yield error("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", f"is {steps} {_FROM}. {remedy}.")
+        yield _unused("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", steps, f"training.accumulation={steps}")
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
     if precision == "fp8":
         remedy = "Give accelerate launch --mixed_precision no; training.precision is no, bf16 or fp16"
         yield error("ACCELERATE_MIXED_PRECISION", f"is fp8 {_FROM}. {remedy}.")
     elif precision not in ("no", "", training.precision):
-        text = f"is {precision} {_FROM} and not used: the recipe decides. Set training.precision={precision} for it."
-        yield warning("ACCELERATE_MIXED_PRECISION", text)
+        yield _unused("ACCELERATE_MIXED_PRECISION", precision, f"training.precision={precision}")
+
+
+def _unused(variable: str, value: str, setting: str) -> Finding:
+    return warning(variable, f"is {value} {_FROM} and is not used: the recipe decides. Set {setting} for it.")

@@ -103,7 +103,8 @@ class RunLog:
     def show(self, table: Table) -> None:
         """A table, at the terminal's width, or at one that suits a file."""
         if self.enabled:
-            self.console.print(table, width=None if self.console.is_terminal else 120, soft_wrap=False)
+            console = self.console if self.console.is_terminal else Console(width=120)
+            console.print(table, soft_wrap=False)
 
 
 class Window:

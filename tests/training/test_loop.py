@@ -514,10 +514,7 @@ def test_checkpoints_beyond_the_newest_and_the_best_are_removed(tiny_recipe: Tin
             r"domains.fields.labelled_batch is 3.*multiple of 2",
         ),
         ({"domains": {"feilds": {}}}, r'names the domain "feilds".*Did you mean "fields"'),
-        (
-            {"domains": {"fields": {"val_split": "hard"}}},
-            r"domains.fields.val_split is .hard.*Its splits: train, val",
-        ),
+        ({"domains": {"fields": {"val_split": "hard"}}}, r"domains.fields.val_split is .hard.*Its splits: train, val"),
         ({"encoder__name": "resnet5"}, r"which timm does not know"),
         pytest.param(
             {"training__precision": "fp16"},

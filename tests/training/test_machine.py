@@ -22,8 +22,6 @@ TinyRecipe = Callable[..., Recipe]
         ("ACCELERATE_USE_FSDP", "true", "config file without it"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "config file without it"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "config file without it"),
-        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "encoder.compile=true"),
-        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "training.accumulation=8"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "bf16"),
     ],
 )
@@ -59,11 +57,28 @@ def test_what_agrees_with_the_recipe_is_not_mentioned_and_changes_no_gradient(
     assert weight.grad == 1
 
 
-def test_another_precision_in_the_environment_is_said(tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+@pytest.mark.parametrize(
+    ("variable", "value", "remedy"),
+    [
+        ("ACCELERATE_MIXED_PRECISION", "bf16", "training.precision=bf16"),
+        ("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR", "encoder.compile=true"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "8", "training.accumulation=8"),
+    ],
+)
+def test_what_the_recipe_decides_is_said_and_not_used(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, remedy: str
+) -> None:
+    monkeypatch.setenv(variable, value)
     (finding,) = check_machine(tiny_recipe())
     assert finding.severity == "warning"
-    assert "training.precision=bf16" in finding.message
+    assert finding.key == variable
+    assert remedy in finding.message
+    accelerator = build_accelerator(tiny_recipe())
+    weight = torch.ones((), requires_grad=True)
+    accelerator.backward(weight * 1.0)
+    assert weight.grad == 1
+    assert accelerator.mixed_precision == "no"
+    assert list(accelerator.prepare(torch.nn.Linear(2, 2)).state_dict()) == ["weight", "bias"]
 
 
 @pytest.mark.parametrize(("name", "remedy"), [("wandb", "pip install wandb"), ("wanbd", 'Did you mean "wandb"')])

@@ -54,7 +54,7 @@ def save_checkpoint(
     temporary, replaced = folder / f".{target.name}.tmp", target.with_name(f"{target.name}{_REPLACED}")
     make_folder(folder)
     for left_by_a_crash in folder.glob(".step-*"):
-        shutil.rmtree(left_by_a_crash)
+        _remove(left_by_a_crash)
     try:
         temporary.mkdir()
         _write(temporary, state, model, optimiser, scaler)
@@ -102,7 +102,7 @@ def _write(
 def checkpoints(folder: Path) -> list[Path]:
     """Published checkpoints, oldest first; one that is being replaced comes before its replacement."""
     return sorted(
-        (path for path in folder.glob("step-*") if path.is_dir()),
+        (path for path in folder.glob(f"step-{'[0-9]' * 8}*") if path.is_dir()),
         key=lambda path: (path.name.removesuffix(_REPLACED), not path.suffix),
     )
 
@@ -165,7 +165,8 @@ def choose_checkpoint(run: Path, which: str) -> Path:
         raise UserError(
             f"{checkpoint}: there is no such checkpoint; it is `last`, `best` or a folder such as {example}."
         )
-    if run.resolve() not in checkpoint.resolve().parents:
+    # A checkpoint may be a link to another disk.
+    if run.resolve() not in (checkpoint.parent.resolve() / checkpoint.name).parents:
         raise UserError(f"{checkpoint} is not a checkpoint of {run}. Name the run that it belongs to.")
     _require_whole(checkpoint)
     return checkpoint
@@ -263,6 +264,15 @@ def _require_whole(checkpoint: Path) -> None:
 def _discard(checkpoint: Path) -> None:
     """Remove a checkpoint under another name, so that its own name never shows a part of it."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.old")
-    shutil.rmtree(hidden, ignore_errors=True)
+    if hidden.exists():
+        _remove(hidden)
     os.replace(checkpoint, hidden)
-    shutil.rmtree(hidden)
+    _remove(hidden)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder, or a link to one, of which what it leads to stays."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder)

@@ -69,6 +69,28 @@ def test_last_best_and_a_folder_can_be_chosen(tmp_path: Path, trained: tuple[nn.
         choose_checkpoint(tmp_path, "newest")
 
 
+def test_a_checkpoint_may_be_a_link_and_what_it_leads_to_stays(
+    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]
+) -> None:
+    folder, disk = tmp_path / "run" / "checkpoints", tmp_path / "disk"
+    disk.mkdir()
+    for step in (1, 2):
+        saved = save(folder, step, trained)
+        saved.rename(disk / saved.name)
+        saved.symlink_to(disk / saved.name)
+    (folder / "step-best").symlink_to(disk / "step-00000001")
+    assert newest_checkpoint(folder) == (folder / "step-00000002", [])
+    for name in ("step-00000001", "step-best"):
+        assert choose_checkpoint(tmp_path / "run", str(folder / name)) == folder / name
+    with pytest.raises(UserError, match="is not a checkpoint of"):
+        choose_checkpoint(tmp_path / "run", str(disk / "step-00000001"))
+    save(folder, 2, trained)
+    save(folder, 3, trained)
+    assert [path.name for path in checkpoints(folder)] == ["step-00000002", "step-00000003"]
+    assert sorted(path.name for path in disk.iterdir()) == ["step-00000001", "step-00000002"]
+    assert all((path / "model.safetensors").is_file() for path in disk.iterdir())
+
+
 def test_tensors_that_do_not_fit_are_named() -> None:
     model = nn.Linear(3, 2)
     tensors = {"weight": torch.zeros(2, 4), "scale": torch.zeros(1)}
