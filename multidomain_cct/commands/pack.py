@@ -129,6 +129,7 @@ def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -
 def _shared_images(domain: Domain, folder: Path, splits: Iterable[str]) -> list[str]:
     """What to say about images that a scored split shares with another one."""
     from multidomain_cct.data.shards.index import IMAGE, ShardIndex, index_path, shard_paths
+    from multidomain_cct.data.shards.keys import unescape_key
 
     scored: dict[str, dict[tuple[int, int], str]] = {}
     others: dict[str, dict[tuple[int, int], str]] = {}
@@ -136,5 +137,5 @@ def _shared_images(domain: Domain, folder: Path, splits: Iterable[str]) -> list[
         contents = (scored if split in domain.score_at_full_size else others).setdefault(split, {})
         for index in (ShardIndex.load(index_path(path)) for path in shard_paths(folder, split)):
             facts = zip(index.size[:, IMAGE].tolist(), index.crc32[:, IMAGE].tolist(), strict=True)
-            contents.update(zip(facts, index.keys, strict=True))
+            contents.update(zip(facts, map(unescape_key, index.keys), strict=True))
     return shared_findings(scored, others)

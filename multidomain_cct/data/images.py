@@ -51,7 +51,7 @@ def open_image(source: bytes | Path, name: str, *, large: bool = False) -> Image
     Raises UserError, starting with `name`, when it cannot be read.
     """
     with _errors_that_name(name, large=large):
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=IMAGE_FORMATS)
+        return Image.open(_content(source), formats=IMAGE_FORMATS)
 
 
 def upright_size(image: Image.Image, name: str) -> tuple[int, int]:
@@ -119,7 +119,7 @@ def load_mask(source: bytes | Path, name: str, formats: tuple[str, ...]) -> tupl
     Raises UserError, starting with `name`, when it cannot be read, or not without a change of its values.
     """
     with _errors_that_name(name, "mask"):
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=formats) as image:
+        with Image.open(_content(source), formats=formats) as image:
             stored, highest = _stored(image)
             image.load()
             ImageOps.exif_transpose(image, in_place=True)
@@ -133,6 +133,11 @@ def load_mask(source: bytes | Path, name: str, formats: tuple[str, ...]) -> tupl
             "in one channel, palette indices or 8-bit RGB colours."
         )
     return image, values.astype(np.uint8) if values.dtype == bool else values
+
+
+def _content(source: bytes | Path) -> io.BytesIO:
+    # Given a path, Pillow 12.3 maps plain TIFFs into memory, and then turns them by their EXIF tag twice.
+    return io.BytesIO(source if isinstance(source, bytes) else source.read_bytes())
 
 
 def _stored(image: Image.Image) -> tuple[str, int | None]:

@@ -59,7 +59,8 @@ def replacing(path: Path, *, durable: bool = True) -> Iterator[Path]:
     # Part of the name only: file systems limit a name to 255 bytes.
     temporary = path.with_name(f".{path.name[:40]}.{os.getpid()}.tmp")
     try:
-        yield temporary
+        with _naming(path):
+            yield temporary
         if durable:
             sync(temporary)
         os.replace(temporary, path)

@@ -267,6 +267,9 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
         ),
         ("licence: MIT", "license: MIT", "the key is 'license'; it is one of name, layout,"),
         ("licence: MIT", "title: again", "line 3: the key 'title' appears twice; keep one."),
+        ("licence: MIT", 'licence: "\\e[31mred"', "licence is '\\\\x1b[31mred'; it holds control characters"),
+        ("title: A street", 'title: "a\\u202eb"', "title is 'a\\\\u202eb'; it holds control characters"),
+        ("name: car", 'name: "car\\x07"', "classes[1].name is 'car\\\\x07'; it holds control characters"),
         ("licence: MIT", "? [a]\n: b", "line 3: the key ['a'] is not a word"),
         ("name: street", "name: avenue", 'name is "avenue", but the file is named street.yaml'),
         ("name: street", "name: 1st", "name is '1st'; a name starts with a letter"),
@@ -316,6 +319,19 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None
         read_domain(write(tmp_path, text))
 
 
+def test_a_title_of_several_lines_becomes_one(tmp_path: Path) -> None:
+    text = STREET.replace("title: A street", "title: |\n  Eine Straße\n  写真 in سنا")
+    assert read_domain(write(tmp_path, text)).title == "Eine Straße 写真 in سنا"
+
+
+def test_classes_may_share_a_color_unless_the_table_speaks_of_masks_of_colours(tmp_path: Path) -> None:
+    text = STREET.replace("color: [0, 0, 142]", "color: [128, 64, 128]")
+    with pytest.raises(UserError, match='belongs to both "road" and "car"'):
+        read_domain(write(tmp_path, text))
+    text = text.replace(", colors: [[128, 64, 128], [1, 2, 3]]", "").replace("ignore_colors: [[0, 0, 0]]\n", "")
+    assert [label.color for label in read_domain(write(tmp_path, text)).classes] == [(128, 64, 128)] * 2
+
+
 def test_more_classes_than_a_mask_can_hold_are_refused(tmp_path: Path) -> None:
     rows = "".join(f"  - {{name: c{i}, color: [{i % 256}, {i // 256}, 1]}}\n" for i in range(256))
     with pytest.raises(UserError, match="classes has 256 rows; masks have 8 bits, so at most 255 classes fit"):
@@ -355,6 +371,14 @@ def test_an_unknown_domain_is_refused_with_the_nearest_name() -> None:
         r'"cityscapes"\?',
     ):
         find_domain("citscapes", [SHIPPED], named_by="recipes/cs_sun.yaml")
+
+
+def test_of_many_known_domains_the_first_are_named(tmp_path: Path) -> None:
+    for number in range(500):
+        write(tmp_path, "", f"d{number:04d}.yaml")
+    with pytest.raises(UserError, match=r'Known: d0000, .*and 480 more. Did you mean "d0499"\?') as caught:
+        find_domain("d499", [tmp_path])
+    assert len(str(caught.value)) < 400
 
 
 # Borrowed label spaces

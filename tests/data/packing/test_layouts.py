@@ -14,7 +14,7 @@ from PIL import Image
 
 from multidomain_cct.data.domain import LAYOUTS, Domain, LabelClass, Split
 from multidomain_cct.data.packing.layouts import _LAYOUTS, raw_samples
-from multidomain_cct.data.packing.raw_files import LONGEST_KEY, MissingRawFiles, RawSample
+from multidomain_cct.data.packing.raw_files import LONGEST_KEY, MissingRawFiles, RawSample, other_files
 from multidomain_cct.data.packing.raw_masks import read_mask
 from multidomain_cct.data.specification import find_domain
 from multidomain_cct.errors import UserError
@@ -189,6 +189,70 @@ def test_any_glob_may_name_the_images(tmp_path: Path, pattern: str) -> None:
     key = "images=2Fone" if pattern.startswith("*") else "one"
     samples = raw_samples(folder_domain(train=Split(pattern)), tmp_path, "train")
     assert pairs(samples, tmp_path) == {key: ("images/one.jpg", None)}
+
+
+@pytest.mark.parametrize(
+    ("images", "masks", "files"),
+    [
+        ("rgb/rgb_*.jpg", "label/label_*.png", ("rgb/rgb_{}.jpg", "label/label_{}.png")),
+        ("*/rgb/*.jpg", "*/label/*.png", ("seq {}/rgb/{}.jpg", "seq {}/label/{}.png")),
+        ("a/img_*_rgb.jpg", "b/gt_*_id.png", ("a/img_{}_rgb.jpg", "b/gt_{}_id.png")),
+        ("rgb_*.*", "label_*.png", ("rgb_{}.jpg", "label_{}.png")),
+        ("**/color/*.jpg", "**/ids/*.png", ("x/{}/color/{}.jpg", "x/{}/ids/{}.png")),
+    ],
+)
+def test_the_wildcards_of_both_globs_stand_for_the_same_text(
+    tmp_path: Path, images: str, masks: str, files: tuple[str, str]
+) -> None:
+    draw(tmp_path, *(name.replace("{}", number) for name in files for number in ("1", "2", "10")))
+    samples = raw_samples(folder_domain(train=Split(images, masks)), tmp_path, "train")
+    found = {image: mask for image, mask in pairs(samples, tmp_path).values()}
+    assert found == {files[0].replace("{}", n): files[1].replace("{}", n) for n in ("1", "2", "10")}
+
+
+def test_a_partner_that_the_wildcards_do_not_give_is_missed_by_name(tmp_path: Path) -> None:
+    draw(tmp_path, "rgb_1.jpg", "rgb_2.jpg", "label_1.png")
+    message = refused(UserError, folder_domain(train=Split("rgb_*.jpg", "label_*.png")), tmp_path)
+    assert message.startswith(f"{tmp_path}/rgb_2.jpg: has no mask;")
+
+
+def test_endings_of_either_case_match(tmp_path: Path) -> None:
+    draw(tmp_path, "images/a.jpg", "images/B.JPG", "masks/a.PNG", "masks/B_id.Png", "masks/a_id.png")
+    domain = folder_domain(train=Split("images/*.jpg", "masks/*_id.png"))
+    assert pairs(raw_samples(domain, tmp_path, "train"), tmp_path) == {
+        "a": ("images/a.jpg", "masks/a_id.png"),
+        "B": ("images/B.JPG", "masks/B_id.Png"),
+    }
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    draw(tmp_path, "elsewhere/deep/one.jpg", "raw/images/two.jpg")
+    raw = tmp_path / "raw"
+    (raw / "images/more").symlink_to(tmp_path / "elsewhere")
+    (raw / "images/again").symlink_to(raw / "images")
+    (raw / "images/up").symlink_to(raw)
+    samples = raw_samples(folder_domain(train=Split("images/**/*.jpg")), raw, "train")
+    assert [sample.key for sample in samples] == ["more=2Fdeep=2Fone", "two"]
+
+
+def test_a_link_to_a_file_that_is_gone_is_not_left_out(tmp_path: Path) -> None:
+    draw(tmp_path, "images/one.jpg")
+    (tmp_path / "images/two.jpg").symlink_to(tmp_path / "gone.jpg")
+    samples = raw_samples(folder_domain(train=Split("images/*")), tmp_path, "train")
+    assert [sample.key for sample in samples] == ["one", "two"]
+
+
+def test_files_that_a_glob_matches_and_nobody_reads_are_named(tmp_path: Path) -> None:
+    draw(tmp_path, "images/one.jpg", "images/two.jpg", "masks/one.png")
+    for name in ("masks/two.npy", "photos/one.heic"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    message = refused(UserError, folder_domain(train=Split("images/*", "masks/*")), tmp_path)
+    assert "images/two.jpg: has no mask" in message
+    assert "1 .npy match, but only .bmp" in message
+    assert "1 .heic match" in refused(MissingRawFiles, folder_domain(train=Split("photos/*")), tmp_path)
+    assert other_files(tmp_path, "photos/*") == "1 .heic"
+    assert other_files(tmp_path, "images/*") == ""
 
 
 def test_an_unlabelled_split_needs_no_masks(tmp_path: Path) -> None:

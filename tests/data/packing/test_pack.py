@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import resource
 import struct
 import tarfile
 import zlib
@@ -21,7 +22,7 @@ from PIL import Image
 from multidomain_cct.data.batches.views import decode
 from multidomain_cct.data.domain import IGNORE, Domain, LabelClass, Split
 from multidomain_cct.data.images import fitted_size
-from multidomain_cct.data.packing.encode import JPEG_QUALITY
+from multidomain_cct.data.packing.encode import JPEG_QUALITY, SIXTEEN_BITS, TURNED, TURNED_ALONE
 from multidomain_cct.data.packing.pack import pack
 from multidomain_cct.data.shards.index import index_path, shard_paths
 from multidomain_cct.data.shards.reader import Shards
@@ -250,6 +251,19 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert refused(STREET, raw, "train", tmp_path / "out", workers=1).startswith(f"{broken}: the image cannot be read")
 
 
+def test_a_full_disk_is_named_with_the_shard_and_leaves_nothing(raw: Path, tmp_path: Path) -> None:
+    # The system's limit on the size of a file stands in for a full disk.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            pack(STREET, raw, "train", tmp_path, workers=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "street/train-00000.tar")
+    assert digests(tmp_path) == {}
+
+
 # What lies in the shards
 
 
@@ -348,7 +362,7 @@ def test_grey_images_of_16_bits_are_scaled_to_8(tmp_path: Path) -> None:
     path = tmp_path / "raw/images/more/a.png"
     path.parent.mkdir(parents=True)
     Image.fromarray(shades).save(path)
-    pack(STREET, tmp_path / "raw", "more", tmp_path, workers=1)
+    assert pack(STREET, tmp_path / "raw", "more", tmp_path, workers=1).remarks[SIXTEEN_BITS] == 1
     stored = np.asarray(Image.open(io.BytesIO(members(tmp_path, "more")["a.jpg"]))).astype(int)
     assert np.abs(stored - (shades // 256)[..., None]).max() <= 3  # what JPEG loses
 
@@ -371,6 +385,41 @@ def test_exif_orientation_is_applied_to_the_image_and_fits_an_upright_mask(tmp_p
     assert stored.getexif().get(0x0112, 1) == 1
     assert red[:10].min() > 200
     assert red[14:].max() < 50
+
+
+def draw_turned(raw: Path, orientation: int, *, mask_has_it: bool) -> None:
+    """A JPEG whose left half is white in the file, and a mask with the car there."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels, ids = np.zeros((16, 24, 3), dtype=np.uint8), np.full((16, 24), 7, dtype=np.uint8)
+    pixels[:, :12], ids[:, :12] = 255, 3
+    for folder in ("images", "masks"):
+        (raw / folder / "train").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(raw / "images/train/a.jpg", exif=exif, quality=95)
+    Image.fromarray(ids).save(raw / "masks/train/a.png", **({"exif": exif} if mask_has_it else {}))
+
+
+@pytest.mark.parametrize("orientation", range(2, 9))
+def test_a_mask_with_the_tag_of_its_image_fits_it(tmp_path: Path, orientation: int) -> None:
+    draw_turned(tmp_path / "raw", orientation, mask_has_it=True)
+    summary = pack(STREET, tmp_path / "raw", "train", tmp_path, workers=1)
+    image, mask = (Image.open(io.BytesIO(members(tmp_path)[name])) for name in ("a.jpg", "a.png"))
+    assert np.array_equal(np.asarray(image)[..., 0] > 128, np.asarray(mask) == 1)
+    assert +summary.remarks == {TURNED: 1}
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_a_turned_image_whose_mask_has_no_tag_is_counted(tmp_path: Path, orientation: int) -> None:
+    draw_turned(tmp_path / "raw", orientation, mask_has_it=False)
+    assert +pack(STREET, tmp_path / "raw", "train", tmp_path, workers=1).remarks == {TURNED: 1, TURNED_ALONE: 1}
+
+
+def test_a_mask_as_the_turned_image_is_stored_is_refused_with_the_tag(tmp_path: Path) -> None:
+    draw_turned(tmp_path / "raw", 6, mask_has_it=False)
+    message = refused(STREET, tmp_path / "raw", "train", tmp_path, workers=1)
+    assert "24x16" in message
+    assert "16x24" in message
+    assert "EXIF orientation 6" in message
 
 
 # Sizes

@@ -243,3 +243,92 @@ def test_a_mask_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatc
             UserError, match=r"mask.png: the mask is too large to be read safely .*Cut image and mask into tiles"
         ):
             read(path)
+
+
+def test_ids_of_a_pgm_are_those_in_the_file_whatever_maximum_it_states(tmp_path: Path) -> None:
+    path = tmp_path / "mask.pgm"
+    for highest, kind in ((255, np.uint8), (5, np.uint8), (1000, ">u2"), (65535, ">u2")):
+        ids = np.array([0, 1, 3, 4] + ([1000] if highest >= 1000 else []))
+        path.write_bytes(b"P5 %d 1 %d\n" % (len(ids), highest) + ids.astype(kind).tobytes())
+        assert read(path) == ([[IGNORE, 0, 1, IGNORE, *[1] * (len(ids) - 4)]], {"4": 1})
+    path.write_text("P2 4 1 9\n0 1 3 4\n")
+    assert read(path) == ([[IGNORE, 0, 1, IGNORE]], {"4": 1})
+
+
+def rgb_png(bits: int) -> bytes:
+    """Ids in the first of three channels, as SYNTHIA stores them in 16 bits."""
+    header = struct.pack(">IIBBBBB", 4, 1, bits, 2, 0, 0, 0)
+    channels = np.zeros((4, 3), dtype=">u2" if bits == 16 else np.uint8)
+    channels[:, 0] = [0, 1, 2, 3]
+    parts = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + channels.tobytes())), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
+    )
+
+
+def inverted_tiff(folder: Path) -> bytes:
+    """Grey values stored with 0 as white, which Pillow turns around."""
+    Image.fromarray(IDS.astype(np.uint8)).save(folder / "plain.tif", tiffinfo={262: 0})
+    return (folder / "plain.tif").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["RGB;16B", "L;I", "1;I", "RGB of 0..31"])
+def test_values_that_a_decoder_would_change_are_refused(tmp_path: Path, kind: str) -> None:
+    contents = {
+        "RGB;16B": rgb_png(16),
+        "L;I": inverted_tiff(tmp_path),
+        "1;I": b"P4 8 1\n\x0f",
+        "RGB of 0..31": b"P6 1 1 31\n\x01\x02\x03",
+    }
+    path = tmp_path / "mask.png"
+    path.write_bytes(contents[kind])
+    with pytest.raises(UserError, match=f"mask.png: the mask's pixels are stored as {kind}.*one channel"):
+        read(path)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("mode", ["L", "P", "I;16", "RGB"])
+def test_a_mask_is_turned_by_its_own_tag(tmp_path: Path, suffix: str, mode: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by a quarter, clockwise
+    ids = np.array([[1, 1, 3]])
+    pixels = np.where(ids[..., None] == 1, (1, 2, 3), (0, 0, 142)) if mode == "RGB" else ids
+    image = Image.fromarray(pixels.astype(np.uint16 if mode == "I;16" else np.uint8))
+    if mode == "P":
+        image.putpalette([9] * 12)
+    image.save(tmp_path / f"mask.{suffix}", exif=exif)
+    assert read(tmp_path / f"mask.{suffix}") == ([[0], [0], [1]], {})
+
+
+def palette_mask(path: Path, indices: list[int], palette: list[tuple[int, int, int]]) -> Path:
+    image = Image.fromarray(np.array([indices], dtype=np.uint8))
+    image.putpalette([channel for color in palette for channel in color])
+    image.save(path)
+    return path
+
+
+def test_a_palette_whose_colours_are_other_classes_than_its_indices_is_refused_with_both_readings(
+    tmp_path: Path,
+) -> None:
+    table = (LabelClass("road", (128, 64, 128)), LabelClass("car", (0, 0, 142)), LabelClass("sky", (70, 130, 180)))
+    own = [(128, 64, 128), (0, 0, 142), (70, 130, 180)]
+    path = tmp_path / "mask.png"
+    options: dict[str, object] = {"classes": table, "ignore_ids": (255,)}
+    assert read(palette_mask(path, [0, 1, 2], own), **options)[0] == [[0, 1, 2]]
+    with pytest.raises(
+        UserError, match=r'entry 0 is "road" by its number, and "sky" by its colour \[70, 130, 180\].*RGB'
+    ):
+        read(palette_mask(path, [0, 1], [own[2], own[0]]), **options)
+    # A colour that the table lacks, or one colour alone, shows that the palette is only for the eye.
+    assert read(palette_mask(path, [0, 1, 2], [own[2], own[0], (1, 1, 1)]), **options)[0] == [[0, 1, 2]]
+    assert read(palette_mask(path, [0, 0], [own[2], own[0]]), **options)[0] == [[0, 0]]
+
+
+def test_classes_may_share_a_colour_as_long_as_masks_hold_ids(tmp_path: Path) -> None:
+    table = (LabelClass("road", (128, 64, 128)), LabelClass("path", (128, 64, 128)), LabelClass("sky", (1, 1, 1)))
+    ids, colors = tmp_path / "ids.png", tmp_path / "colors.png"
+    Image.fromarray(np.array([[0, 1, 2]], dtype=np.uint8)).save(ids)
+    Image.new("RGB", (1, 1), (128, 64, 128)).save(colors)
+    assert read(ids, classes=table, ignore_ids=(255,)) == ([[0, 1, 2]], {})
+    with pytest.raises(UserError, match="colors.png: the mask holds colours, and the classes road and path"):
+        read(colors, classes=table, ignore_ids=(255,))
