@@ -34,6 +34,10 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.data.shards.scan import Extensions, index_shard, verify_shard
 
     for path in options.shards:
+        if path.is_dir():
+            raise UserError(f"{path} is a folder. Name its shards: {path}/train-*.tar")
+        if not path.is_file():
+            raise UserError(f"{path}: there is no such shard.")
         _require_usable_name(path)
     if options.verify:
         for path in options.shards:

@@ -58,6 +58,8 @@ def _listed_keys(keys: Sequence[str], path: Path, where: str, origins: Callable[
     try:
         listed = {line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()} - {""}
     except UnicodeDecodeError:
+        listed = {"\0"}
+    if any("\0" in line for line in listed):
         raise UserError(f"{where}: {path} is not text in UTF-8. Save it as UTF-8.") from None
     if not listed:
         raise UserError(f"{where}: {path} lists no images.")

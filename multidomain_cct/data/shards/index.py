@@ -153,6 +153,8 @@ def load_table(
             facts = json.loads((file.metadata() or {}).get("index", "{}"))
             version = facts.get("schema")
             arrays = {name: file.get_tensor(name) for name in {*names, *file.keys()}} if version == schema else {}
+    except PermissionError as error:
+        raise UserError(f"{path} may not be read ({error}). Ask its owner for the right to read it.") from None
     except (SafetensorError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: the {what} is damaged ({' '.join(str(error).split())[:200]}). {remedy}") from None
     if version != schema:

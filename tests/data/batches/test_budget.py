@@ -87,7 +87,7 @@ def test_a_list_with_a_byte_order_mark_is_read_and_another_encoding_is_refused(t
     path = tmp_path / "list.txt"
     path.write_text("Foto ü 1\n", encoding="utf-8-sig")
     assert labelled_subset(FOTOS, str(path), seed=0, where="x") == [FOTOS[1]]
-    for encoding in ("latin-1", "utf-16"):
+    for encoding in ("latin-1", "utf-16", "utf-16-le"):
         path.write_text("Foto ü 1\n", encoding=encoding)
         with pytest.raises(UserError, match=r"list.txt is not text in UTF-8. Save it as UTF-8"):
             labelled_subset(FOTOS, str(path), seed=0, where="x")

@@ -372,6 +372,14 @@ def test_a_shard_that_training_would_not_find_is_told_the_name_it_needs(
     assert list(tmp_path.iterdir()) == [path]
 
 
+@pytest.mark.parametrize(("name", "remedy"), [("", "Name its shards"), ("train-00007.tar", "there is no such shard")])
+def test_what_is_no_shard_is_said_to_be_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, remedy: str
+) -> None:
+    assert main(["index", str(tmp_path / name)]) == 2
+    assert remedy in " ".join(capsys.readouterr().err.split())
+
+
 def test_absent_shards_name_the_tar_that_is_there_under_another_name(tmp_path: Path) -> None:
     write_tar(tmp_path / "00000.tar", [("a.jpg", b"x")])
     with pytest.raises(UserError, match=r"It holds 00000.tar; a shard is named such as val-00000.tar"):
