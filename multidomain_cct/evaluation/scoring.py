@@ -30,10 +30,15 @@ class Score:
     split: str
     confusion: np.ndarray
     """(C, C) int64 pixels; rows are the truth, columns the prediction."""
-    images: int
+    counts: np.ndarray
+    """(n, 3, C) int64 pixels of each image, in the order of the shards: right, in the truth, in the prediction."""
     sizes: tuple[str, ...]
     """Resolutions of the labels, WIDTHxHEIGHT, that were scored."""
     settings: InferenceSettings
+
+    @property
+    def images(self) -> int:
+        return len(self.counts)
 
     @property
     def iou(self) -> dict[str, float | None]:
@@ -131,24 +136,29 @@ def score(
     was_training = model.training
     model.eval()
     confusion = torch.zeros(domain.num_classes, domain.num_classes, dtype=torch.int64, device=device)
-    count = torch.zeros(1, dtype=torch.int64, device=device)
+    counts = torch.zeros(len(shards), 3, domain.num_classes, dtype=torch.int64, device=device)
+    scored = torch.zeros(1, dtype=torch.int64, device=device)
     sizes = set()
     numbers = range(share.rank, len(shards), share.world)
+    left = iter(numbers)
     for batch in _batches(scored_images(shards, domain, numbers, workers=workers), settings.batch, share.between):
         height, width = batch[0].mask.shape
         # Stacked as they lie in memory, pixel by pixel: putting channel after channel takes several times as long.
         pictures = torch.stack([item.image.permute(1, 2, 0) for item in batch]).to(device).permute(0, 3, 1, 2)
         masks = torch.stack([item.mask for item in batch]).to(device)
         prediction = class_probabilities(model, pictures, domain.name, (height, width), settings).argmax(dim=1)
-        confusion += confusion_of(masks, prediction, domain.num_classes)
-        count += len(batch)
+        for number, mask, ids in zip(islice(left, len(batch)), masks, prediction, strict=True):
+            pixels = confusion_of(mask, ids, domain.num_classes)
+            confusion += pixels
+            counts[number] = torch.stack([pixels.diagonal(), pixels.sum(1), pixels.sum(0)])
+        scored += len(batch)
         sizes.add(f"{width}x{height}")
     if len(numbers) < math.ceil(len(shards) / share.world):
         share.between()
     model.train(was_training)
-    confusion, images = share.total(confusion), int(share.total(count))
+    confusion, counts, images = share.total(confusion), share.total(counts), int(share.total(scored))
     assert images == len(shards), f"{images} of {len(shards)} images were scored"
-    return Score(domain, split, confusion.cpu().numpy(), images, tuple(sorted(sizes)), settings)
+    return Score(domain, split, confusion.cpu().numpy(), counts.cpu().numpy(), tuple(sorted(sizes)), settings)
 
 
 def _batches(images: Iterable[ScoredImage], size: int, between: Callable[[], None]) -> Iterator[list[ScoredImage]]:

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from multidomain_cct.training.runlog import read_metrics
 
 
@@ -21,6 +23,16 @@ def recorded_environment(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def recorded_counts(run: Path, step: int) -> dict[str, np.ndarray]:
+    """(n, 3, C) pixel counts of each val image by domain, of the scores at `step`; empty when there are none."""
+    try:
+        content = json.loads((run / "val_counts.json").read_text(encoding="utf-8"))
+        domains = content["domains"] if content["step"] == step else {}
+        return {name: np.array(each["right, truth, prediction"]) for name, each in domains.items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def scores_by_class(line: dict[str, Any], domain: str) -> dict[str, float | None]:

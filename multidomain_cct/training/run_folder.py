@@ -19,6 +19,7 @@ from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.images import open_image, upright_size
 from multidomain_cct.data.shards.sources import RemoteFolder
 from multidomain_cct.errors import UserError
+from multidomain_cct.evaluation.scoring import Score
 from multidomain_cct.files.durable import make_folder, replace_text
 from multidomain_cct.files.printable import first_few
 from multidomain_cct.files.strict_yaml import read_yaml
@@ -102,6 +103,15 @@ def write_run_folder(recipe: Recipe, domains: Mapping[str, Domain], environment:
         remedy = "Remove it to go on without the record of earlier starts."
         raise UserError(f"{path}: this is not the JSON that training writes. {remedy}") from None
     replace_text(path, json.dumps(content, indent=1))
+
+
+def write_counts(folder: Path, step: int, scores: Mapping[str, Score]) -> None:
+    """Keep the pixel counts of each val image, of each domain, from which `compare` computes intervals."""
+    domains = {
+        name: {"classes": list(score.iou), "right, truth, prediction": score.counts.tolist()}
+        for name, score in scores.items()
+    }
+    replace_text(folder / "val_counts.json", json.dumps({"step": step, "domains": domains}, separators=(",", ":")))
 
 
 def fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, str]:

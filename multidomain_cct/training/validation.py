@@ -8,6 +8,7 @@ from accelerate.utils import broadcast
 
 from multidomain_cct.evaluation.scoring import Score, Share, arithmetic_and_harmonic, score
 from multidomain_cct.training.run import Run
+from multidomain_cct.training.run_folder import write_counts
 from multidomain_cct.training.runlog import RunLog
 
 
@@ -31,6 +32,8 @@ def validate(run: Run, log: RunLog, step: int) -> float:
         with model.as_student():
             values |= {f"val/{name}/student/miou": result.miou for name, result in _scores(run).items()}
     record(run, log, step, values | _class_health(run, log, step))
+    if run.accelerator.is_main_process:
+        write_counts(run.recipe.folder, step, scores)
     log.notice(f"step {step}: " + "  ".join(f"{name} mIoU {100 * result.miou:.1f}" for name, result in scores.items()))
     return arithmetic_and_harmonic([result.miou for result in scores.values()])[0]
 

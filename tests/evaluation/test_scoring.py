@@ -151,10 +151,16 @@ def test_parts_of_a_split_add_up_to_the_whole(model: Segmenter, shapes: tuple[Sh
     def add(tensor: torch.Tensor) -> torch.Tensor:
         """What a reduction over two processes would do, with the first process's tensors kept for the second."""
         counts.append(tensor.clone())
-        return tensor if len(counts) <= 2 else tensor + counts[len(counts) - 3]
+        return tensor if len(counts) <= 3 else tensor + counts[len(counts) - 4]
 
     with pytest.raises(AssertionError, match="3 of 5 images were scored"):
         score(model, *shapes, InferenceSettings(), share=Share(0, 2, add))
     both = score(model, *shapes, InferenceSettings(), share=Share(1, 2, add))
-    assert np.array_equal(both.confusion, score(model, *shapes, InferenceSettings()).confusion)
+    alone = score(model, *shapes, InferenceSettings())
+    assert np.array_equal(both.confusion, alone.confusion)
+    assert np.array_equal(both.counts, alone.counts)
+    right, truth, predicted = alone.counts.sum(0)
+    assert np.array_equal(right, alone.confusion.diagonal())
+    assert np.array_equal(truth, alone.confusion.sum(1))
+    assert np.array_equal(predicted, alone.confusion.sum(0))
     assert both.images == 5

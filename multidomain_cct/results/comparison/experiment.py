@@ -7,16 +7,18 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from datetime import datetime
 from itertools import zip_longest
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+import numpy as np
+
 from multidomain_cct.errors import UserError, did_you_mean, require_choice
 from multidomain_cct.files.strict_yaml import read_yaml
-from multidomain_cct.results.records import recorded_environment, recorded_metrics, scores_by_class
+from multidomain_cct.results.records import recorded_counts, recorded_environment, recorded_metrics, scores_by_class
 from multidomain_cct.training.check import check_recipe
 from multidomain_cct.training.checkpoints.checkpoint import checkpoints
 from multidomain_cct.training.findings import require
@@ -116,6 +118,8 @@ class RunScores:
     """Largest memory use that was logged."""
     minutes: float | None
     """Wall time from start to last score; None for an interrupted run, because it would include the pauses."""
+    counts: dict[str, np.ndarray] = field(default_factory=dict, repr=False, compare=False)
+    """(n, 3, C) pixel counts of each val image, by domain; empty for a run of an earlier version."""
 
     def score(self, column: str) -> float | None:
         """The mIoU of a domain, or their mean; None when it is not known."""
@@ -256,6 +260,7 @@ def finished_scores(run: PlannedRun) -> RunScores | None:
         environment=environment,
         peak_mib=max(peaks, default=None),
         minutes=_minutes(environment, folder / "metrics.jsonl"),
+        counts=recorded_counts(folder, step),
     )
 
 

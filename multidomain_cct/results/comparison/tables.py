@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 from multidomain_cct.files.durable import replace_text
+from multidomain_cct.results.comparison.bootstrap import Interval, paired_interval
 from multidomain_cct.results.comparison.experiment import MEAN, Experiment, PlannedRun, RunScores
 
 
@@ -80,6 +81,18 @@ class Comparison:
         gain, gap = self.gain(row, column), self._difference(self.experiment.ceiling, self._baseline(row), column)
         return gain / gap if gain is not None and gap is not None and gap > 0 else None
 
+    def interval(self, row: str, column: str) -> Interval | None:
+        """Of the difference to the row's baseline, over the val images; None unless both rows have counts of a seed."""
+        name = self._baseline(row)
+        mine, theirs = (
+            {run.seed: run.counts[column] for run in self.scores if run.row == each and column in run.counts}
+            for each in (row, name)
+        )
+        shared = sorted(mine.keys() & theirs.keys())
+        if row == name or not shared:
+            return None
+        return paired_interval([theirs[seed] for seed in shared], [mine[seed] for seed in shared])
+
     def _baseline(self, row: str) -> str:
         return self.experiment.rows[row].baseline or self.experiment.baseline
 
@@ -104,7 +117,7 @@ class Comparison:
         titles = [f"{column} points" for column in self.columns] + [f"{column} gap closed %" for column in shared]
         gains = [["row", *titles]]
         for name in self.experiment.rows:
-            points = [_percent(self.gain(name, column), "+.1f") for column in self.columns]
+            points = [_points(self.gain(name, column), self.interval(name, column)) for column in self.columns]
             gains.append([name, *points, *(_percent(self.gap_share(name, column), ".0f") for column in shared)])
         return [scores, gains]
 
@@ -133,17 +146,24 @@ def write_comparison(comparison: Comparison, out: Path, *, command: str, date: s
         "baseline": experiment.baseline or None,
         "ceiling": experiment.ceiling or None,
         "rows": {name: _row_numbers(comparison, name) for name in experiment.rows},
-        "runs": [asdict(run) for run in comparison.scores],
+        "runs": [asdict(replace(run, counts={})) for run in comparison.scores],
         "missing": comparison.missing(),
         "failed": dict(comparison.failures),
     }
     replace_text(out.with_suffix(".json"), json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    counts = {run.folder: {name: each.tolist() for name, each in run.counts.items()} for run in comparison.scores}
+    if any(counts.values()):
+        replace_text(out.with_suffix(".counts.json"), json.dumps(counts, separators=(",", ":")) + "\n")
 
 
 def _row_numbers(comparison: Comparison, row: str) -> dict[str, Any]:
     spreads = {column: comparison.spread(row, column) for column in comparison.columns}
     return {
         "miou": {column: asdict(spread) if spread else None for column, spread in spreads.items()},
+        "interval": {
+            column: asdict(interval) if (interval := comparison.interval(row, column)) else None
+            for column in comparison.columns
+        },
         "gain": {column: comparison.gain(row, column) for column in comparison.columns},
         "gap_share": {column: comparison.gap_share(row, column) for column in comparison.columns},
     }
@@ -162,6 +182,8 @@ def _markdown(comparison: Comparison, command: str, date: str) -> str:
     )
     others = ", ".join(f"of {name} to `{row.baseline}`" for name, row in experiment.rows.items() if row.baseline)
     gains = f"Difference of the means to `{experiment.baseline}`{f' ({others})' if others else ''} in points"
+    if any(run.counts for run in comparison.scores):
+        gains += " (95 % interval of a paired bootstrap over the val images; share of its draws above 0)"
     if experiment.ceiling:
         gains += f", and the share of the gap from there to `{experiment.ceiling}` that is closed"
     for text, (heading, *rows) in zip((scores, f"{gains}."), comparison.tables(), strict=False):
@@ -172,6 +194,14 @@ def _markdown(comparison: Comparison, command: str, date: str) -> str:
 
 def _cells(texts: Sequence[str]) -> str:
     return "| " + " | ".join(text.replace("|", "\\|") for text in texts) + " |"
+
+
+def _points(gain: float | None, interval: Interval | None) -> str:
+    """A difference in points, its 95 % interval over the val images, and how often it is above 0."""
+    if gain is None or interval is None:
+        return _percent(gain, "+.1f")
+    span = f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"
+    return f"{100 * gain:+.1f} ({span}; {interval.probability:.0%})"
 
 
 def _percent(value: float | None, form: str) -> str:
