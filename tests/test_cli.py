@@ -379,7 +379,7 @@ def test_a_wheel_carries_domains_and_recipes_and_works_outside_the_clone(tmp_pat
     assert {
         "multidomain_cct/domains/cityscapes.yaml",
         "multidomain_cct/recipes/demo.yaml",
-        "multidomain_cct/results/report.html.jinja",
+        "multidomain_cct/results/report/page.html.jinja",
         "multidomain_cct/py.typed",
     } <= names
     site = str(tmp_path / "site")

@@ -18,7 +18,7 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.results.report import last_scores, write_report
+    from multidomain_cct.results.report.page import last_scores, write_report
 
     page = write_report(options.folders, options.out)
     scores = {folder: last_scores(folder) for folder in options.folders}

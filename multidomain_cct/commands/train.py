@@ -17,7 +17,7 @@ def register(words: Words) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    from multidomain_cct.results.report import write_report
+    from multidomain_cct.results.report.page import write_report
     from multidomain_cct.training.loop import train
     from multidomain_cct.training.processes.failures import RunFailed
     from multidomain_cct.training.processes.stopping import RunStopped

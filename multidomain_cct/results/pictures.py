@@ -6,6 +6,7 @@ Shapes: H W picture size.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,6 +20,8 @@ OPACITY = 0.55
 """Of an overlay, 0 to 1."""
 _PAPER, _INK = (255, 255, 255), (32, 32, 32)
 _NAME_LENGTH = 32
+_ALIKE = 40.0
+"""Colours look alike below this Euclidean distance, of 0 to 441."""
 
 
 def colored(ids: np.ndarray, domain: Domain) -> Image.Image:
@@ -46,6 +49,24 @@ def overlay(image: Image.Image, ids: np.ndarray, domain: Domain, opacity: float 
 def is_clear(label: LabelClass) -> bool:
     """Whether an overlay leaves the class transparent: stuff that is named background, or painted black."""
     return not label.thing and (label.name.strip("_ ").casefold() == "background" or label.color == (0, 0, 0))
+
+
+def with_distinct_colors(domain: Domain) -> Domain:
+    """The domain with each colour that looks like an earlier class's replaced by one unlike all others."""
+    cube = np.stack(np.meshgrid(*[np.arange(20, 256, 45)] * 3), axis=-1).reshape(-1, 3)
+    table = domain.palette[: domain.num_classes].astype(int)
+    for number in range(1, len(table)):
+        if _nearest(table[number : number + 1], table[:number]) < _ALIKE:
+            others = np.delete(table, number, axis=0)
+            table[number] = cube[int(np.argmax([_nearest(each[None], others) for each in cube]))]
+    colors = [(int(red), int(green), int(blue)) for red, green, blue in table]
+    classes = (replace(label, color=color) for label, color in zip(domain.classes, colors, strict=True))
+    return replace(domain, classes=tuple(classes))
+
+
+def _nearest(color: np.ndarray, others: np.ndarray) -> float:
+    """The (1, 3) colour's distance from the nearest of the (n, 3) others."""
+    return float(np.linalg.norm(others - color, axis=1).min())
 
 
 def legend(domain: Domain, present: Iterable[int], *, width: int = 320, text_size: int = 14) -> Image.Image:

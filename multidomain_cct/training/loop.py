@@ -45,7 +45,7 @@ def train(recipe: Recipe, folders: Sequence[Path], *, command: str = "", named_b
             if accelerator.is_main_process:
                 facts = environment(command, accelerator.device, world)
                 facts |= {"forced": list(start.forced)} if start.forced else {}
-                write_run_folder(recipe, run.domains, facts | {"images": training_images(run.data.streams)})
+                write_run_folder(recipe, run.domains, facts | {"images": training_images(run.streams)})
             accelerator.wait_for_everyone()
             if recipe.training.trackers:
                 accelerator.init_trackers(recipe.name)

@@ -128,15 +128,18 @@ def fingerprints(recipe: Recipe, streams: Sequence[DomainStreams]) -> dict[str, 
 
 
 def training_images(streams: Sequence[DomainStreams]) -> dict[str, dict[str, Any]]:
-    """For env.json, by domain: the numbers of images that the run learns from, and the size of the median one."""
-    return {
-        stream.domain.name: {
+    """For env.json, by domain: the images that the run learns from, their labelled pixels, and the median size."""
+    facts = {}
+    for stream in streams:
+        counts = stream.labelled_classes if stream.labelled else None
+        names = [label.name for label in stream.domain.classes]
+        facts[stream.domain.name] = {
             "labelled": len(stream.labelled),
             "unlabelled": len(stream.unlabelled),
+            "class_pixels": counts and dict(zip(names, counts.pixels.tolist(), strict=True)),
             "median_size": _median_size(stream),
         }
-        for stream in streams
-    }
+    return facts
 
 
 def _median_size(stream: DomainStreams) -> tuple[int, int] | None:

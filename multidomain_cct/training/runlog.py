@@ -72,10 +72,11 @@ class RunLog:
             self._file.close()
 
     def metrics(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Append one line; numbers that are not finite are written as null, which JSON can hold."""
+        """Append one line, with the seconds since this start. Numbers that are not finite become null, for JSON."""
         if self.enabled:
             finite = {key: value if math.isfinite(value or 0) else None for key, value in values.items()}
-            self._file.write(json.dumps({"step": step} | finite) + "\n")
+            clock = {"sys/wall_s": round(time.monotonic() - self._started, 1)}
+            self._file.write(json.dumps({"step": step} | finite | clock) + "\n")
             self._file.flush()
 
     def advance(self, step: int, window: Window, device: torch.device, *, plain: bool) -> None:

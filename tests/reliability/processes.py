@@ -31,7 +31,7 @@ FULL = os.environ.get("MDCCT_RELIABILITY") == "full"
 
 server = multiprocessing.get_context("forkserver")
 server.set_forkserver_preload(
-    ["multidomain_cct.__main__", "multidomain_cct.training.loop", "multidomain_cct.results.report"]
+    ["multidomain_cct.__main__", "multidomain_cct.training.loop", "multidomain_cct.results.report.page"]
 )
 
 

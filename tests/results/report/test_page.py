@@ -8,16 +8,21 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.errors import UserError
-from multidomain_cct.results.report import PANEL_WIDTH, write_report
+from multidomain_cct.results.report.page import write_report
+from multidomain_cct.results.report.panels import PANEL_WIDTH
+from multidomain_cct.results.trained_run import TrainedRun
 from multidomain_cct.training.runlog import read_metrics
 
 VOID = {"meta", "img", "br", "path", "use", "rect", "circle"}
@@ -109,7 +114,7 @@ def test_best_is_the_first_evaluation_with_the_highest_mean(copied_run: Path) ->
     text = read_page(write_report([copied_run], panels=1)).text
     assert "fields 20.0 step 4 25.0 step 2" in text
     assert "mean over domains 40.0 step 4 50.0 step 2" in text
-    assert "sky absent" in text
+    assert re.search(r"sky [\d.]+ % of val, [\d.]+ % of labelled absent", text)
 
 
 def test_every_domain_has_its_curves(page: Page) -> None:
@@ -119,15 +124,46 @@ def test_every_domain_has_its_curves(page: Page) -> None:
     assert sum(tag == "svg" for tag, _ in page.elements) == 6
 
 
-def test_pictures_show_image_truth_prediction_and_errors(page: Page) -> None:
+def test_pictures_show_image_truth_prediction_overlay_and_errors(page: Page) -> None:
+    shown = page.text.count("prediction overlay")
+    assert 4 <= shown <= 6  # two domains, of whose three images two are spread evenly, one is the worst, one the best
     pictures = page.pictures()
-    assert len(pictures) == 2 * 2 * 4  # domains, panels, pictures of a panel
+    assert len(pictures) == shown * 5
     assert all(picture.size == (96, 72) for picture in pictures)
-    assert page.text.count("prediction") == 4
-    assert len(re.findall(r"[\d.]+ % wrong", page.text)) == 4
+    assert len(re.findall(r"[\d.]+ % wrong", page.text)) == shown
     assert "val_000" in page.text
     assert "val_002" in page.text
-    assert "val_001" not in page.text
+
+
+def test_the_worst_and_the_best_images_are_shown_besides_evenly_spread_ones(page: Page) -> None:
+    for section in page.text.split("Pictures")[1:]:
+        worst, best, *even = (float(share) for share in re.findall(r"([\d.]+) % wrong", section))
+        assert worst >= max(best, *even, 0)
+        assert best <= min(worst, *even, 100)
+        assert re.search(r"Worst of 3 .* Best of 3 ", section)
+
+
+def test_images_have_the_names_that_a_person_gave_them(copied_run: Path, tiny_run: Path, tmp_path: Path) -> None:
+    shards = shutil.copytree(tiny_run.parents[1] / "shards", tmp_path / "shards")
+    for name in ("fields", "shapes"):
+        record = Shards.open(shards / name, "val").read(0)
+        with ShardWriter(shards / name, "val") as writer:
+            writer.write("street=2Fk=C3=B6ln=2001", image=record.image, mask=record.mask, meta=b"{}")
+    recipe = copied_run / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace(str(tiny_run.parents[1] / "shards"), str(shards)))
+    assert "street/köln 01" in read_page(write_report([copied_run])).text
+
+
+def test_predictions_are_shrunk_without_classes_between_two_others(
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("multidomain_cct.results.report.panels.PANEL_WIDTH", 41)
+    ids = np.random.default_rng(0).choice(np.array([0, 2], dtype=np.uint8), (72, 96))
+    predicted = TrainedRun.load(tiny_run).predict(np.zeros((72, 96, 3), dtype=np.uint8), "fields")
+    monkeypatch.setattr(TrainedRun, "predict", lambda run, image, name: replace(predicted, ids=ids))
+    panels = read_page(write_report([tiny_run], tmp_path / "page.html")).pictures()
+    predictions = [picture for picture in panels if picture.mode == "P" and picture.size == (41, 31)]
+    assert {tuple(np.unique(np.asarray(picture))) for picture in predictions[1::2]} == {(0, 2)}
 
 
 def test_large_pictures_are_made_small(
@@ -144,7 +180,7 @@ def test_how_the_run_was_made_is_on_the_page(page: Page) -> None:
     assert "multidomain_cct train tiny.yaml" in page.text
     assert re.search(r"torch \d+\.\d+", page.text)
     assert "labelled_batch: 2" in page.text
-    assert re.search(r"2 of 2 [\d.]+ \d+ MiB [\d.]+ %", page.text)
+    assert re.search(r"2 of 2 0:\d\d:\d\d [\d.]+ \d+ MiB [\d.]+ % \w+ CPU", page.text)
 
 
 def test_the_page_needs_no_network_and_runs_no_script(page: Page) -> None:
@@ -169,9 +205,54 @@ def test_a_folder_as_the_place_receives_report_html(tiny_run: Path, tmp_path: Pa
 def test_several_runs_share_charts_bars_and_panels(tiny_run: Path, supervised_run: Path, tmp_path: Path) -> None:
     page = read_page(write_report([tiny_run, supervised_run, tiny_run], tmp_path / "two.html", panels=1))
     assert sum(tag == "svg" for tag, _ in page.elements) == 6
-    assert sum(attributes.get("class") == "bar" for _, attributes in page.elements) == 2 * (3 + 2)
-    assert len(page.pictures()) == 2 * (2 + 2 * 2)
+    assert sum((attributes.get("class") or "").split()[:1] == ["bar"] for _, attributes in page.elements) == 2 * (3 + 2)
+    assert len(page.pictures()) == page.text.count("truth") * (2 + 2 * 3)
     assert "tiny, supervised" in page.text
+
+
+def test_several_runs_are_compared_with_the_first(copied_run: Path, tiny_run: Path, tmp_path: Path) -> None:
+    lines = [json.loads(line) for line in (copied_run / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in reversed(lines) if "val/mean_miou" in line)
+    changed = first | {
+        "val/fields/miou": first["val/fields/miou"] + 0.0525,
+        "val/shapes/miou": first["val/shapes/miou"] - 0.01,
+    }
+    changed |= {"val/fields/iou/sky": 0.0, "val/fields/iou/grass": first["val/fields/iou/grass"] + 0.5}
+    (copied_run / "metrics.jsonl").write_text(json.dumps(changed) + "\n")
+    page = read_page(write_report([tiny_run, copied_run], tmp_path / "two.html", panels=1))
+    scores = page.text.split("Curves")[0]
+    for difference in ("+5.2", "−1.0", "+0.0"):
+        assert difference in scores
+    assert "+50.0" in page.text
+    assert re.search(r"At 0: .*sky", page.text)
+
+
+def test_numbers_of_images_are_numbers(page: Page, copied_run: Path) -> None:
+    assert re.search(r"fields [\d.]+ step \d [\d.]+ step \d [\d.]+ 2 4 3 ", page.text)
+    assert not re.search(r"\ball\b", page.text.split("Recipe, resolved")[0].replace("small", ""))
+    environment = json.loads((copied_run / "env.json").read_text())
+    del environment["images"]
+    (copied_run / "env.json").write_text(json.dumps(environment))
+    assert re.search(r"fields [\d.]+ step \d [\d.]+ step \d [\d.]+ 2 – 3 ", read_page(write_report([copied_run])).text)
+
+
+def test_classes_have_their_share_of_the_pixels(page: Page) -> None:
+    shares = re.findall(r"([\d.]+) % of val, ([\d.]+) % of labelled", page.text)
+    assert len(shares) == 3 + 2
+    for column in zip(*shares, strict=True):
+        assert abs(sum(map(float, column)) - 200) < 0.4
+
+
+def test_no_two_entries_of_the_legend_look_the_same(copied_run: Path) -> None:
+    path = copied_run / "domains" / "fields.yaml"
+    domain = yaml.safe_load(path.read_text())
+    for row in domain["classes"]:
+        row["color"] = [70, 70, 70]
+    path.write_text(yaml.safe_dump(domain))
+    text = write_report([copied_run], panels=1).read_text()
+    section = text[text.index('<section id="fields">') : text.index('<section id="shapes">')]
+    swatches = re.findall(r'class="swatch"? ?([^>]*)>', section)
+    assert len(swatches) == len(set(swatches)) == 3 + 1
 
 
 def test_runs_of_one_name_are_told_apart_by_their_folders(tiny_run: Path, tmp_path: Path) -> None:
@@ -231,7 +312,7 @@ def test_data_is_shown_as_text(
     tiny_training: Callable[..., Path], tiny_domain: Callable, tiny_shards: Callable, tmp_path: Path
 ) -> None:
     script = "<script>alert(1)<"
-    classes = {"fields": (script + "/script>", "$x^", "bell\x07</td>")}
+    classes = {"fields": (script + "/script>", "$x^", "bell</td>")}
     folder = tiny_shards(tmp_path / "shards", tiny_domain("fields", classes["fields"]), {"train": 3})
     record = Shards.open(folder, "train").read(0)
     with ShardWriter(folder, "val") as writer:
@@ -239,6 +320,8 @@ def test_data_is_shown_as_text(
     run = tiny_training(tmp_path, "plain", classes, training={"steps": 1}).rename(tmp_path / "runs" / f"{script}b>")
     with (run / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2, "train/fields/<i>\x1b[31m\n": 1.0}) + "\n")
+    path = run / "domains" / "fields.yaml"
+    path.write_text(path.read_text().replace("Tiny fields", "<script>title & <b>more"))
     environment = json.loads((run / "env.json").read_text())
     (run / "env.json").write_text(
         json.dumps(environment | {"command": "<script>x", "<script>k": {"<script>n": "<script>v"}})
@@ -247,8 +330,8 @@ def test_data_is_shown_as_text(
     page = read_page(path)
     # The page's own <i> are coloured dots and have a class.
     assert not any(tag == "script" or (tag == "i" and "class" not in attributes) for tag, attributes in page.elements)
-    named = ("<script>alert(1)</script>", "$x^", "bell\\x07</td>", "<script>key", "<script>alert(1)<b>")
-    for text in (*named, "<i>\\x1b[31m\\n loss", "<script>x", "<script>k", "<script>v"):
+    named = ("<script>alert(1)</script>", "$x^", "bell</td>", "<script>key", "<script>alert(1)<b>")
+    for text in (*named, "<i>\\x1b[31m\\n loss", "<script>title & <b>more", "<script>x", "<script>k", "<script>v"):
         assert text in page.text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f]", path.read_text(encoding="utf-8"))
 
