@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 from collections.abc import Iterable
 
 
@@ -13,6 +14,12 @@ class UserError(Exception):
     It ends a command with exit code 2 and no traceback; every other exception is our own fault, or the machine's, and
     keeps its traceback.
     """
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether Python or torch, on a GPU or a CPU, could not get memory."""
+    text = r"CUDA (error: )?out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|DefaultCPUAllocator"
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(text, str(error))))
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,9 @@ from multidomain_cct.training.checkpoints.initial_weights import matching_heads
 from multidomain_cct.training.findings import Finding, error, fails, noted, notice, warning
 from multidomain_cct.training.machine import check_machine
 from multidomain_cct.training.recipe import Recipe
+
+_WORDS = ("all", "none")
+"""Values of `labelled` that are no file."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +55,8 @@ def check(
     findings += _check_splits(recipe, data.domains)
     if fails(findings):
         return findings, data
-    hint = _where_looked(recipe)
     for name, choice in recipe.domains.items():
+        hint = _where_looked(recipe, name)
         with noted(findings, f"domains.{name}", hint):
             used = uses_unlabelled(recipe, data.domains[name])
             data.streams.append(open_streams(data.domains[name], choice, recipe.data, use_unlabelled=used))
@@ -162,6 +166,10 @@ def _check_images(recipe: Recipe, data: TrainingData) -> Iterator[Finding]:
         pixels = [] if counts is None else [*counts.pixels.tolist(), counts.ignored]
         for text in pixel_findings(stream.domain, pixels, {}) if pixels else []:
             yield warning(f"{key}.labelled", f"is {len(stream.labelled)} images: {text}")
+        largest = tuple(max(sides) for sides in zip(*stream.some_sizes, strict=True))
+        if any(side > most for side, most in zip(stream.crop, largest, strict=False)):
+            text = f"is {list(stream.crop)}, larger than the images (at most {list(largest)}), which are padded."
+            yield notice("data.crop" if recipe.domains[stream.domain.name].crop is None else f"{key}.crop", text)
         if recipe.encoder.norm == "per_domain" and not stream.labelled and not stream.unlabelled:
             text = "has no image to train its own norms (encoder.norm=per_domain). Leave it out, or use norm=shared."
             yield error(key, text)
@@ -224,9 +232,11 @@ def _check_splits(recipe: Recipe, domains: Mapping[str, Domain]) -> Iterator[Fin
                 yield error(f"domains.{name}.{key}", text + did_you_mean(split, domains[name].splits))
 
 
-def _where_looked(recipe: Recipe) -> str:
-    """The places in which a recipe's relative paths are looked for, for what is not found."""
-    if recipe.file is None or Path(recipe.data.shards).is_absolute():
+def _where_looked(recipe: Recipe, name: str) -> str:
+    """The places in which the shards and the list of a domain were looked for, if one of them was not found."""
+    paths = [Path(recipe.data.shards) / name, *map(Path, re.findall(r".*[a-z.].*", recipe.domains[name].labelled))]
+    missing = [path for path in paths if not path.is_absolute() and not path.exists() and str(path) not in _WORDS]
+    if not missing or not recipe.places:
         return ""
     return f" Relative paths are looked for in {Path.cwd()} and {' and '.join(map(str, recipe.places))}."
 

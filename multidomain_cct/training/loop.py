@@ -71,8 +71,9 @@ def _less_memory(recipe: Recipe) -> str:
     ways += [f"training.accumulation={2 * training.accumulation}, a smaller data.crop or smaller batches"]
     ways += ["training.precision=bf16"] if training.precision == "no" else []
     newest = checkpoints(recipe.folder / "checkpoints")[-1:]
-    safe = f"{newest[0]} is safe, and resume=auto goes on from it" if newest else "No checkpoint was written yet"
-    return f"Set, in this order: {'; '.join(ways)}. {safe} (resume=force with another crop, batch or precision)."
+    go_on = "go on with resume=auto, or with resume=force after a change of crop, batch or precision"
+    safe = f"{newest[0]} is safe: {go_on}" if newest else "No checkpoint was written yet"
+    return f"Set, in this order: {'; '.join(ways)}. {safe}."
 
 
 def _compiled(run: Run) -> list[str]:

@@ -169,7 +169,10 @@ def _apply(override: str, plain: dict[str, Any]) -> None:
         if not isinstance(plain, dict):
             raise UserError(f"{override!r}: {'.'.join(parents[: position + 1])} is a value, not a section.")
     if value is None and parents == ["domains"]:
-        plain.pop(last, None)
+        # In a file, a domain without settings is null; on the command line, null takes it out.
+        if last not in plain:
+            raise UserError(f"{override!r}: the recipe has no such domain.{did_you_mean(last, plain)}")
+        del plain[last]
     else:
         plain[last] = value
 

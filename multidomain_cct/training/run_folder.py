@@ -6,18 +6,14 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from multidomain_cct.data.batches.streams import DomainStreams
 from multidomain_cct.data.domain import Domain
-from multidomain_cct.data.images import open_image, upright_size
-from multidomain_cct.data.shards.sources import RemoteFolder
 from multidomain_cct.errors import UserError
 from multidomain_cct.evaluation.scoring import Score
 from multidomain_cct.files.durable import make_folder, replace_text
@@ -26,9 +22,6 @@ from multidomain_cct.files.strict_yaml import read_yaml
 from multidomain_cct.training.checkpoints.checkpoint import newest_checkpoint
 from multidomain_cct.training.checkpoints.state import read_state
 from multidomain_cct.training.recipe import Recipe, changes, differences, read_run_recipe
-
-_MEASURED = 32
-"""Labelled, and unlabelled, images from which the median size is taken."""
 
 
 @dataclass(frozen=True)
@@ -144,15 +137,5 @@ def training_images(streams: Sequence[DomainStreams]) -> dict[str, dict[str, Any
 
 def _median_size(stream: DomainStreams) -> tuple[int, int] | None:
     """(width, height) of the image of median area among a few; None where the domain's `size` says it."""
-    sizes = []
-    for samples in (stream.labelled, stream.unlabelled) if stream.domain.size is None else ():
-        # Each read of a remote image may fetch a shard, so those of the first one have to do.
-        remote = bool(samples) and isinstance(stream.sources[samples[0][0]].source, RemoteFolder)
-        last = min(len(samples), _MEASURED) if remote else len(samples)
-        for position in np.linspace(0, last - 1, min(last, _MEASURED)).astype(int).tolist():
-            source, number = samples[position]
-            # Training says what is wrong with a bad sample.
-            with suppress(UserError):
-                record = stream.sources[source].read(number, with_mask=False)
-                sizes.append(upright_size(open_image(record.image, record.where), record.where))
+    sizes = stream.some_sizes if stream.domain.size is None else []
     return sorted(sizes, key=math.prod)[len(sizes) // 2] if sizes else None

@@ -221,6 +221,15 @@ def test_a_batch_that_repeats_images_is_a_notice(findings: Callable[..., list[Fi
     assert "there are 4 labelled images" in finding.message
 
 
+@pytest.mark.parametrize(("crop", "larger"), [([96, 72], False), ([104, 72], True), ([96, 80], True)])
+def test_a_crop_larger_than_the_images_is_one_notice(
+    findings: Callable[..., list[Finding]], crop: list[int], larger: bool
+) -> None:
+    found = findings(domains={"shapes": {"labelled": "4", "crop": crop}})
+    assert [finding.key for finding in found] == ["domains.shapes.crop"] * larger
+    assert all("[96, 72]" in finding.message for finding in found)
+
+
 @pytest.mark.parametrize(
     ("changes", "parts", "key"),
     [

@@ -66,6 +66,8 @@ def test_null_drops_a_domain(tmp_path: Path) -> None:
     assert list(read_recipe(write(tmp_path, BASE), ["domains.camvid=null"]).domains) == ["cityscapes"]
     with pytest.raises(UserError, match="domains is empty"):
         read_recipe(write(tmp_path, BASE), ["domains.camvid=null", "domains.cityscapes=null"])
+    with pytest.raises(UserError, match='no such domain. Did you mean "camvid"'):
+        read_recipe(write(tmp_path, BASE), ["domains.camvd=null"])
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.errors import UserError
-from multidomain_cct.training.recipe import Recipe, read_run_recipe
+from multidomain_cct.training.recipe import Recipe, differences, read_run_recipe
 from multidomain_cct.training.run_folder import Start, find_start, write_run_folder
 
 TinyRecipe = Callable[..., Recipe]
@@ -56,6 +56,33 @@ def test_another_recipe_or_class_table_is_named_by_key(tiny_recipe: TinyRecipe, 
     forced = find_start(tiny_recipe(resume="force", seed=1), domains, [])
     assert forced.forced == ("seed: 0 -> 1",)
     assert forced.notices == ("resume=force goes on although seed: 0 -> 1",)
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", "3", '{"a": 1, "resumed": 5}'])
+def test_a_damaged_record_of_starts_is_one_line(
+    tiny_recipe: TinyRecipe, domains: dict[str, Domain], content: str
+) -> None:
+    folder = begun(tiny_recipe(), domains)
+    (folder / "env.json").write_text(content)
+    with pytest.raises(UserError, match=r"env.json: .*Remove it"):
+        write_run_folder(tiny_recipe(), domains, {"command": "second"})
+
+
+@pytest.mark.parametrize("content", ["classes: [", "3", "a: &b 1\nc: *b"])
+def test_a_damaged_domain_in_a_run_is_one_line(
+    tiny_recipe: TinyRecipe, domains: dict[str, Domain], content: str
+) -> None:
+    folder = begun(tiny_recipe(), domains)
+    (folder / "domains" / "shapes.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"shapes.yaml: "):
+        find_start(tiny_recipe(resume="auto"), domains, [])
+
+
+def test_a_path_that_was_found_elsewhere_is_the_same_path(tiny_recipe: TinyRecipe) -> None:
+    here, there = (tiny_recipe(domains={"shapes": {"labelled": path}}) for path in ("lists/a.txt", "/p/lists/a.txt"))
+    other = tiny_recipe(domains={"shapes": {"labelled": "/p/lists/b.txt"}})
+    assert differences(here, there) == []
+    assert differences(here, other) == ["domains.shapes.labelled: lists/a.txt -> /p/lists/b.txt"]
 
 
 def test_what_a_resumed_run_may_change_is_no_other_recipe(tiny_recipe: TinyRecipe, domains: dict[str, Domain]) -> None:

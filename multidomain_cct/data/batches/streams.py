@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from multidomain_cct.data.batches.budget import labelled_subset
 from multidomain_cct.data.batches.coverage import ClassCounts, count_classes, covering_order, pixels_per_class
 from multidomain_cct.data.batches.order import Stream
@@ -26,6 +28,8 @@ SCHEDULES = ("together", "alternate")
 UNLABELLED = ("rest", "all", "none")
 ORDERS = ("covering", "random")
 ON_BAD = ("fatal", "skip")
+_MEASURED = 32
+"""Labelled, and unlabelled, images whose sizes are read."""
 WEAK_ENDING = "_weak"
 """Ending of the splits that `weaklabels` makes, so that no split of true masks is taken for pseudo-labels."""
 
@@ -174,6 +178,22 @@ class DomainStreams:
                         sizes.append(upright_size(open_image(record.image, record.where), record.where))
         width, height = (max(sides) for sides in zip(*sizes, strict=True))
         return (width, height) if width else None
+
+    @cached_property
+    def some_sizes(self) -> list[tuple[int, int]]:
+        """(width, height) of a few labelled and a few unlabelled images, evenly spaced."""
+        sizes = []
+        for samples in (self.labelled, self.unlabelled):
+            # Each read of a remote image may fetch a shard, so those of the first one have to do.
+            remote = bool(samples) and isinstance(self.sources[samples[0][0]].source, RemoteFolder)
+            last = min(len(samples), _MEASURED) if remote else len(samples)
+            for position in np.linspace(0, last - 1, min(last, _MEASURED)).astype(int).tolist():
+                source, number = samples[position]
+                # Training says what is wrong with a bad sample.
+                with suppress(UserError):
+                    record = self.sources[source].read(number, with_mask=False)
+                    sizes.append(upright_size(open_image(record.image, record.where), record.where))
+        return sizes
 
     def samples(self, subset: str) -> Sequence[tuple[int, int]]:
         """The `labelled` or the `unlabelled` samples."""

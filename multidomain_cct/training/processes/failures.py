@@ -15,12 +15,9 @@ from torch.distributed import DistError
 
 from multidomain_cct.data.batches.bad_images import TooManyBadImages
 from multidomain_cct.data.shards.download import SourceError
-from multidomain_cct.errors import UserError
+from multidomain_cct.errors import UserError, is_out_of_memory
 
 GO_ON = "The run goes on from its last checkpoint with resume=auto."
-
-_OUT_OF_MEMORY = r"CUDA (error: )?out of memory|(CUBLAS|CUDNN)_STATUS_ALLOC_FAILED|DefaultCPUAllocator"
-"""What torch's errors about memory contain."""
 
 
 class RunFailed(RuntimeError):
@@ -89,11 +86,10 @@ def one_line_out_of_memory(rank: int, world: int, remedy: Callable[[], str]) -> 
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        text = " ".join(str(error).split())
-        if not isinstance(error, MemoryError) and not re.search(_OUT_OF_MEMORY, text):
+        if not is_out_of_memory(error):
             raise
-        where = f"rank {rank}: " if world > 1 else ""
-        raise RunFailed(f"{where}out of memory ({text[:160].rstrip('.')}). {remedy()}") from None
+        where, reason = f"rank {rank}: " if world > 1 else "", " ".join(str(error).split())[:160].rstrip(".")
+        raise RunFailed(f"{where}out of memory ({reason}). {remedy()}") from None
 
 
 @contextmanager
