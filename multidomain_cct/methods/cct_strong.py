@@ -22,7 +22,7 @@ from multidomain_cct.errors import require_choice, require_number
 from multidomain_cct.methods.class_statistics import ClassStatistics
 from multidomain_cct.methods.supervised import ClassHealth, Supervised, class_shares
 from multidomain_cct.methods.teacher import warm_decay
-from multidomain_cct.methods.views import Mix, draw_classmix, draw_half_boxes, strong_view
+from multidomain_cct.methods.views import Mix, Pasted, draw_classmix, draw_half_boxes, draw_rare_class, strong_view
 from multidomain_cct.model.auxiliary import auxiliary_losses
 from multidomain_cct.model.decoders import DecoderGroup, Grid
 from multidomain_cct.model.distances import DISTANCES, at_least_float32
@@ -47,6 +47,10 @@ class CCTStrongSettings:
     """
     mix_probability: float = 1.0
     """Probability that an image is mixed."""
+    paste: float = 0.0
+    """Probability that the pixels of one class of a labelled image are pasted onto a strong view, with their labels;
+    rare classes are chosen more often.
+    """
     target: str = "hard"
     """What the main decoder learns: `hard`, the teacher's most probable class; `soft`, all its probabilities."""
     confidence: float = 0.9
@@ -69,6 +73,7 @@ class CCTStrongSettings:
         require_number("cct_strong.weight", self.weight, at_least=0)
         require_choice("cct_strong.mix", self.mix, ("cutmix", "classmix", "none"))
         require_number("cct_strong.mix_probability", self.mix_probability, at_least=0, at_most=1)
+        require_number("cct_strong.paste", self.paste, at_least=0, at_most=1)
         require_choice("cct_strong.target", self.target, ("hard", "soft"))
         require_number("cct_strong.confidence", self.confidence, at_least=0, below=1)
         require_choice("cct_strong.gate", self.gate, ("image", "pixel"))
@@ -88,6 +93,17 @@ class _StrongView:
     """(U, H, W) bool: valid pixels that are confident enough."""
     valid: Tensor
     """(U, H, W) bool, False on padding."""
+
+    def pasted(self, labelled: Tensor, pixels: Pasted) -> _StrongView:
+        """The view with pixels of (B, 3, H, W) `labelled` images, whose classes are certain."""
+        inside = pixels.inside.unsqueeze(1)
+        certain = F.one_hot(pixels.classes, self.target.shape[1]).to(self.target)[:, :, None, None]  # (U, C, 1, 1)
+        return _StrongView(
+            torch.where(inside, labelled[pixels.donors], self.images),
+            torch.where(inside, certain, self.target),
+            self.gate | pixels.inside,
+            self.valid | pixels.inside,
+        )
 
 
 class CCTStrong(Supervised):
@@ -146,7 +162,11 @@ class CCTStrong(Supervised):
         gate = batch.valid & (confidence >= self._thresholds(domain)[ids])
         self._statistics(domain).add(probabilities, target, gate, batch.valid)
         mix = _drawn(settings, ids, target.shape[1])
-        return _StrongView(mix(strong_view(batch.unlabelled)), mix(target), mix(gate), mix(batch.valid))
+        view = _StrongView(mix(strong_view(batch.unlabelled)), mix(target), mix(gate), mix(batch.valid))
+        if settings.paste and len(batch.images):
+            pixels = draw_rare_class(batch.masks, len(ids), class_shares(self.tasks[domain]), settings.paste)
+            return view.pasted(batch.images, pixels)
+        return view
 
     def _main_loss(self, domain: str, features: Tensor, view: _StrongView) -> Tensor:
         settings = self._settings(domain)

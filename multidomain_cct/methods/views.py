@@ -95,3 +95,31 @@ def draw_classmix(ids: Tensor, probability: float, num_classes: int) -> Mix:
     chosen &= torch.rand(len(ids), 1, device=ids.device) < probability
     taken = chosen.gather(1, ids.flatten(1)).view_as(ids)
     return Mix(taken.roll(1, dims=0))
+
+
+@dataclass(frozen=True)
+class Pasted:
+    """In each of U images, the pixels of one class of a labelled image."""
+
+    inside: Tensor
+    """(U, H, W) bool: the pixels that are replaced."""
+    donors: Tensor
+    """(U,) numbers of the labelled images that they come from."""
+    classes: Tensor
+    """(U,) their classes."""
+
+
+def draw_rare_class(masks: Tensor, count: int, shares: Tensor, probability: float) -> Pasted:
+    """For each of `count` images a labelled image, one of its classes, and where (B, H, W) `masks` show it.
+
+    A class is drawn with the inverse of its share of the labelled pixels, (C,) `shares`.
+    """
+    device = masks.device
+    donors = torch.randint(len(masks), (count,), device=device)
+    masks = masks[donors]  # (U, H, W)
+    shown = torch.stack([(masks == label).flatten(1).any(dim=1) for label in range(len(shares))], dim=1)  # (U, C)
+    odds = shown / shares.to(device).clamp(min=1e-4)
+    # An image without any class has nothing to give: whatever is drawn shows no pixel.
+    classes = torch.multinomial(odds + 1e-9, 1).squeeze(1)
+    chosen = torch.rand(count, device=device) < probability
+    return Pasted((masks == classes[:, None, None]) & chosen[:, None, None], donors, classes)

@@ -13,7 +13,7 @@ from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.errors import UserError
 from multidomain_cct.methods.cct_strong import CCTStrong, CCTStrongSettings
 from multidomain_cct.methods.supervised import Supervised
-from multidomain_cct.methods.views import Mix, draw_classmix, draw_half_boxes, strong_view
+from multidomain_cct.methods.views import Mix, draw_classmix, draw_half_boxes, draw_rare_class, strong_view
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings
 from multidomain_cct.model.network import Task
@@ -208,6 +208,28 @@ def test_a_domain_has_its_own_settings() -> None:
     assert losses["room/strong"] > 0
 
 
+def test_pasted_pixels_come_with_their_image_and_their_label() -> None:
+    model = network(replace(PLAIN, mix="none", paste=1.0), street=replace(TASKS["street"], class_pixels=(97, 1, 1, 1)))
+    own = replace(batch(4), masks=torch.randint(0, 2, (2, 32, 32), dtype=torch.uint8))
+    view = model._strong_view("street", own)
+    for number in range(3):
+        certain = view.target[number].amax(dim=0) == 1
+        label = int(view.target[number].argmax(dim=0)[certain].unique())
+        donor = next(each for each in range(2) if torch.equal(own.masks[each] == label, certain))
+        assert torch.equal(view.images[number][:, certain], own.images[donor][:, certain])
+        assert view.gate[number][certain].all()
+        assert view.valid[number][certain].all()
+
+
+def test_rare_classes_are_pasted_more_often() -> None:
+    masks = torch.randint(0, 2, (4, 8, 8), dtype=torch.uint8)
+    pasted = draw_rare_class(masks, 400, torch.tensor([0.9, 0.1, 0.0]), 0.5)
+    assert 0.85 < pasted.classes.float().mean() < 0.95
+    assert 0.4 < pasted.inside.flatten(1).any(dim=1).float().mean() < 0.6
+    unlabelled = torch.full((2, 8, 8), 255, dtype=torch.uint8)
+    assert not draw_rare_class(unlabelled, 5, torch.tensor([0.5, 0.5]), 1.0).inside.any()
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -216,6 +238,7 @@ def test_a_domain_has_its_own_settings() -> None:
         ("weight", -1.0),
         ("mix", "cutout"),
         ("mix_probability", 1.5),
+        ("paste", -0.5),
         ("target", "sharp"),
         ("confidence", 1.0),
         ("gate", "row"),
