@@ -108,7 +108,7 @@ def _print_summary(domain: Domain, split: str, summary: Summary, folder: Path) -
         f"under {folder}; {sizes}{', ...' if len(summary.sizes) > 3 else ''} pixels, "
         f"{summary.image_bytes / max(1, summary.images) / 1024:.0f} KiB an image"
     )
-    for remark, count in (+summary.remarks).items():
+    for remark, count in summary.remarks.items():
         if remark == TURNED_ALONE:
             complain(f"{domain.name}/{split}: {count} {remark}.", "warning")
         else:

@@ -9,7 +9,7 @@ import io
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -118,7 +118,7 @@ def load_mask(source: bytes | Path, name: str, formats: tuple[str, ...]) -> tupl
 
     Raises UserError, starting with `name`, when it cannot be read, or not without a change of its values.
     """
-    with _errors_that_name(name, "mask"):
+    with _errors_that_name(name, "mask", formats=formats):
         with Image.open(_content(source), formats=formats) as image:
             stored, highest = _stored(image)
             image.load()
@@ -129,8 +129,8 @@ def load_mask(source: bytes | Path, name: str, formats: tuple[str, ...]) -> tupl
         values = np.rint(values * scale).astype(np.uint16 if highest > 255 else np.uint8)
     elif stored not in _KEPT:
         raise UserError(
-            f"{name}: the mask's pixels are stored as {stored}, which is not read unchanged. Export 8- or 16-bit ids "
-            "in one channel, palette indices or 8-bit RGB colours."
+            f"{name}: the mask's pixels are stored as {stored} (in Pillow), which would be changed. Export 8- or "
+            "16-bit ids in one channel, palette indices or 8-bit RGB colours."
         )
     return image, values.astype(np.uint8) if values.dtype == bool else values
 
@@ -170,7 +170,9 @@ def orientation(image: Image.Image, name: str) -> int:
 
 
 @contextmanager
-def _errors_that_name(name: str, what: str = "image", *, large: bool = False) -> Iterator[None]:
+def _errors_that_name(
+    name: str, what: str = "image", *, formats: Sequence[str] = IMAGE_FORMATS, large: bool = False
+) -> Iterator[None]:
     """Pillow's errors become UserErrors of one line."""
     try:
         with warnings.catch_warnings():
@@ -183,5 +185,6 @@ def _errors_that_name(name: str, what: str = "image", *, large: bool = False) ->
             f"{name}: the {what} is too large to be read safely ({error}). Cut image and mask into tiles."
         ) from None
     except _UNREADABLE as error:
-        reason = "not an image of a known format" if isinstance(error, UnidentifiedImageError) else error
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = f"it is none of {', '.join(formats)}" if unknown else error
         raise UserError(f"{name}: the {what} cannot be read ({reason}). Fetch or export it again.") from None

@@ -37,9 +37,11 @@ def pixel_findings(domain: Domain, pixels: Sequence[int], unnamed: Mapping[str, 
         findings.append("no pixel of any class: nothing can be learnt. Check ids or colors in the class table.")
     elif absent:
         names = first_few([f'"{name}"' for name in absent])
-        begins = " If the ids of the masks begin at 1, give them: `ids: [1]` and so on." * (not pixels[0])
+        first = " If the ids of the masks begin at 1, give them: `ids: [1]` and so on." * (
+            not pixels[0] and not findings
+        )
         remedy = "Check ids or colors in the class table, or choose images that show it."
-        findings.append(f"no pixel of the class {names}. {remedy}{begins}")
+        findings.append(f"no pixel of the class {names}. {remedy}{first}")
     share = sum(unnamed.values()) / max(1, sum(pixels))
     if share > _MANY_UNNAMED:
         values = first_few(sorted(unnamed, key=lambda value: -unnamed[value]))

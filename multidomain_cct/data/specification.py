@@ -66,7 +66,8 @@ def known_domains(folders: Iterable[Path]) -> dict[str, Path]:
     """The specification file of every known domain, by name."""
     paths: dict[str, Path] = {}
     for folder in folders:
-        for path in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
+        # Unlike glob, which would leave out a folder that may not be read.
+        for path in sorted(path for path in folder.iterdir() if path.suffix in (".yaml", ".yml")):
             paths.setdefault(path.stem, path)
     return dict(sorted(paths.items()))
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.images import decoded, fitted_size, has_16_bits, open_image, orientation, resized
-from multidomain_cct.data.packing.raw_files import RawSample
+from multidomain_cct.data.packing.raw_files import MaskFile, RawSample
 from multidomain_cct.data.packing.raw_masks import read_mask
 from multidomain_cct.errors import UserError
 
@@ -62,38 +62,39 @@ class Encoder:
         source, name = sample.image.read_bytes(), str(sample.image)
         opened = open_image(source, name)
         # Before decoding, which turns the image. All readers show an upright 8-bit RGB JPEG alike.
-        turned, deep = orientation(opened, name), has_16_bits(opened)
+        turned, is_deep = orientation(opened, name), has_16_bits(opened)
         is_plain = (opened.format, opened.mode, turned) == ("JPEG", "RGB", 1)
         image = decoded(opened, name)
-        original = image.size
-        facts: dict[str, Any] = {"images": 1, "labelled": 0, "pixels": [0] * 256, "unknown": {}}
-        facts["remarks"] = {TURNED: int(turned > 1), SIXTEEN_BITS: int(deep)}
+        stored = fitted_size(image.size, self.domain.size)
+        remarks = [TURNED] * (turned > 1) + [SIXTEEN_BITS] * is_deep
+        facts: dict[str, Any] = {"images": 1, "labelled": 0, "pixels": [0] * 256, "unknown": {}, "remarks": remarks}
         mask = None
-        stored = fitted_size(original, self.domain.size)
         if sample.mask is not None:
-            train_ids, facts["unknown"] = read_mask(sample.mask, self.domain)
-            picture = Image.fromarray(train_ids)
+            picture, facts["unknown"] = self._mask(sample.mask, image.size, turned)
             if turned > 1 and sample.mask.cell is None:
                 with open_image(sample.mask.path, str(sample.mask.path)) as mask_file:
-                    facts["remarks"][TURNED_ALONE] = int(orientation(mask_file, str(sample.mask.path)) == 1)
-            if picture.size != original:
-                exif = f", which its EXIF orientation {turned} turned; turn the mask too" if turned > 4 else ""
-                raise UserError(
-                    f"{sample.mask.path}: the mask is {_text(picture.size)} but its image {sample.image} is "
-                    f"{_text(original)}{exif}. Export the mask at the image's size."
-                )
-            if self.split not in self.domain.score_at_full_size and stored != original:
+                    remarks += [TURNED_ALONE] * (orientation(mask_file, str(sample.mask.path)) == 1)
+            if self.split not in self.domain.score_at_full_size and stored != image.size:
                 picture = picture.resize(stored, Image.Resampling.NEAREST)
             facts |= {"labelled": 1, "pixels": picture.histogram()}
             mask = mask_png(picture)
-        if stored != original:
-            content = _jpeg(resized(image, stored))
-        else:
-            # A plain JPEG of the right size is kept byte for byte: no second loss.
-            content = source if is_plain else _jpeg(image)
-        meta = {"size": list(original), "source": sample.image.relative_to(self.raw).as_posix()}
+        # A plain JPEG of the right size is kept byte for byte: no second loss.
+        content = source if is_plain and stored == image.size else _jpeg(resized(image, stored))
+        meta = {"size": list(image.size), "source": sample.image.relative_to(self.raw).as_posix()}
         facts |= {"image_bytes": len(content), "sizes": {_text(stored): 1}}
         return Encoded(sample.key, content, mask, json.dumps(meta, sort_keys=True).encode(), facts)
+
+    def _mask(self, mask: MaskFile, size: tuple[int, int], turned: int) -> tuple[Image.Image, dict[str, int]]:
+        """Train ids as a picture, and the pixels of raw values without a class. `turned`: the image's orientation."""
+        train_ids, unknown = read_mask(mask, self.domain)
+        picture = Image.fromarray(train_ids)
+        if picture.size != size:
+            exif = f", turned by its EXIF orientation {turned}" if turned > 4 else ""
+            raise UserError(
+                f"{mask.path}: the mask is {_text(picture.size)} but its image is {_text(size)}{exif}. Export the mask "
+                "upright and at the image's size."
+            )
+        return picture, unknown
 
 
 def _text(size: tuple[int, int]) -> str:

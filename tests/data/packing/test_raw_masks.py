@@ -282,7 +282,7 @@ def test_values_that_a_decoder_would_change_are_refused(tmp_path: Path, kind: st
     }
     path = tmp_path / "mask.png"
     path.write_bytes(contents[kind])
-    with pytest.raises(UserError, match=f"mask.png: the mask's pixels are stored as {kind}.*one channel"):
+    with pytest.raises(UserError, match=f"mask.png: the mask's pixels are stored as {kind} .*one channel"):
         read(path)
 
 
