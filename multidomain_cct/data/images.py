@@ -129,8 +129,8 @@ def load_mask(source: bytes | Path, name: str, formats: tuple[str, ...]) -> tupl
         values = np.rint(values * scale).astype(np.uint16 if highest > 255 else np.uint8)
     elif stored not in _KEPT:
         raise UserError(
-            f"{name}: the mask's pixels are stored as {stored} (in Pillow), which would be changed. Export 8- or "
-            "16-bit ids in one channel, palette indices or 8-bit RGB colours."
+            f"{name}: the mask's pixels are stored as {stored} (Pillow's name), and cannot be read unchanged. Export "
+            "8- or 16-bit ids in one channel, palette indices or 8-bit RGB colours."
         )
     return image, values.astype(np.uint8) if values.dtype == bool else values
 
