@@ -8,6 +8,9 @@ BIN := .venv/bin
 # Accelerate prints a warning about each option that is left out.
 LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no
 
+# Test files that run at once.
+JOBS ?= 2
+
 .PHONY: demo test lint reliability bench docs clean
 
 .venv/demo: pyproject.toml
@@ -28,7 +31,7 @@ demo: .venv/demo
 	$(BIN)/python -m multidomain_cct report runs/demo runs/demo_supervised --out runs/demo.html
 
 test: .venv/dev lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff format --check .

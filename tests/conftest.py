@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
+from promises import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401
 
 from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.shards.writer import ShardWriter

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,16 @@ def printed(name: str, *arguments: object) -> dict[str, Any]:
     assert found["date"] and "cores" in found["machine"]
     assert all(math.isfinite(value) for value in numbers(found))
     return found
+
+
+def refusal(capsys: pytest.CaptureFixture[str], name: str, *arguments: object) -> str:
+    """The last line that a benchmark prints when it ends at once; it runs in this process, which has torch already."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.syspath_prepend(ROOT / "benchmarks")
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+    assert ended.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def numbers(value: Any) -> list[float]:
@@ -71,9 +82,10 @@ def test_loader_prints_rates_over_bare_decoding_and_over_a_plain_dataset_and_the
         ("--crop", 0, "--crop is 0; it is at least 1."),
     ],
 )
-def test_loader_refuses_what_cannot_be_drawn_in_one_line(option: str, value: object, message: str) -> None:
-    finished = run("loader.py", option, value)
-    assert finished.returncode == 2 and finished.stderr.splitlines()[-1] == f"loader.py: error: {message}"
+def test_loader_refuses_what_cannot_be_drawn_in_one_line(
+    capsys: pytest.CaptureFixture[str], option: str, value: object, message: str
+) -> None:
+    assert refusal(capsys, "loader.py", option, value) == f"loader.py: error: {message}"
 
 
 def test_evaluate_prints_times_and_the_same_mean_iou_for_all_that_is_installed() -> None:
@@ -104,11 +116,9 @@ def test_resume_prints_the_first_batch_and_step_at_both_places_of_both() -> None
     assert set(found["late_over_early"]) == {"ours", "plain"} and set(found["plain_over_ours"]) == {"0 %", "99 %"}
 
 
-def test_resume_refuses_a_run_that_is_too_short_to_have_an_end() -> None:
-    finished = run("resume.py", "--samples", 100)
-    assert finished.returncode == 2
+def test_resume_refuses_a_run_that_is_too_short_to_have_an_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        finished.stderr.splitlines()[-1]
+        refusal(capsys, "resume.py", "--samples", 100)
         == "resume.py: error: --samples is 100; it is at least 6400, so that 99 % is another place than the end."
     )
 
@@ -176,4 +186,5 @@ def test_memory_prints_growth_with_decoders_and_domains() -> None:
 
 def test_memory_refuses_images_that_the_domains_do_not_divide() -> None:
     finished = run("memory.py", "--domains", 1, 3, "--images", 16)
-    assert finished.returncode == 2 and "--images is 16, which twice the 3 domains do not divide." in finished.stderr
+    assert finished.returncode == 2
+    assert "--images is 16, which twice the 3 domains do not divide." in finished.stderr

@@ -68,7 +68,9 @@ def test_an_error_in_one_process_ends_both_with_one_line_that_names_it(
     ranks = start_ranks(words, tmp_path / "run.txt", [Plan(), Plan()])
     assert [rank.wait(WATCHDOG_SECONDS / 2) for rank in ranks] == [1, 2], ranks[0].text + ranks[1].text
     (line,) = ranks[1].errors
-    assert line.startswith("error: rank 1: ") and "shapes/train-00000.tar" in line and f"key '{record.key}'" in line
+    assert line.startswith("error: rank 1: ")
+    assert "shapes/train-00000.tar" in line
+    assert f"key '{record.key}': the bytes differ" in line
     (other,) = ranks[0].errors
     assert other.startswith("error: another process of the run has ended; its own line says why.")
     assert "Traceback" not in ranks[0].text + ranks[1].text
