@@ -30,7 +30,8 @@ def printed(name: str, *arguments: object) -> dict[str, Any]:
     finished = run(name, *arguments, "--json")
     assert finished.returncode == 0, finished.stderr
     found: dict[str, Any] = json.loads(finished.stdout)
-    assert found["date"] and "cores" in found["machine"]
+    assert found["date"]
+    assert "cores" in found["machine"]
     assert all(math.isfinite(value) for value in numbers(found))
     return found
 
@@ -65,14 +66,14 @@ def test_loader_prints_rates_over_bare_decoding_and_over_a_plain_dataset_and_the
                     row[f"{ours}_images_per_s"] / row[f"{peer}_{ours}_images_per_s"]
                 )
             assert row[f"{ours}_over_plain"] == pytest.approx(row[f"{ours}_images_per_s"] / row["plain_images_per_s"])
-        assert 0 < row["stages_ms"]["read"] < row["stages_ms"]["views"] and {"batches", "worker", "bare"} < set(
-            row["stages_ms"]
-        )
+        assert 0 < row["stages_ms"]["read"] < row["stages_ms"]["views"]
+        assert {"batches", "worker", "bare"} < set(row["stages_ms"])
         # Bits per pixel of photographs: an empty picture would decode far too quickly.
         width, height = map(int, size.split("x"))
         assert 2 < 8 * 1024 * row["jpeg_kb"] / (width * height) < 8
         assert all(row["masks"][which][figure] > 0 for which in ("stored", "pillow") for figure in ("ms", "kb"))
-    assert 0 <= found["waiting"]["share"] <= 1 and found["waiting"]["images_per_s"] > 0
+    assert 0 <= found["waiting"]["share"] <= 1
+    assert found["waiting"]["images_per_s"] > 0
 
 
 @pytest.mark.parametrize(
@@ -91,9 +92,11 @@ def test_loader_refuses_what_cannot_be_drawn_in_one_line(
 def test_evaluate_prints_times_and_the_same_mean_iou_for_all_that_is_installed() -> None:
     found = printed("evaluate.py", "--images", 3, "--size", "96x64", "--repeats", 1)
     assert {"ours", "ours, from files"} <= set(found["rows"])
-    assert 0.2 < found["miou"] < 1 and 0 < found["ignored"] < 0.2
+    assert 0.2 < found["miou"] < 1
+    assert 0 < found["ignored"] < 0.2
     for row in found["rows"].values():
-        assert row["ms_per_image"] > 0 and row["over_ours"] > 0
+        assert row["ms_per_image"] > 0
+        assert row["over_ours"] > 0
         assert abs(row["miou_of_its_counts_minus_ours"]) < 1e-9
 
 
@@ -104,7 +107,8 @@ def test_a_peer_that_cannot_be_imported_is_left_out_and_named_in_one_line(tmp_pa
     assert finished.returncode == 0
     assert "torchmetrics is left out: broken here. Install it: pip install torchmetrics\n" in finished.stderr
     found = json.loads(finished.stdout)
-    assert "torchmetrics" in found["skipped"] and not any("torchmetrics" in name for name in found["rows"])
+    assert "torchmetrics" in found["skipped"]
+    assert not any("torchmetrics" in name for name in found["rows"])
 
 
 def test_resume_prints_the_first_batch_and_step_at_both_places_of_both() -> None:
@@ -113,7 +117,8 @@ def test_resume_prints_the_first_batch_and_step_at_both_places_of_both() -> None
         for place in ("0 %", "99 %"):
             taken = found["first"][name][place]
             assert 0 < taken["batch_s"] < taken["step_s"]
-    assert set(found["late_over_early"]) == {"ours", "plain"} and set(found["plain_over_ours"]) == {"0 %", "99 %"}
+    assert set(found["late_over_early"]) == {"ours", "plain"}
+    assert set(found["plain_over_ours"]) == {"0 %", "99 %"}
 
 
 def test_resume_refuses_a_run_that_is_too_short_to_have_an_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -149,10 +154,10 @@ TINY_STEP = (
 def test_step_prints_times_and_memory_of_each_and_their_ratios() -> None:
     found = printed("step.py", *TINY_STEP, "--decoders", 3)
     for which in ("plain", "ours", "encoder"):
-        assert found[f"{which}_s"] > 0 and found[f"{which}_mib_peak"] >= found[f"{which}_mib_before"] > 0
-    assert found["step_time"] == pytest.approx(found["ours_s"] / found["plain_s"]) and found[
-        "tax_time"
-    ] == pytest.approx(found["ours_s"] / found["encoder_s"])
+        assert found[f"{which}_s"] > 0
+        assert found[f"{which}_mib_peak"] >= found[f"{which}_mib_before"] > 0
+    assert found["step_time"] == pytest.approx(found["ours_s"] / found["plain_s"])
+    assert found["tax_time"] == pytest.approx(found["ours_s"] / found["encoder_s"])
     assert found["step_memory"] == pytest.approx(found["ours_mib_peak"] / found["plain_mib_peak"])
 
 
@@ -170,18 +175,20 @@ def test_step_takes_the_settings_that_trade_exactness_or_time_for_ours_only() ->
         2,
         "--checkpoint",
     )
-    assert found["ours_s"] > 0 and "plain_s" not in found and "step_time" not in found
+    assert found["ours_s"] > 0
+    assert "plain_s" not in found
+    assert "step_time" not in found
 
 
 def test_memory_prints_growth_with_decoders_and_domains() -> None:
     found = printed(
         "memory.py", *TINY_STEP[:-6], "--classes", 3, "--steps", 1, "--decoders", 1, 2, "--domains", 1, 2, "--images", 4
     )
-    assert [row["decoders"] for row in found["by_decoders"]] == [1, 2] and [
-        row["domains"] for row in found["by_domains"]
-    ] == [1, 2]
+    assert [row["decoders"] for row in found["by_decoders"]] == [1, 2]
+    assert [row["domains"] for row in found["by_domains"]] == [1, 2]
     for rows in (found["by_decoders"], found["by_domains"]):
-        assert rows[0]["time_ratio"] == rows[0]["memory_ratio"] == 1 and rows[1]["mib"] > 0
+        assert rows[0]["time_ratio"] == rows[0]["memory_ratio"] == 1
+        assert rows[1]["mib"] > 0
 
 
 def test_memory_refuses_images_that_the_domains_do_not_divide() -> None:

@@ -84,11 +84,9 @@ def test_a_domain_with_borrowed_labels_is_packed_trained_scored_and_predicted(
     for name in ("meadow", "dusk"):
         assert main(["pack", name, "--raw", "raw", "--workers", "1"]) == 0
     packed = capsys.readouterr().out
-    assert (
-        "dusk/train: 4 images (0 labelled)" in packed
-        and "dusk/val: 3 images (3 labelled)" in packed
-        and "cow" in packed.split("dusk/val")[1]
-    )
+    assert "dusk/train: 4 images (0 labelled)" in packed
+    assert "dusk/val: 3 images (3 labelled)" in packed
+    assert "cow" in packed.split("dusk/val")[1]
     shards = Shards.open(Path("data/shards/dusk"), "val")
     for number, key in enumerate(shards.keys):
         raw = np.asarray(Image.open(f"raw/dusk/val/{key}.png"))
@@ -120,11 +118,9 @@ def test_a_domain_with_borrowed_labels_is_packed_trained_scored_and_predicted(
     capsys.readouterr()
     assert main(["evaluate", "runs/mine", "--json"]) == 0
     scores = json.loads(capsys.readouterr().out)["domains"]
-    assert (
-        list(scores) == ["meadow", "dusk"]
-        and list(scores["dusk"]["iou"]) == ["grass", "cow"]
-        and scores["dusk"]["images"] == 3
-    )
+    assert list(scores) == ["meadow", "dusk"]
+    assert list(scores["dusk"]["iou"]) == ["grass", "cow"]
+    assert scores["dusk"]["images"] == 3
     last = {key: value for line in read_metrics(run / "metrics.jsonl") for key, value in line.items()}
     assert scores["dusk"]["miou"] == last["val/dusk/miou"]
 
@@ -165,7 +161,9 @@ def test_labels_that_cannot_be_borrowed_end_training_with_one_line(
         Path(path).write_text(text.replace(old, new) if old else text)
     assert main(["mine.yaml"]) == 2
     errors = capsys.readouterr().err.strip()
-    assert errors.startswith("error: ") and message in errors and "\n" not in errors
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert "\n" not in errors
     assert not Path("runs").exists()
 
 
@@ -260,7 +258,8 @@ def test_pseudo_labels_add_a_term_beside_labelled_and_unlabelled_images(
     for name, choice in (("with", {"labelled": "2", "weak_split": "train_weak"}), ("without", {"labelled": "2"})):
         recipe = tiny_recipe(name=name, domains={"shapes": choice}, data__shards=str(kinds_of_domains), encoder=frozen)
         runs[name] = read_metrics(train(recipe, [kinds_of_domains / "domains"]) / "metrics.jsonl")
-    assert runs["with"][0]["train/shapes/weak"] > 0 and not any("train/shapes/weak" in line for line in runs["without"])
+    assert runs["with"][0]["train/shapes/weak"] > 0
+    assert not any("train/shapes/weak" in line for line in runs["without"])
     assert runs["with"][0]["train/shapes/supervised"] == pytest.approx(
         runs["without"][0]["train/shapes/supervised"], rel=1e-5
     )

@@ -194,12 +194,12 @@ def test_two_processes_see_and_compute_what_one_does(worlds: Worlds, name: str) 
             # of each.
             halves = [ranks[step][1][domain] for ranks in two]
             kinds = range(len(halves[0]))
-            assert keys == [half[kind] for kind in kinds for half in halves] and len(kinds) == (
-                1 if name == "supervised" else 2
-            )
+            assert keys == [half[kind] for kind in kinds for half in halves]
+            assert len(kinds) == (1 if name == "supervised" else 2)
     for alone, together in zip(worlds.metrics(name, 1), worlds.metrics(name, 2), strict=True):
         terms = [key for key in alone if key.startswith(("train/", "val/"))]
-        assert terms and terms == [key for key in together if key.startswith(("train/", "val/"))]
+        assert terms
+        assert terms == [key for key in together if key.startswith(("train/", "val/"))]
         for term in terms:
             assert together[term] == pytest.approx(alone[term], abs=1e-4), f"step {alone['step']}: {term}"
     first, second = (worlds.weights(name, world) for world in (1, 2))
@@ -214,7 +214,8 @@ def test_processes_end_with_the_same_model(worlds: Worlds, name: str) -> None:
     # agree by themselves.
     assert worlds.of_process(name, 2, 0)["weights"] == worlds.of_process(name, 2, 1)["weights"]
     losses = [value for line in worlds.metrics(name, 2) for key, value in line.items() if key.startswith("train/")]
-    assert len(losses) >= 5 and all(math.isfinite(value) for value in losses)
+    assert len(losses) >= 5
+    assert all(math.isfinite(value) for value in losses)
 
 
 @pytest.mark.parametrize("name", ["mean_teacher", "unimatch", "usss_alternate"])

@@ -33,7 +33,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         domain = find_domain(name, domain_folders([ROOT / "domains"]))
         for split, count in COUNTS[name].items():
             summary = pack(domain, DATA / folder, split, out, workers=1)
-            assert summary.images == count and summary.labelled == (0 if split == "unlabelled" else count)
+            assert summary.images == count
+            assert summary.labelled == (0 if split == "unlabelled" else count)
             assert not summary.unknown, f"{name}/{split} holds ids that its table does not name"
             assert not summary.labelled or (summary.pixels[: domain.num_classes] > 0).all()
     return out
@@ -62,9 +63,11 @@ def test_three_real_domains_make_batches_from_yaml_alone(shards: Path) -> None:
     streams = [open_streams(find_domain(name, folders), choice, recipe.data) for name, choice in recipe.domains.items()]
     assert [(len(s.labelled), len(s.unlabelled)) for s in streams] == [(50, 317), (50, 50 + 445), (50, 250 + 600)]
     batches = TrainingSet(streams, seed=0, augment=recipe.data.augment)[3]
-    assert isinstance(batches, dict) and list(batches) == ["camvid_small", "labelmefacade", "ccp"]
+    assert isinstance(batches, dict)
+    assert list(batches) == ["camvid_small", "labelmefacade", "ccp"]
     for stream in streams:
         batch = batches[stream.domain.name]
         assert batch.images.shape == batch.unlabelled.shape == (4, 3, 128, 128)
         ids = np.unique(batch.masks.numpy())
-        assert set(ids) <= {*range(stream.domain.num_classes), 255} and len(ids) > 2
+        assert set(ids) <= {*range(stream.domain.num_classes), 255}
+        assert len(ids) > 2

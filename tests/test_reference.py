@@ -70,7 +70,8 @@ def plain_cct() -> ModuleType:
     spec = importlib.util.spec_from_file_location(
         "plain_cct", Path(__file__).parents[1] / "benchmarks" / "plain_cct.py"
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

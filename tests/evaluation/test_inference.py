@@ -65,7 +65,8 @@ def test_probabilities_have_the_size_that_was_asked_for_and_sum_to_one(settings:
     model, image = network(), picture(70, 90)
     for size in ((70, 90), (35, 120)):
         probabilities = predict(model, image, size, **settings)
-        assert probabilities.shape == (CLASSES, *size) and probabilities.dtype == torch.float32
+        assert probabilities.shape == (CLASSES, *size)
+        assert probabilities.dtype == torch.float32
         assert probabilities.min() >= 0
         torch.testing.assert_close(probabilities.sum(dim=0), torch.ones(size))
         assert probabilities.std() > 0.01
@@ -109,7 +110,8 @@ def test_logits_are_averaged_over_the_windows_that_see_a_pixel(
         own = list(range(0, max(length - side, 0), max(1, round(side * (1 - overlap))))) + [max(length - side, 0)]
         covered = np.zeros(length)
         for start in own:
-            assert 0 <= start and start + min(side, length) <= length
+            assert 0 <= start
+            assert start + min(side, length) <= length
             covered[start : start + side] += 1
         assert covered.min() >= 1
         starts.append(own)

@@ -46,13 +46,15 @@ def test_confusion_counts_every_labelled_pixel_by_truth_and_prediction(seed: int
 def test_ignored_pixels_do_not_count_whatever_they_are_predicted_as(num_classes: int) -> None:
     truth = torch.tensor([255, 255, 255, num_classes - 1], dtype=torch.uint8)
     found = confusion_of(truth, torch.tensor([0, num_classes - 1, 255, 1], dtype=torch.uint8), num_classes)
-    assert found.sum() == 1 and found[num_classes - 1, 1] == 1
+    assert found.sum() == 1
+    assert found[num_classes - 1, 1] == 1
 
 
 def test_confusion_of_ignored_pixels_alone_is_zero_and_its_arguments_stay() -> None:
     truth, prediction = torch.full((4, 4), 255, dtype=torch.uint8), torch.ones(4, 4, dtype=torch.int64)
     assert confusion_of(truth, prediction, 3).equal(torch.zeros(3, 3, dtype=torch.int64))
-    assert (truth == 255).all() and (prediction == 1).all()
+    assert (truth == 255).all()
+    assert (prediction == 1).all()
 
 
 def test_iou_is_hits_over_union_and_absent_classes_are_left_out() -> None:

@@ -149,7 +149,8 @@ def test_pixels_that_the_main_decoder_predicts_without_confidence_do_not_count()
     )
     nobody = network(FROZEN, street=replace(STREET, consistency=ConsistencySettings(confidence=0.999))).double()
     losses = seeded_forward(nobody, {"street": own})
-    assert losses["street/consistency"] == 0 and learns(nobody, losses["street/consistency"]) == set()
+    assert losses["street/consistency"] == 0
+    assert learns(nobody, losses["street/consistency"]) == set()
 
 
 def test_the_same_weight_in_the_authors_unit_is_a_share_of_it() -> None:
@@ -246,7 +247,8 @@ def test_all_seven_perturbations_train_inside_autocast(dtype: torch.dtype) -> No
     torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
 
 
 # Who learns from what

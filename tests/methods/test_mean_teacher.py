@@ -103,7 +103,8 @@ def test_supervised_losses_are_those_of_every_method() -> None:
     model, batches = network(), two_batches()
     plain = Supervised(FROZEN, TASKS, decoder="bilinear")(batches)
     found = model(batches)
-    assert set(plain) == {"street/supervised", "room/supervised"} and len(found) == 4
+    assert set(plain) == {"street/supervised", "room/supervised"}
+    assert len(found) == 4
     for name, loss in plain.items():
         torch.testing.assert_close(found[name], loss)
 
@@ -119,7 +120,8 @@ def test_distance_and_weight_unit_are_those_of_consistency() -> None:
         model = network(tasks=tasks)
         torch.manual_seed(5)
         losses.append(model({"street": batch(4)})["street/consistency"].item())
-    assert losses[0] == pytest.approx(losses[1]) and losses[0] > 0
+    assert losses[0] == pytest.approx(losses[1])
+    assert losses[0] > 0
 
 
 def test_the_teacher_is_the_running_average_of_the_model_and_its_statistics() -> None:
@@ -141,7 +143,8 @@ def test_the_teacher_is_the_running_average_of_the_model_and_its_statistics() ->
 
 def test_the_teacher_is_in_evaluation_mode_and_learns_nothing() -> None:
     model = network(SHARED)
-    assert not any(module.training for module in model.teacher.modules()) and model.encoder.training
+    assert not any(module.training for module in model.teacher.modules())
+    assert model.encoder.training
     before = copy.deepcopy(model.teacher.state_dict())
     torch.stack(list(model(two_batches()).values())).sum().backward()
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in model.teacher.parameters())
@@ -172,7 +175,8 @@ def test_a_run_that_starts_from_given_weights_gives_them_to_its_teacher() -> Non
 def test_a_domain_with_borrowed_labels_is_taught_by_the_lenders_teacher() -> None:
     model = network(tasks=TASKS | {"dusk": Task((False,) * 4, head="street", consistency=MSE)})
     losses = model({"dusk": batch(4, labelled=0)})
-    assert list(losses) == ["dusk/consistency"] and set(model.teacher.heads.keys()) == {"street", "room"}
+    assert list(losses) == ["dusk/consistency"]
+    assert set(model.teacher.heads.keys()) == {"street", "room"}
     images = batch(4).images
     assert torch.equal(model.eval().logits(images, "dusk"), model.logits(images, "street"))
 

@@ -84,7 +84,8 @@ def test_a_supervised_loss_teaches_the_encoder_and_the_domains_main_decoder() ->
 
 def test_a_domain_that_borrows_a_head_teaches_it_with_its_own_weight() -> None:
     model = network(FROZEN, street=STREET, night=Task(STREET.things, head="street", weight=0.25))
-    assert list(model.heads) == ["street"] and model.head("night") is model.head("street")
+    assert list(model.heads) == ["street"]
+    assert model.head("night") is model.head("street")
     own = batch(4)
     losses = model({"street": own, "night": own})
     torch.testing.assert_close(losses["night/supervised"], 0.25 * losses["street/supervised"])

@@ -131,7 +131,8 @@ def test_class_embeddings_move_toward_the_mean_of_their_labelled_positions() -> 
             [float(table[train_id] @ unit(vectors[ids == train_id].sum(axis=0), 0)) for train_id in range(3)]
         )
         model({"street": own})
-    assert (np.diff(similarity, axis=0) > 0).all() and min(similarity[-1]) > 0.9
+    assert (np.diff(similarity, axis=0) > 0).all()
+    assert min(similarity[-1]) > 0.9
     after = tables(model)
     np.testing.assert_array_equal(after["street"][3], before["street"][3])  # a class that does not occur stays
     np.testing.assert_array_equal(after["room"], before["room"])
@@ -190,7 +191,8 @@ def test_the_embedding_starts_from_the_seed_and_leaves_the_callers_generator_alo
     first, again, other = (network(seed=seed).state_dict() for seed in (0, 0, 1))
     assert torch.equal(torch.random.get_rng_state(), state)
     for name in ("embedding.weight", "classes_street"):
-        assert torch.equal(first[name], again[name]) and not torch.equal(first[name], other[name])
+        assert torch.equal(first[name], again[name])
+        assert not torch.equal(first[name], other[name])
 
 
 def test_a_step_without_unlabelled_images_is_supervised_only() -> None:

@@ -28,7 +28,8 @@ def two_colours(count: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_strong_view_keeps_every_pixel_in_its_place() -> None:
     images, inside = two_colours(40)
     views = strong_view(images)
-    assert views.shape == images.shape and views.dtype == torch.uint8
+    assert views.shape == images.shape
+    assert views.dtype == torch.uint8
     # Beyond the reach of the blur, 4 pixels, each region keeps one colour, and it is not the other region's.
     shrunk = [
         -F.max_pool2d(-F.pad(region[:, None].float(), [4] * 4, value=1), 9, stride=1)[:, 0] > 0
@@ -56,18 +57,21 @@ def test_strong_views_depend_on_torchs_seed_alone() -> None:
         torch.manual_seed(seed)
         drawn.append((strong_view(images), draw_cutmix(images, probability=1).inside))
     assert all(torch.equal(first, second) for first, second in zip(drawn[0], drawn[1], strict=True))
-    assert not torch.equal(drawn[0][0], drawn[2][0]) and not torch.equal(drawn[0][1], drawn[2][1])
+    assert not torch.equal(drawn[0][0], drawn[2][0])
+    assert not torch.equal(drawn[0][1], drawn[2][1])
 
 
 def test_a_step_without_unlabelled_images_has_empty_views() -> None:
     none = torch.empty(0, 3, 16, 16, dtype=torch.uint8)
     mix = draw_cutmix(none)
-    assert mix(strong_view(none)).shape == (0, 3, 16, 16) and mix(none[:, 0]).shape == (0, 16, 16)
+    assert mix(strong_view(none)).shape == (0, 3, 16, 16)
+    assert mix(none[:, 0]).shape == (0, 16, 16)
 
 
 def test_a_patch_is_a_rectangle_of_the_asked_share_of_the_area() -> None:
     inside = draw_cutmix(torch.empty(400, 3, 64, 80), probability=1).inside
-    assert inside.dtype == torch.bool and inside.shape == (400, 64, 80)
+    assert inside.dtype == torch.bool
+    assert inside.shape == (400, 64, 80)
     rows, columns = inside.any(dim=2), inside.any(dim=1)
     assert torch.equal(inside, rows[:, :, None] & columns[:, None, :])
     for line in (rows, columns):
@@ -75,7 +79,9 @@ def test_a_patch_is_a_rectangle_of_the_asked_share_of_the_area() -> None:
         assert (line.int().diff(dim=1, prepend=torch.zeros(400, 1, dtype=torch.int)) == 1).sum(dim=1).eq(1).all()
     area = inside.float().mean(dim=(1, 2))
     # Whole pixels blur the smallest and largest share; a rectangle taller than the image is cut.
-    assert area.min() > 0.005 and area.max() < 0.45 and 0.12 < area.mean() < 0.25
+    assert area.min() > 0.005
+    assert area.max() < 0.45
+    assert 0.12 < area.mean() < 0.25
     assert area.std() > 0.05
 
 

@@ -46,7 +46,8 @@ def test_icnr_fills_groups_of_four_equal_rows() -> None:
     icnr_(weight)
     groups = weight.detach().view(6, 4, 6)
     assert torch.equal(groups, groups[:, :1].expand_as(groups))
-    assert len(groups[:, 0].unique(dim=0)) == 6 and weight.requires_grad
+    assert len(groups[:, 0].unique(dim=0)) == 6
+    assert weight.requires_grad
     # Kaiming's std of a row with 6 inputs and a ReLU behind it.
     large = torch.empty(4 * 64, 50, 1, 1)
     icnr_(large)
@@ -66,7 +67,8 @@ def test_pixelshuffle_logits_may_be_negative() -> None:
     torch.manual_seed(0)
     logits = build_decoder("pixelshuffle", 32, 5, stride=8)(torch.rand(4, 32, 8, 8))
     negative = (logits < 0).double().mean(dim=(0, 2, 3))  # (C,)
-    assert negative.max() > 0.2 and not (logits == 0).any()
+    assert negative.max() > 0.2
+    assert not (logits == 0).any()
 
 
 def test_a_pixelshuffle_decoder_fits_a_checkerboard_which_its_start_does_not_show() -> None:

@@ -48,7 +48,9 @@ def test_features_lie_at_the_stride_have_the_width_and_are_not_negative(context:
     for mode in (True, False):
         features = model.train(mode)(pictures(4, 64, 96), [("a", 2), ("b", 2)])
         assert features.shape == (4, 32, 64 // stride, 96 // stride)
-        assert features.min() >= 0 and features.isfinite().all() and (features > 0).any()
+        assert features.min() >= 0
+        assert features.isfinite().all()
+        assert (features > 0).any()
     assert (model.stride, model.channels) == (stride, 32)
 
 
@@ -59,7 +61,8 @@ def test_features_lie_at_the_stride_have_the_width_and_are_not_negative(context:
 def test_vits_at_their_patch_stride_and_other_cnns_work(name: str, contexts: list[str]) -> None:
     for context in contexts:
         features = encoder(name=name, context=context, stride=16)(pictures(2, 64, 48), [("a", 1), ("b", 1)])
-        assert features.shape == (2, 32, 4, 3) and features.min() >= 0
+        assert features.shape == (2, 32, 4, 3)
+        assert features.min() >= 0
 
 
 @pytest.mark.parametrize(("context", "stride"), [("psp", 8), ("fpn", 8), ("fpn", 4), ("none", 16)])
@@ -170,7 +173,8 @@ def test_each_domain_has_norms_of_its_own_throughout() -> None:
     model = encoder(norm="per_domain")
     plain = [module for module in encoder(norm="shared").modules() if isinstance(module, nn.BatchNorm2d)]
     split = [module for module in model.modules() if isinstance(module, PerDomainNorm)]
-    assert len(split) == len(plain) > 15 and all(list(module.norms) == ["a", "b"] for module in split)
+    assert len(split) == len(plain) > 15
+    assert all(list(module.norms) == ["a", "b"] for module in split)
 
 
 def test_batch_norms_that_carry_their_activation_keep_it() -> None:
@@ -185,7 +189,8 @@ def test_frozen_norms_of_the_backbone_stay_as_loaded_while_the_rest_learns() -> 
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     assert any(isinstance(module, nn.GroupNorm) for module in model.context.modules())
     norms = {name: module for name, module in model.backbone.named_modules() if hasattr(module, "running_mean")}
-    assert len(norms) > 10 and not any(True for module in norms.values() for _ in module.parameters())
+    assert len(norms) > 10
+    assert not any(True for module in norms.values() for _ in module.parameters())
     for module in norms.values():
         module.weight.uniform_(0.5, 1.5)  # timm starts residual branches at 0
     before = copy.deepcopy(model.state_dict())
@@ -210,7 +215,8 @@ def test_frozen_norms_give_the_same_features_in_training_and_evaluation() -> Non
 @pytest.mark.parametrize(("name", "near"), [("resnet5", "resnet50"), ("tf_eficientnet_lite0", "tf_efficientnet_lite0")])
 def test_an_encoder_that_timm_does_not_know_is_told_the_nearest_names(name: str, near: str) -> None:
     message = refused(name=name)
-    assert message.startswith(f"encoder.name is {name!r}, which timm does not know. Nearest: ") and near in message
+    assert message.startswith(f"encoder.name is {name!r}, which timm does not know. Nearest: ")
+    assert near in message
 
 
 def test_a_name_near_nothing_says_so() -> None:
@@ -319,4 +325,5 @@ def test_a_compiled_encoder_gives_the_same_features_and_evaluates_uncompiled() -
     images = pictures(2)
     torch.testing.assert_close(compiled(images, [("a", 2)]), plain(images, [("a", 2)]), rtol=1e-4, atol=1e-5)
     compiled.eval()(images, [("a", 2)])
-    assert calls == [2] and compiled.state_dict().keys() == plain.state_dict().keys()
+    assert calls == [2]
+    assert compiled.state_dict().keys() == plain.state_dict().keys()

@@ -195,7 +195,8 @@ def test_extreme_logits_give_finite_losses_and_gradients(loss: Callable[..., Ten
             logits = (scale * signs).to(dtype).requires_grad_()
             found = loss(logits, ids, other)
             (gradient,) = torch.autograd.grad(found, logits)
-            assert found.isfinite() and gradient.isfinite().all()
+            assert found.isfinite()
+            assert gradient.isfinite().all()
 
 
 # Confidence
@@ -251,7 +252,9 @@ def test_the_threshold_rises_from_chance_to_its_end_along_its_formula(
 
 def test_the_default_threshold_starts_at_chance_and_is_nine_tenths_after_two_fifths_of_the_run() -> None:
     thresholds = [ab_threshold(SupervisedSettings(loss="ab_ce"), 5, progress) for progress in (0.0, 0.1, 0.2, 0.4, 1.0)]
-    assert thresholds == sorted(thresholds) and thresholds[0] == 0.2 and thresholds[-2:] == pytest.approx([0.9, 0.9])
+    assert thresholds == sorted(thresholds)
+    assert thresholds[0] == 0.2
+    assert thresholds[-2:] == pytest.approx([0.9, 0.9])
 
 
 @settings(max_examples=25, deadline=None)
@@ -264,7 +267,8 @@ def test_ab_ce_keeps_at_least_one_pixel_of_each_image_that_has_one(seed: int, th
     leaf = logits.requires_grad_()
     (gradient,) = torch.autograd.grad(bootstrapped_cross_entropy(leaf, ids, threshold), leaf)
     learns = gradient.abs().sum(dim=1) > 0
-    assert learns[[0, 2, 3]].flatten(1).any(dim=1).all() and not learns[1].any()
+    assert learns[[0, 2, 3]].flatten(1).any(dim=1).all()
+    assert not learns[1].any()
 
 
 def test_the_threshold_of_ab_ce_follows_the_progress_of_the_run() -> None:

@@ -92,14 +92,17 @@ def test_features_keep_shape_and_precision(kind: Perturbation, dtype: torch.dtyp
     features = random_features(2, 6, 5, 7, dtype=dtype)
     before = features.clone()
     perturbed = seeded(kind, features)
-    assert perturbed.shape == features.shape and perturbed.dtype == dtype
-    assert not torch.equal(perturbed, features) and torch.equal(features, before)
+    assert perturbed.shape == features.shape
+    assert perturbed.dtype == dtype
+    assert not torch.equal(perturbed, features)
+    assert torch.equal(features, before)
 
 
 @pytest.mark.parametrize("kind", RANDOM, ids=str)
 def test_each_image_of_a_batch_is_perturbed_on_its_own(kind: Perturbation) -> None:
     perturbed = seeded(kind, random_features(1, 32, 12, 12).repeat(3, 1, 1, 1))
-    assert not torch.equal(perturbed[0], perturbed[1]) and not torch.equal(perturbed[1], perturbed[2])
+    assert not torch.equal(perturbed[0], perturbed[1])
+    assert not torch.equal(perturbed[1], perturbed[2])
 
 
 @pytest.mark.parametrize("kind", RANDOM, ids=str)
@@ -171,7 +174,8 @@ def test_noise_is_uniform_within_its_amplitude_and_in_proportion_to_the_features
     noise = (seeded(FeatureNoise(amplitude=amplitude), features) / features - 1).numpy()
     assert np.abs(noise).max() <= amplitude + 1e-12
     counts, _ = np.histogram(noise, bins=10, range=(-amplitude, amplitude))
-    assert counts.min() > 0.95 * noise.size / 10 and counts.max() < 1.05 * noise.size / 10
+    assert counts.min() > 0.95 * noise.size / 10
+    assert counts.max() < 1.05 * noise.size / 10
 
 
 def test_noise_leaves_silent_features_silent() -> None:
@@ -201,13 +205,17 @@ def test_feature_drop_draws_its_fraction_of_the_maximum_for_each_image_between_l
     lowest = (
         features[:, 0].where(~kept, 9).amin(dim=(1, 2)) / features[0, 0].max()
     )  # of the least active position dropped
-    assert (activity <= 0.9).all() and (lowest >= 0.6).all() and (activity < lowest).all()
-    assert activity.min() < 0.65 and activity.max() > 0.8
+    assert (activity <= 0.9).all()
+    assert (lowest >= 0.6).all()
+    assert (activity < lowest).all()
+    assert activity.min() < 0.65
+    assert activity.max() > 0.8
 
 
 def test_feature_drop_takes_whole_positions() -> None:
     gone = seeded(FeatureDrop(), random_features(3, 5, 8, 8)) == 0
-    assert torch.equal(gone.any(dim=1), gone.all(dim=1)) and gone.any()
+    assert torch.equal(gone.any(dim=1), gone.all(dim=1))
+    assert gone.any()
 
 
 def test_a_fraction_of_the_maximum_is_no_fraction_of_the_area_which_quantile_is() -> None:
@@ -215,8 +223,11 @@ def test_a_fraction_of_the_maximum_is_no_fraction_of_the_area_which_quantile_is(
     by_max = (seeded(FeatureDrop(), features)[:, 0] == 0).double().mean(dim=(1, 2))
     assert by_max.min() > 0.95
     share = (seeded(FeatureDrop(mode="quantile"), features)[:, 0] == 0).double().mean(dim=(1, 2)).numpy()
-    assert share.min() >= 0.1 - 1 / 400 and share.max() <= 0.4
-    assert share.min() < 0.13 and share.max() > 0.37 and abs(share.mean() - 0.25) < 0.02
+    assert share.min() >= 0.1 - 1 / 400
+    assert share.max() <= 0.4
+    assert share.min() < 0.13
+    assert share.max() > 0.37
+    assert abs(share.mean() - 0.25) < 0.02
 
 
 @pytest.mark.parametrize("area", [0.1, 0.25, 0.4, 1.0])
@@ -257,7 +268,8 @@ def test_dropout_zeroes_whole_channels_at_its_rate_and_rescales_the_rest(probabi
 def test_dropout_takes_other_channels_from_each_image() -> None:
     dropped = (seeded(Dropout(), random_features(8, 64, 2, 2))[:, :, 0, 0] == 0).numpy()
     agreement = [(dropped[a] == dropped[b]).mean() for a in range(8) for b in range(a)]
-    assert max(agreement) < 0.8 and abs(np.mean(agreement) - 0.5) < 0.05
+    assert max(agreement) < 0.8
+    assert abs(np.mean(agreement) - 0.5) < 0.05
 
 
 # Masks
@@ -311,12 +323,10 @@ def test_one_rectangle_of_the_stated_sides_is_cut_from_the_box_of_each_large_obj
         if area < min_area:
             assert not inside.any()
         else:
-            assert np.ptp(rows) + 1 == max(1, round(side * (bottom - top))) and np.ptp(columns) + 1 == max(
-                1, round(side * (right - left))
-            )
-            assert inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all() and inside.sum() == len(
-                rows
-            ) * len(columns)
+            assert np.ptp(rows) + 1 == max(1, round(side * (bottom - top)))
+            assert np.ptp(columns) + 1 == max(1, round(side * (right - left)))
+            assert inside[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1].all()
+            assert inside.sum() == len(rows) * len(columns)
         gone[image, top:bottom, left:right] = False
     assert not gone.any()
 
@@ -338,7 +348,8 @@ def test_of_objects_in_each_others_boxes_no_more_is_cut_than_their_rectangles(
             allowed[image, top:bottom, left:right] = True
             cut = max(1, round(0.4 * (bottom - top))) * max(1, round(0.4 * (right - left)))
             most, least = most + cut, max(least, cut)
-    assert not (gone & ~allowed).any() and least <= gone.sum() <= most
+    assert not (gone & ~allowed).any()
+    assert least <= gone.sum() <= most
 
 
 def test_every_place_in_the_box_is_reached_about_as_often() -> None:
@@ -350,7 +361,8 @@ def test_every_place_in_the_box_is_reached_about_as_often() -> None:
     assert {divmod(place, 9) for place in places.tolist()} == {
         (row, column) for row in range(1, 5) for column in range(2, 7)
     }
-    assert counts.min() > 0.7 * 200 and counts.max() < 1.3 * 200
+    assert counts.min() > 0.7 * 200
+    assert counts.max() < 1.3 * 200
 
 
 def test_an_image_without_objects_is_left_as_it_is_beside_one_with() -> None:
@@ -358,7 +370,8 @@ def test_an_image_without_objects_is_left_as_it_is_beside_one_with() -> None:
     objects = torch.zeros(2, 1, 8, 8, dtype=torch.bool)
     objects[1, :, 2:6, 2:6] = True
     cut = seeded(GuidedCutout(), features, objects=ObjectMasks(objects))
-    assert torch.equal(cut[0], features[0]) and not torch.equal(cut[1], features[1])
+    assert torch.equal(cut[0], features[0])
+    assert not torch.equal(cut[1], features[1])
     assert torch.equal(seeded(GuidedCutout(), features, objects=ObjectMasks(torch.zeros_like(objects))), features)
 
 
@@ -537,7 +550,8 @@ def test_vat_is_computed_in_32_bits_inside_autocast(dtype: torch.dtype) -> None:
         inside = seeded(AdversarialNoise(), features, decoder=decoder)
         rounded = features.to(dtype)
         half = seeded(AdversarialNoise(), rounded, decoder=decoder)
-    assert inside.dtype == torch.float32 and torch.equal(inside, plain)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, plain)
     assert half.dtype == dtype
     # Half-precision draws are others, but the norm is the same but for the rounding of the sum.
     torch.testing.assert_close(per_image(half.double() - rounded.double()), 0.1 * per_image(rounded), rtol=0.01, atol=0)
@@ -547,7 +561,8 @@ def test_vat_works_without_gradients() -> None:
     decoder, features = trained_decoder()
     with torch.no_grad():
         silent = seeded(AdversarialNoise(), features, decoder=decoder)
-    assert torch.equal(silent, seeded(AdversarialNoise(), features, decoder=decoder)) and not silent.requires_grad
+    assert torch.equal(silent, seeded(AdversarialNoise(), features, decoder=decoder))
+    assert not silent.requires_grad
 
 
 def test_vat_adds_up_over_accumulated_micro_batches_as_in_one_plain_sum() -> None:

@@ -68,7 +68,8 @@ def test_a_file_of_a_whole_model_arrives_in_the_backbone_unchanged(tmp_path: Pat
     # A feature extractor names its stages flatly and may leave out the head; what it has is what the file has.
     expected = {key.replace(".", "_"): tensor for key, tensor in whole_model(name).state_dict().items()}
     found = {key.removeprefix("model.").replace(".", "_"): tensor for key, tensor in backbone.items()}
-    assert len(found) > 30 and set(found) <= set(expected)
+    assert len(found) > 30
+    assert set(found) <= set(expected)
     assert all(torch.equal(found[key], expected[key]) for key in found)
 
 
@@ -214,6 +215,5 @@ def test_lite_weights_arrive_in_the_encoders_backbone() -> None:
     expected = {
         key.replace(".", "_"): tensor for key, tensor in initial_weights("lite", "tf_efficientnet_lite0").items()
     }
-    assert len(backbone) > 200 and all(
-        torch.equal(tensor, expected[key.replace(".", "_")]) for key, tensor in backbone.items()
-    )
+    assert len(backbone) > 200
+    assert all(torch.equal(tensor, expected[key.replace(".", "_")]) for key, tensor in backbone.items())

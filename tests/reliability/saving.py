@@ -68,9 +68,10 @@ class Saver:
             assert not acknowledged, f"step {acknowledged} was acknowledged and is lost"
             return 0
         step = load_checkpoint(newest, self.model, self.optimiser).step
-        assert f"step-{step:08d}" == newest.name.removesuffix(".before") and step >= acknowledged, (
+        assert f"step-{step:08d}" == newest.name.removesuffix(".before"), (
             f"{newest} holds step {step}, acknowledged was {acknowledged}"
         )
+        assert step >= acknowledged, f"{newest} holds step {step}, acknowledged was {acknowledged}"
         assert all(bool((tensor == step).all()) for tensor in self.tensors()), f"{newest} is a mixture"
         return step
 
@@ -147,7 +148,8 @@ def fail_at_every_operation(work: Path) -> None:
                 try:
                     saver.save(folder, 2)
                 except OSError as error:
-                    assert error.errno == errno.ENOSPC and error.filename
+                    assert error.errno == errno.ENOSPC
+                    assert error.filename
                     raised, reached = raised + 1, True
                 recorder.on = False
                 if not failing[0]:

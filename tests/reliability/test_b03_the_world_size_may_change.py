@@ -49,7 +49,8 @@ def test_a_run_goes_on_in_two_processes_and_in_one_again(
     )
     assert [rank.wait() for rank in ranks] == [143, 143], ranks[0].text + ranks[1].text
     last = start(words, tmp_path / "last.txt", Plan(seen=files[2][0]))
-    assert last.wait() == 0 and straight.wait() == 0, last.text + straight.text
+    assert last.wait() == 0, last.text + straight.text
+    assert straight.wait() == 0, last.text + straight.text
     assert [state_of(tmp_path / "runs" / "changing", step)["step"] for step in (7, 13, STEPS)] == [7, 13, STEPS]
     for step in range(STEPS):
         part = files[0] if step < 7 else files[1] if step < 13 else files[2]
@@ -75,6 +76,8 @@ def test_a_batch_that_does_not_divide_is_one_line_before_anything_is_read(
     )
     assert [rank.wait() for rank in ranks] == [2, 2]
     (line,) = [line for rank in ranks for line in rank.errors]
-    assert "domains.fields.labelled_batch is 3, which 2 process(es)" in line and "Use a multiple of 2." in line
+    assert "domains.fields.labelled_batch is 3, which 2 process(es)" in line
+    assert "Use a multiple of 2." in line
     assert "Traceback" not in ranks[0].text + ranks[1].text
-    assert not (tmp_path / "runs").exists() and not (tmp_path / "seen").exists()
+    assert not (tmp_path / "runs").exists()
+    assert not (tmp_path / "seen").exists()

@@ -28,7 +28,8 @@ def test_two_processes_with_uneven_domains_evaluate_save_and_end_together(
     )
     assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].text + ranks[1].text
     steps = [list(seen(file)) for file in files]
-    assert steps[0] == steps[1] == list(range(9)) and {3, 6, 9} <= set(steps_of(tmp_path / "runs" / "run"))
+    assert steps[0] == steps[1] == list(range(9))
+    assert {3, 6, 9} <= set(steps_of(tmp_path / "runs" / "run"))
     figure("B6", f"2 ranks: {len(steps[0])} and {len(steps[1])} steps")
 
 
@@ -113,7 +114,9 @@ def test_a_file_that_cannot_be_fetched_is_a_failed_run_and_not_a_mistake(
     assert [rank.wait() for rank in ranks] == [1, 1], ranks[0].text + ranks[1].text
     found = [line for rank in ranks for line in rank.errors if "403" in line]
     # A shard may have been asked for by either process, or by both.
-    assert found and all(line.endswith(message) for line in found) and (len(found) == 1 or lost != "train.catalogue")
+    assert found
+    assert all(line.endswith(message) for line in found)
+    assert len(found) == 1 or lost != "train.catalogue"
     assert "Traceback" not in ranks[0].text + ranks[1].text
 
 

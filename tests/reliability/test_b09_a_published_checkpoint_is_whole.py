@@ -20,13 +20,15 @@ def test_no_loss_of_power_leaves_an_invalid_checkpoint_or_takes_an_acknowledged_
     run = call(saving.lose_power, (tmp_path / "disk",), tmp_path / "out.txt")
     assert run.wait() == 0, run.text
     found = json.loads(run.text.splitlines()[-1])
-    assert found["operations"] > 40 and found["states"] > 50
+    assert found["operations"] > 40
+    assert found["states"] > 50
     figure("B9", f"{found['states']} states of the disk after {found['operations']} operations: 0 invalid, 0 lost")
 
 
 def test_the_model_of_the_disk_would_notice_a_writer_that_does_not_sync(tmp_path: Path) -> None:
     run = call(saving.lose_power_without_syncing, (tmp_path / "disk",), tmp_path / "out.txt")
-    assert run.wait() == 1 and "AssertionError" in run.text, run.text
+    assert run.wait() == 1, run.text
+    assert "AssertionError" in run.text, run.text
 
 
 def test_neither_an_error_nor_a_death_at_any_file_operation_harms_what_is_published(

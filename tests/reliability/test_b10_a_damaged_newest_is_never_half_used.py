@@ -37,12 +37,10 @@ def test_automatic_choice_passes_over_it_with_one_warning_and_an_explicit_one_is
     before, newest = [run / "checkpoints" / f"step-{step:08d}" for step in steps_of(run)][-2:]
     DAMAGE[kind](newest / file)
     found, warnings = newest_checkpoint(run / "checkpoints")
-    assert (
-        found == before
-        and len(warnings) == 1
-        and warnings[0].startswith(f"{newest} is damaged (")
-        and file in warnings[0]
-    )
+    assert found == before
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"{newest} is damaged (")
+    assert file in warnings[0]
     for which in ("last", str(newest)):
         with pytest.raises(UserError, match=f"{newest.name} is damaged .*{file}.*Choose another with --checkpoint"):
             choose_checkpoint(run, which)
@@ -87,5 +85,7 @@ def test_a_run_goes_on_from_the_one_before(command: Callable[..., list[str]], tm
     (checkpoint / "optimiser.safetensors").write_bytes(b"")
     again = start(words, tmp_path / "again.txt")
     assert again.wait() == 0, again.text
-    assert again.text.count("is damaged") == 1 and "going on from step 2" in again.text
-    assert (checkpoint / "model.safetensors").read_bytes() == whole and damage(checkpoint) is None
+    assert again.text.count("is damaged") == 1
+    assert "going on from step 2" in again.text
+    assert (checkpoint / "model.safetensors").read_bytes() == whole
+    assert damage(checkpoint) is None

@@ -42,7 +42,8 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_to_the_same_byte
     (line,) = run.errors
     assert line.startswith(f"error: stopped after step 6, as {SIGNALS[number]} asked, and saved.")
     assert line.endswith("with resume=auto.")
-    assert "Traceback" not in run.text and steps_of(tmp_path / "runs" / "stopped")[-1] == 6
+    assert "Traceback" not in run.text
+    assert steps_of(tmp_path / "runs" / "stopped")[-1] == 6
     finished(words, tmp_path)
     assert straight.wait() == 0
     assert tensors_of(tmp_path / "runs" / "stopped") == tensors_of(tmp_path / "runs" / "straight")
@@ -59,8 +60,10 @@ def test_two_processes_stop_after_the_same_step_when_one_of_them_is_told(
     files = [tmp_path / "seen0", tmp_path / "seen1"]
     ranks = start_ranks(words, tmp_path / "run.txt", [Plan(seen=files[0]), Plan(seen=files[1], send=(5, number))])
     assert [rank.wait() for rank in ranks] == [128 + number] * 2, ranks[0].text + ranks[1].text
-    assert len(ranks[0].errors) == 1 and not ranks[1].errors
-    assert max(seen(files[0])) >= 5 and steps_of(tmp_path / "runs" / "stopped") == [6]
+    assert len(ranks[0].errors) == 1
+    assert not ranks[1].errors
+    assert max(seen(files[0])) >= 5
+    assert steps_of(tmp_path / "runs" / "stopped") == [6]
     again = start_ranks([*words, "resume=auto"], tmp_path / "again.txt", [Plan(), Plan()])
     straight = start_ranks(command("straight", **settings), tmp_path / "straight.txt", [Plan(), Plan()])
     assert [rank.wait() for rank in again + straight] == [0] * 4
@@ -87,7 +90,8 @@ def test_an_evaluation_that_is_broken_off_is_made_up_for(
     run = start(words, tmp_path / "run.txt", Plan(send=(step, signal.SIGTERM), signal_in="evaluation"))
     assert run.wait() == 143, run.text
     stopped = tmp_path / "runs" / "stopped"
-    assert steps_of(stopped)[-1] == stopped_after and state_of(stopped, stopped_after)["owes_evaluation"]
+    assert steps_of(stopped)[-1] == stopped_after
+    assert state_of(stopped, stopped_after)["owes_evaluation"]
     assert not any(line["step"] == stopped_after and "val/mean_miou" in line for line in logged(stopped))
     finished(words, tmp_path)
     assert straight.wait() == 0

@@ -63,7 +63,10 @@ def test_other_settings_are_refused_with_old_and_new(
 ) -> None:
     before = contents(workspace / "runs")
     code, line = go_on(workspace, capsys, "resume=auto", override)
-    assert code == 2 and line.count("error: ") == 1 and SETTINGS[override] in line and "resume=force" in line
+    assert code == 2
+    assert line.count("error: ") == 1
+    assert SETTINGS[override] in line
+    assert "resume=force" in line
     assert contents(workspace / "runs") == before
 
 
@@ -126,9 +129,11 @@ def test_other_domains_classes_and_shards_are_refused_with_old_and_new(
     alter(workspace)
     before = contents(workspace / "runs")
     code, line = go_on(workspace, capsys)
-    assert code == 2 and line.count("error: ") == 1 and message in line and " -> " in line and "resume=force" in line, (
-        line
-    )
+    assert code == 2, line
+    assert line.count("error: ") == 1, line
+    assert message in line, line
+    assert " -> " in line, line
+    assert "resume=force" in line, line
     assert contents(workspace / "runs") == before
 
 
@@ -137,18 +142,17 @@ def test_a_forced_run_goes_on_says_so_and_records_what_had_changed(
 ) -> None:
     changed_shard(workspace)
     code, printed = go_on(workspace, capsys, "resume=force", "training.steps=4")
-    assert code == 0 and "going on from step 2" in printed
-    assert (
-        "resume=force goes on although training.steps: 2 -> 4" in printed
-        and "resume=force goes on although shapes/train: " in printed
-    )
+    assert code == 0
+    assert "going on from step 2" in printed
+    assert "resume=force goes on although training.steps: 2 -> 4" in printed
+    assert "resume=force goes on although shapes/train: " in printed
     (again,) = json.loads((workspace / "runs" / "tiny" / "env.json").read_text())["resumed"]
-    assert again["forced"][0] == "training.steps: 2 -> 4" and any(
-        line.startswith("shapes/train: ") for line in again["forced"]
-    )
+    assert again["forced"][0] == "training.steps: 2 -> 4"
+    assert any(line.startswith("shapes/train: ") for line in again["forced"])
     # What was forced once is the run's recipe and data from then on.
     code, printed = go_on(workspace, capsys, "resume=auto", "training.steps=4")
-    assert code == 0 and "although" not in printed
+    assert code == 0
+    assert "although" not in printed
     figure(
         "B16",
         f"{len(SETTINGS) + len(CHANGES)} kinds of drift refused with old -> new; resume=force goes on and records it",
@@ -159,7 +163,9 @@ def test_a_forced_run_still_cannot_load_weights_that_do_not_fit(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, line = go_on(workspace, capsys, "resume=force", "encoder.width=64")
-    assert code == 2 and "does not fit the model" in line and line.count("error: ") == 1
+    assert code == 2
+    assert "does not fit the model" in line
+    assert line.count("error: ") == 1
 
 
 def test_ranks_that_find_different_checkpoints_do_not_start(command: Callable[..., list[str]], tmp_path: Path) -> None:

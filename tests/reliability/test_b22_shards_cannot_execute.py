@@ -75,7 +75,8 @@ def test_b22_members_that_could_be_run_are_refused_by_name(
             path = write_tar(tmp_path / "train-00000.tar", [("a.jpg", jpeg()), (name, content)])
             with pytest.raises(UserError) as error:
                 index_shard(path)
-            assert repr(name) in str(error.value) and str(path) in str(error.value), kind
+            assert repr(name) in str(error.value), kind
+            assert str(path) in str(error.value), kind
             with pytest.raises(UserError, match="has no index"):
                 Shards.of([path])
             tried += 1

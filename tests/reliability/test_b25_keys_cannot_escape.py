@@ -58,7 +58,10 @@ def test_b25_a_key_is_refused_by_the_index_or_is_a_name_that_can_do_no_harm(tmp_
     except UserError as error:
         assert str(error).isprintable()
         return
-    assert found.isprintable() and not found.startswith("/") and ".." not in found.split("/") and len(found) <= 240
+    assert found.isprintable()
+    assert not found.startswith("/")
+    assert ".." not in found.split("/")
+    assert len(found) <= 240
 
 
 def test_b25_an_index_from_elsewhere_cannot_bring_in_other_keys(tmp_path: Path) -> None:
@@ -106,7 +109,8 @@ def test_b25_predictions_stay_in_their_folder_and_print_nothing_raw(
     before = {path for path in tmp_path.rglob("*") if out not in path.parents and path != out}
     assert main(["predict", str(tiny_run), "--domain", "fields", "--out", str(out), str(source)]) == 1
     said = "".join(capsys.readouterr())
-    assert said.replace("\n", "").isprintable() and "Traceback" not in said
+    assert said.replace("\n", "").isprintable()
+    assert "Traceback" not in said
     assert {path for path in tmp_path.rglob("*") if out not in path.parents and path != out} == before
     written = len(list((out / "index").iterdir()))
     assert written == len(file_names()) // 2
@@ -126,12 +130,15 @@ def test_b25_a_report_shows_names_as_text(tiny_training: Callable[..., Path], tm
     with ShardWriter(folder, "val") as writer:
         for key in keys:
             writer.write(key, image=picture("JPEG"), mask=picture("PNG"), meta=b"{}")
-    assert keys and main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
+    assert keys
+    assert main(["report", str(run), "--out", str(tmp_path / "report.html")]) == 0
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page()
     page.feed(text)
-    assert "&lt;script&gt;alert(1)" in text and not any("alert" in script for script in page.scripts)
-    assert "\x1b" not in text and "[bold red]x[/]" in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert not any("alert" in script for script in page.scripts)
+    assert "\x1b" not in text
+    assert "[bold red]x[/]" in text
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -141,7 +148,9 @@ def test_b25_the_terminal_and_the_log_show_any_name_and_never_fail(
     complain(f"{key}: trouble")
     say(f"{key}: fine")
     out, err = capsys.readouterr()
-    assert "\x1b" not in out + err and "\0" not in out + err and "\u202e" not in out + err
+    assert "\x1b" not in out + err
+    assert "\0" not in out + err
+    assert "\u202e" not in out + err
     assert printable(key).replace("\n", "").isprintable()
     with RunLog(tmp_path, 0, 1) as log:
         log.notice(f"step 1: loss is nan; keys {key}")

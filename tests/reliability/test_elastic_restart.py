@@ -87,7 +87,8 @@ def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
 def wait_for_step(run: Path, step: int, launched: Launched) -> None:
     deadline = time.monotonic() + WATCHDOG_SECONDS
     while step not in steps_of(run):
-        assert launched.process.poll() is None and time.monotonic() < deadline, launched.out.read_text()[-3000:]
+        assert launched.process.poll() is None, launched.out.read_text()[-3000:]
+        assert time.monotonic() < deadline, launched.out.read_text()[-3000:]
         time.sleep(0.02)
 
 
@@ -110,7 +111,8 @@ def test_a_killed_rank_is_started_again_with_its_peer(
     assert launched.process.wait(WATCHDOG_SECONDS) == 0, launched.out.read_text()[-3000:]
     straight = finished(command, tmp_path)
     assert "going on from step" in launched.out.read_text()
-    assert tensors_of(run) == tensors_of(straight) and logged(run) == logged(straight)
+    assert tensors_of(run) == tensors_of(straight)
+    assert logged(run) == logged(straight)
     figure("elastic", "rank killed: restarted by torchrun, same bytes as without")
 
 
@@ -138,5 +140,6 @@ def test_a_killed_node_comes_back_and_the_run_goes_on(
         assert again.process.wait(WATCHDOG_SECONDS) == 0, again.out.read_text()[-3000:]
     assert "going on from step" in first.out.read_text() + again.out.read_text()
     straight = finished(command, tmp_path)
-    assert tensors_of(run) == tensors_of(straight) and logged(run) == logged(straight)
+    assert tensors_of(run) == tensors_of(straight)
+    assert logged(run) == logged(straight)
     figure("elastic", f"node killed and started again, {what}: went on by itself, same bytes as without")

@@ -94,7 +94,8 @@ def test_each_method_has_its_network_with_a_head_for_every_domain(
     domains: dict[str, Domain], method: str, kind: type
 ) -> None:
     model = build_model(recipe(method=method), some(domains, "yard", "room"), unlabelled=seen("yard", "room"))
-    assert type(model) is kind and list(model.heads) == ["yard", "room"]
+    assert type(model) is kind
+    assert list(model.heads) == ["yard", "room"]
     assert [sum(kinds(model, name).values()) for name in ("yard", "room")] == (
         [9, 4] if method.startswith("cct") else [0, 0]
     )
@@ -105,9 +106,13 @@ def test_a_method_gets_its_own_section(domains: dict[str, Domain]) -> None:
     teacher = build_model(recipe(method="mean_teacher", mean_teacher={"decay": 0.5}), chosen)
     unimatch = build_model(recipe(method="unimatch", unimatch={"confidence": 0.7}), chosen)
     usss = build_model(recipe(method="usss", usss={"channels": 9}), chosen)
-    assert isinstance(teacher, MeanTeacher) and teacher.settings == MeanTeacherSettings(decay=0.5)
-    assert isinstance(unimatch, UniMatch) and unimatch.settings == UniMatchSettings(confidence=0.7)
-    assert isinstance(usss, Usss) and usss.settings == UsssSettings(channels=9) and usss.embedding.out_channels == 9
+    assert isinstance(teacher, MeanTeacher)
+    assert teacher.settings == MeanTeacherSettings(decay=0.5)
+    assert isinstance(unimatch, UniMatch)
+    assert unimatch.settings == UniMatchSettings(confidence=0.7)
+    assert isinstance(usss, Usss)
+    assert usss.settings == UsssSettings(channels=9)
+    assert usss.embedding.out_channels == 9
 
 
 def test_every_domain_has_its_own_settings(domains: dict[str, Domain]) -> None:
@@ -189,7 +194,8 @@ def test_a_domain_whose_decoders_are_all_left_out_does_not_use_its_unlabelled_im
         perturbations=TINY["perturbations"]
         | {kind: {"count": 0} for kind in ("feature_noise", "dropout", "adversarial_noise")}
     )
-    assert not uses_unlabelled(made, domains["room"]) and uses_unlabelled(made, domains["yard"])
+    assert not uses_unlabelled(made, domains["room"])
+    assert uses_unlabelled(made, domains["yard"])
 
 
 def test_a_borrower_is_asked_for_the_mix_of_its_lender(domains: dict[str, Domain]) -> None:
@@ -214,12 +220,15 @@ def test_a_head_that_sees_no_unlabelled_images_has_no_auxiliary_decoders(domains
 def test_a_borrower_has_its_lenders_head_and_brings_it_auxiliary_decoders(domains: dict[str, Domain]) -> None:
     made = recipe(domains={"yard": {}, "dusk": {"labelled": "none", "perturbations": {"dropout": {"count": 7}}}})
     model = build_model(made, some(domains, "yard", "dusk"), unlabelled={"yard": False, "dusk": True})
-    assert list(model.heads) == ["yard"] and model.head("dusk") is model.head("yard")
+    assert list(model.heads) == ["yard"]
+    assert model.head("dusk") is model.head("yard")
     # The mix is the lender's: the head is its own.
-    assert kinds(model, "dusk")[Dropout] == 1 and sum(kinds(model, "dusk").values()) == 9
+    assert kinds(model, "dusk")[Dropout] == 1
+    assert sum(kinds(model, "dusk").values()) == 9
 
 
 @pytest.mark.parametrize("order", [("yard", "dusk"), ("dusk", "yard")])
 def test_lender_and_borrower_may_stand_in_any_order(domains: dict[str, Domain], order: tuple[str, str]) -> None:
     model = build_model(recipe(domains={name: {} for name in order}), some(domains, *order), unlabelled=seen(*order))
-    assert list(model.heads) == ["yard"] and len(model.tasks) == 2
+    assert list(model.heads) == ["yard"]
+    assert len(model.tasks) == 2

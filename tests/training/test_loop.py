@@ -135,7 +135,8 @@ def test_every_method_starts_from_the_encoder_and_main_decoders_of_cct(
         for name in ("cct", method)
     )
     shared = [name for name in cct if ".auxiliaries." not in name]
-    assert len(shared) > 20 and {name for name in own if name.startswith(("encoder.", "heads."))} == set(shared)
+    assert len(shared) > 20
+    assert {name for name in own if name.startswith(("encoder.", "heads."))} == set(shared)
     assert all(torch.equal(cct[name], own[name]) for name in shared)
 
 
@@ -168,7 +169,8 @@ def test_mixed_precision_is_not_left_out_in_silence(
         restart()
         run = start(tiny_recipe(name=precision, training__precision=precision), two_domains)
         losses.append(logged(run, "train/fields/supervised")[0])
-    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
 def test_a_tracker_receives_the_metrics(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
@@ -205,13 +207,12 @@ def test_other_settings_train_and_can_be_loaded(
     tiny_recipe: TinyRecipe, two_domains: Path, changes: dict[str, object]
 ) -> None:
     run = start(tiny_recipe(**changes), two_domains)
-    assert len(losses := logged(run, "train/fields/supervised")) == 2 and min(losses) > 0
+    assert len(losses := logged(run, "train/fields/supervised")) == 2
+    assert min(losses) > 0
     state = load_run(run).state
-    assert (
-        state.step == 2
-        and state.recipe == (run / "recipe.yaml").read_text()
-        and set(state.domains) == {"fields", "shapes"}
-    )
+    assert state.step == 2
+    assert state.recipe == (run / "recipe.yaml").read_text()
+    assert set(state.domains) == {"fields", "shapes"}
 
 
 @pytest.mark.parametrize(
@@ -237,7 +238,8 @@ def test_resuming_restores_the_optimiser_and_what_a_method_remembers(
     straight = {path.name: path.read_bytes() for path in last.iterdir() if path.suffix == ".safetensors"}
     shutil.rmtree(last)
     start(tiny_recipe(name="again", resume="auto", **settings), two_domains)
-    assert len(straight) == 2 and {name: (last / name).read_bytes() for name in straight} == straight
+    assert len(straight) == 2
+    assert {name: (last / name).read_bytes() for name in straight} == straight
 
 
 def test_what_a_mean_teacher_run_scores_saves_and_restores_is_the_teacher(
@@ -249,7 +251,8 @@ def test_what_a_mean_teacher_run_scores_saves_and_restores_is_the_teacher(
     run = start(recipe, two_domains)
     restored = TrainedRun.load(run)
     tensors = weights(run)
-    assert tensors["updates"] == 3 and not torch.equal(
+    assert tensors["updates"] == 3
+    assert not torch.equal(
         tensors["teacher.heads.shapes.main.classify.weight"], tensors["heads.shapes.main.classify.weight"]
     )
     for result in evaluate(restored, [], None, workers=0):
@@ -271,7 +274,8 @@ def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning(
     (checkpoints(run / "checkpoints")[-1] / "model.safetensors").write_bytes(whole[:-1])
     start(tiny_recipe(training=training, resume="auto"), two_domains)
     printed = capsys.readouterr().out
-    assert "step-00000004 is damaged" in printed and "going on from step 2" in printed
+    assert "step-00000004 is damaged" in printed
+    assert "going on from step 2" in printed
     assert (checkpoints(run / "checkpoints")[-1] / "model.safetensors").read_bytes() == whole
 
 
@@ -405,7 +409,8 @@ def test_resuming_keeps_the_record_of_the_first_start(tiny_recipe: TinyRecipe, t
     run = train(tiny_recipe(), [two_domains / "domains"], command="first")
     train(tiny_recipe(resume="auto"), [two_domains / "domains"], command="second")
     written = json.loads((run / "env.json").read_text())
-    assert written["command"] == "first" and [later["command"] for later in written["resumed"]] == ["second"]
+    assert written["command"] == "first"
+    assert [later["command"] for later in written["resumed"]] == ["second"]
 
 
 def test_an_existing_run_is_never_overwritten(tiny_recipe: TinyRecipe, two_domains: Path) -> None:
@@ -536,7 +541,8 @@ def test_a_run_is_loaded_from_its_folder_alone(tiny_recipe: TinyRecipe, two_doma
     folder = start(tiny_recipe(), two_domains).rename(tmp_path / "elsewhere")
     run = TrainedRun.load(folder)
     assert run.recipe == tiny_recipe()
-    assert run.model.heads.keys() == {"fields", "shapes"} and not run.model.training
+    assert run.model.heads.keys() == {"fields", "shapes"}
+    assert not run.model.training
 
 
 def test_images_that_were_skipped_are_told_and_counted(
@@ -565,4 +571,5 @@ def test_images_that_were_skipped_are_told_and_counted(
         for line in capsys.readouterr().out.splitlines()
         if "fields: skipped: " in line and "unlabelled-00000.tar" in line
     ]
-    assert counts[-1] == 1 and len(told) == 1
+    assert counts[-1] == 1
+    assert len(told) == 1

@@ -41,8 +41,11 @@ def test_a_recipe_survives_being_written_and_read(tmp_path: Path) -> None:
         write(tmp_path, BASE), ["domains.camvid.crop=[96,64]", "optimiser.lr=2e-2", "training.precision=no"]
     )
     assert read_recipe(write(tmp_path, recipe.to_yaml())) == recipe
-    assert recipe.name == "mine" and recipe.optimiser.lr == 0.02 and recipe.training.precision == "no"
-    assert recipe.domains["camvid"].labelled == "50" and recipe.domains["cityscapes"].labelled == "all"
+    assert recipe.name == "mine"
+    assert recipe.optimiser.lr == 0.02
+    assert recipe.training.precision == "no"
+    assert recipe.domains["camvid"].labelled == "50"
+    assert recipe.domains["cityscapes"].labelled == "all"
 
 
 def test_an_override_can_add_a_domain(tmp_path: Path) -> None:
@@ -192,7 +195,8 @@ def test_a_broken_file_is_one_line_with_its_path(tmp_path: Path, text: str, mess
     path = write(tmp_path, text)
     with pytest.raises(UserError, match=message) as error:
         read_recipe(path)
-    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    assert str(error.value).startswith(str(path))
+    assert "\n" not in str(error.value)
 
 
 def test_an_absent_recipe_is_one_line(tmp_path: Path) -> None:
@@ -239,14 +243,12 @@ domains:
 def test_a_domains_sections_replace_single_keys_and_inherit_the_others(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path, OWN))
     own, general = recipe.consistency_of("camvid"), recipe.consistency_of("cityscapes")
-    assert general == recipe.consistency and (general.weight, general.distance, general.confidence) == (2, "js", 0)
+    assert general == recipe.consistency
+    assert (general.weight, general.distance, general.confidence) == (2, "js", 0)
     assert own == replace(general, confidence=0.9)
     mix, common = recipe.perturbations_of("camvid"), recipe.perturbations_of("cityscapes")
-    assert common == recipe.perturbations and (
-        common.dropout.count,
-        common.dropout.probability,
-        common.object_mask.count,
-    ) == (3, 0.3, 1)
+    assert common == recipe.perturbations
+    assert (common.dropout.count, common.dropout.probability, common.object_mask.count) == (3, 0.3, 1)
     assert mix == replace(common, dropout=replace(common.dropout, probability=0.7))
 
 
@@ -263,7 +265,8 @@ def test_overrides_reach_a_domains_own_sections(tmp_path: Path, text: str) -> No
     assert recipe.perturbations_of("camvid") == replace(mix, dropout=replace(mix.dropout, count=0))
     assert recipe.consistency_of("camvid") == replace(before.consistency_of("camvid"), confidence=0.8)
     assert recipe.consistency_of("cityscapes") == replace(before.consistency_of("cityscapes"), weight=7)
-    assert recipe.consistency == before.consistency and recipe.perturbations == before.perturbations
+    assert recipe.consistency == before.consistency
+    assert recipe.perturbations == before.perturbations
 
 
 def test_a_domain_inherits_what_an_override_changes_in_the_recipes_section(tmp_path: Path) -> None:
@@ -271,10 +274,8 @@ def test_a_domain_inherits_what_an_override_changes_in_the_recipes_section(tmp_p
         write(tmp_path, OWN), ["consistency.distance=kl", "consistency.confidence=0.5", "perturbations.dropout.count=9"]
     )
     assert (recipe.consistency_of("camvid").distance, recipe.consistency_of("camvid").confidence) == ("kl", 0.9)
-    assert (
-        recipe.perturbations_of("camvid").dropout == replace(recipe.perturbations.dropout, probability=0.7)
-        and recipe.perturbations.dropout.count == 9
-    )
+    assert recipe.perturbations_of("camvid").dropout == replace(recipe.perturbations.dropout, probability=0.7)
+    assert recipe.perturbations.dropout.count == 9
 
 
 def test_sections_of_a_domains_own_survive_being_written_and_read(tmp_path: Path) -> None:
@@ -292,9 +293,8 @@ def test_sections_of_a_domains_own_survive_being_written_and_read(tmp_path: Path
 
 def test_consistency_weight_zero_turns_every_domain_off(tmp_path: Path) -> None:
     recipe = read_recipe(write(tmp_path, BASE), ["domains.camvid.consistency.weight=5"])
-    assert recipe.consistency_of("camvid").weight == 5 and recipe.consistency_of("cityscapes").weight == pytest.approx(
-        30 / 21
-    )
+    assert recipe.consistency_of("camvid").weight == 5
+    assert recipe.consistency_of("cityscapes").weight == pytest.approx(30 / 21)
     off = read_recipe(write(tmp_path, BASE), ["domains.camvid.consistency.weight=5", "consistency.weight=0"])
     assert off.consistency_of("camvid").weight == 0
     assert off.consistency_of("cityscapes").weight == 0

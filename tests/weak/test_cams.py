@@ -97,7 +97,8 @@ def test_activations_are_those_of_the_present_classes_with_one_as_their_largest(
     model, image = classifier(), pictures(1, 30, 45)[0]
     model.heads["fields"].maps.weight.copy_(torch.linspace(-1, 1, 96).view(3, 32, 1, 1).abs())
     activations, logits = activation_maps(model, image, "fields", present=[0, 2], scales=[1.0, 0.5])
-    assert activations.shape == (2, 30, 45) and logits.shape == (3,)
+    assert activations.shape == (2, 30, 45)
+    assert logits.shape == (3,)
     assert float(activations.min()) >= 0
     assert activations.amax(dim=(1, 2)).tolist() == pytest.approx([1.0, 1.0])
 
@@ -118,7 +119,8 @@ def test_a_class_that_is_nowhere_positive_stays_zero() -> None:
 
 def test_an_image_without_classes_has_no_maps() -> None:
     activations, logits = activation_maps(classifier(), pictures(1)[0], "fields", present=[], scales=[1.0, 0.5])
-    assert activations.shape == (0, 32, 48) and logits.shape == (3,)
+    assert activations.shape == (0, 32, 48)
+    assert logits.shape == (3,)
 
 
 ACTIVATIONS = torch.tensor([[[0.9, 0.4, 0.2, 0.04, 0.0]], [[0.1, 0.5, 0.1, 0.01, 0.06]]])
@@ -176,7 +178,8 @@ def test_pseudo_labels_hold_only_the_present_classes_background_and_255() -> Non
     rng = np.random.default_rng(4)
     activations = torch.from_numpy(rng.random((2, 24, 30))).float()
     found = pseudo_labels(activations, pictures(1, 24, 30)[0], [3, 6], PseudoLabelSettings(), background=1)
-    assert found.dtype == torch.uint8 and set(found.unique().tolist()) <= {1, 3, 6, 255}
+    assert found.dtype == torch.uint8
+    assert set(found.unique().tolist()) <= {1, 3, 6, 255}
 
 
 @pytest.mark.parametrize(

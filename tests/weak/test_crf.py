@@ -107,7 +107,8 @@ def test_the_lattice_of_a_plane_that_is_densely_covered_is_within_two_percent() 
 @pytest.mark.parametrize("seed", range(3))
 def test_probabilities_sum_to_one(seed: int) -> None:
     found = refined(*example(seed, (30, 17)), CrfSettings(iterations=3))
-    assert np.allclose(found.sum(axis=0), 1, atol=1e-5) and (found >= 0).all()
+    assert np.allclose(found.sum(axis=0), 1, atol=1e-5)
+    assert (found >= 0).all()
 
 
 def test_one_class_on_a_constant_image_stays() -> None:

@@ -195,9 +195,8 @@ def test_the_background_is_not_among_the_classes_of_an_image(two_domains: Path, 
     grass, sky, barn = fields.classes
     backed = replace(fields, classes=(replace(grass, thing=True), replace(sky, thing=True), barn))
     tagged = open_tagged(backed, choose(image_labels="masks"), DataSettings(shards=str(two_domains)), least_share=0.001)
-    assert all(2 not in classes for classes in tagged.classes.values()) and any(
-        classes for classes in tagged.classes.values()
-    )
+    assert all(2 not in classes for classes in tagged.classes.values())
+    assert any(classes for classes in tagged.classes.values())
 
 
 def test_the_loader_reads_them_without_masks(two_domains: Path, fields: Domain) -> None:
@@ -205,8 +204,10 @@ def test_the_loader_reads_them_without_masks(two_domains: Path, fields: Domain) 
     tagged = open_tagged(fields, choice, data, least_share=0.001)
     batch = TrainingSet([tagged.streams(data, choice, 4)], seed=0, augment=Augment())[0]
     assert isinstance(batch, dict)
-    assert batch["fields"].unlabelled.shape == (4, 3, 24, 32) and len(batch["fields"].images) == 0
-    assert len(batch["fields"].keys) == 4 and set(batch["fields"].keys) <= set(tagged.classes)
+    assert batch["fields"].unlabelled.shape == (4, 3, 24, 32)
+    assert len(batch["fields"].images) == 0
+    assert len(batch["fields"].keys) == 4
+    assert set(batch["fields"].keys) <= set(tagged.classes)
 
 
 def test_a_list_that_is_not_there_is_named(two_domains: Path, fields: Domain) -> None:

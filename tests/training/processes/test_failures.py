@@ -67,7 +67,8 @@ def test_processes_that_an_error_leaves_are_ended_and_those_from_before_stay() -
     with pytest.raises(ZeroDivisionError), no_process_left():
         left.start()
         raise ZeroDivisionError
-    assert not left.is_alive() and older.is_alive()
+    assert not left.is_alive()
+    assert older.is_alive()
     older.kill()
     older.join()
 

@@ -18,7 +18,8 @@ def test_sigterm_is_noted_inside_and_has_its_own_meaning_outside() -> None:
         assert not stop.agreed()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.agreed()
-    assert signal.getsignal(signal.SIGTERM) is before and signal.set_wakeup_fd(-1) == -1
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_outside_the_main_thread_signals_are_left_alone() -> None:
