@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from collections import Counter
 from pathlib import Path
 
 from multidomain_cct.commands.terminal import DONE, Words, say
@@ -53,9 +54,11 @@ def run(options: argparse.Namespace) -> int:
     if options.verify or options.catalogue:
         return DONE
     for path in options.shards:
-        index = index_shard(path, extensions=Extensions(image=options.image, mask=options.mask))
+        passed_over: Counter[str] = Counter()
+        endings = Extensions(image=options.image, mask=options.mask)
+        index = index_shard(path, extensions=endings, skipped=passed_over)
         masks = int((index.size[:, 1] >= 0).sum())
-        skipped = ", ".join(f"{count} x {ending}" for ending, count in index.notes.get("skipped", {}).items())
+        skipped = ", ".join(f"{count} x {ending}" for ending, count in passed_over.items())
         more = f"; skipped: {skipped}" if skipped else ""
         say(f"{index_path(path)}: {len(index.keys)} samples, {masks} with a mask{more}")
     return DONE

@@ -10,7 +10,7 @@ import json
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
@@ -63,12 +63,12 @@ class _Tar(io.BufferedReader):
         return super().read(size)
 
 
-def scan_shard(path: Path, *, extensions: Extensions | None = None, notes: dict[str, Any] | None = None) -> ShardIndex:
-    """Read a tar once and return its index. Folders, hidden files and members with other endings are passed over, and
-    counted by ending in the note `skipped`.
+def scan_shard(path: Path, *, extensions: Extensions | None = None, skipped: Counter[str] | None = None) -> ShardIndex:
+    """Read a tar once and return its index. With `skipped`, folders, hidden files and members with other endings are
+    passed over and counted there; without it they are refused.
 
     Raises UserError for a missing end marker, a damaged header, links, members that could be run, duplicate keys, keys
-    that come back later, masks without an image, and descriptions that are not JSON.
+    that come back later, keys without an image, and descriptions that are not JSON.
     """
     if not path.is_file():
         raise UserError(f"{path}: there is no such shard.")
@@ -77,16 +77,10 @@ def scan_shard(path: Path, *, extensions: Extensions | None = None, notes: dict[
     columns = (extensions or Extensions()).columns
     samples: dict[str, list[tuple[int, int, int]]] = {}
     """By key, for each column: offset, size, crc32."""
-    skipped: Counter[str] = Counter()
-    previous, end = "", 0
+    previous = ""
     try:
         with _Tar(io.FileIO(path)) as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                end = member.offset_data + -(-member.size // _BLOCK) * _BLOCK
-                key, column = _key_and_column(path, member, columns)
-                if column is None:
-                    skipped[key] += 1
-                    continue
+            for member, key, column in _sample_members(path, tar, columns, skipped):
                 if key != previous and key in samples:
                     raise UserError(f"{path}: the key {key!r} appears twice. Members of a sample are adjacent.")
                 row = samples.setdefault(key, [(-1, -1, 0)] * 3)
@@ -94,14 +88,28 @@ def scan_shard(path: Path, *, extensions: Extensions | None = None, notes: dict[
                     raise UserError(f"{path}: the member {member.name!r} appears twice. {_AGAIN}")
                 row[column] = (member.offset_data, member.size, _checked_content(path, file, member, column == META))
                 previous = key
-            _require_end_marker(path, file, end)
+            _require_end_marker(path, file, tar.offset)
     except (tarfile.TarError, ValueError) as error:
         # ValueError: a header field that should be a number and is not.
         raise UserError(f"{path}: this is not an uncompressed tar file ({error}).") from None
-    samples, notes = _with_images(path, samples, skipped, columns), notes or {}
+    _require_images(path, samples, skipped or {}, columns)
     offset, size, crc32 = np.moveaxis(np.array(list(samples.values()), dtype=np.int64), 2, 0).copy()  # (n, 3) each
-    notes |= {"skipped": dict(skipped)} if skipped else {}
-    return ShardIndex(tuple(samples), offset, size, crc32, path.stat().st_size, file_sha256(path), notes)
+    return ShardIndex(tuple(samples), offset, size, crc32, path.stat().st_size, file_sha256(path), {})
+
+
+def _sample_members(
+    path: Path, tar: tarfile.TarFile, columns: dict[str, int], skipped: Counter[str] | None
+) -> Iterator[tuple[tarfile.TarInfo, str, int]]:
+    """Each member of a sample, with its key and column."""
+    for member in tar:
+        key, column = _key_and_column(path, member, columns)
+        if column is not None:
+            yield member, key, column
+        elif skipped is not None:
+            skipped[key] += 1
+        else:
+            allowed = ", ".join(f".{ending}" for ending in columns)
+            raise UserError(f"{path}: the member {member.name!r} has the ending {key}; allowed: {allowed}.")
 
 
 def _key_and_column(path: Path, member: tarfile.TarInfo, columns: dict[str, int]) -> tuple[str, int | None]:
@@ -137,15 +145,13 @@ def _checked_content(path: Path, file: BinaryIO, member: tarfile.TarInfo, is_des
     if not member.size:
         raise UserError(f"{path}: the member {member.name!r} is empty. {_AGAIN}")
     file.seek(member.offset_data)
-    if is_description:
-        content = file.read(min(member.size, _PIECE))
-        _require_description(path, member.name, content)
-        file.seek(member.offset_data)
-    crc32, left = 0, member.size
+    crc32, left, first = 0, member.size, b""
     for piece in _pieces(file, left):
-        crc32, left = zlib.crc32(piece, crc32), left - len(piece)
+        crc32, left, first = zlib.crc32(piece, crc32), left - len(piece), first or piece
     if left:
         raise UserError(f"{path}: the member {member.name!r} is cut off. {_AGAIN}")
+    if is_description:
+        _require_description(path, member.name, first)
     return crc32
 
 
@@ -177,29 +183,25 @@ def _require_end_marker(path: Path, file: BinaryIO, end: int) -> None:
         raise UserError(f"{path}: the end marker is missing after byte {end}; the shard may be cut off. {_AGAIN}")
 
 
-def _with_images(
-    path: Path, samples: dict[str, list[tuple[int, int, int]]], skipped: Counter[str], columns: dict[str, int]
-) -> dict[str, list[tuple[int, int, int]]]:
-    """The samples, without keys that have a description only; these count as skipped.
+def _require_images(
+    path: Path, samples: Mapping[str, Any], skipped: Mapping[str, int], columns: dict[str, int]
+) -> None:
+    """Raises UserError for a key without an image, and when there is no key."""
+    ending = next(ending for ending, column in columns.items() if column == IMAGE)
+    lacking = next((f"the key {key!r} has no image" for key, row in samples.items() if row[IMAGE][0] < 0), "")
+    if lacking or not samples:
+        others = "".join(f", {count} x {other}" for other, count in skipped.items())
+        found = f" Passed over{others[1:]}." if others else ""
+        raise UserError(
+            f"{path}: {lacking or 'the shard holds no samples'} (.{ending}).{found} Add it, or choose another --image."
+        )
 
-    Raises UserError for a mask without an image, and when no image is left.
+
+def index_shard(path: Path, *, extensions: Extensions | None = None, skipped: Counter[str] | None = None) -> ShardIndex:
+    """Build the index beside a shard, as `scan_shard` does. Notes of an earlier index are kept if the contents are the
+    same.
     """
-    image = next(ending for ending, column in columns.items() if column == IMAGE)
-    for key, row in samples.items():
-        if row[IMAGE][0] < 0 <= row[MASK][0]:
-            raise UserError(f"{path}: the key {key!r} has no image (.{image}). Add it, or choose --image.")
-    whole = {key: row for key, row in samples.items() if row[IMAGE][0] >= 0}
-    if len(whole) < len(samples):
-        skipped["description without an image"] += len(samples) - len(whole)
-    if not whole:
-        found = ", ".join(f"{count} x {ending}" for ending, count in skipped.items()) or "nothing"
-        raise UserError(f"{path}: the shard holds no samples with an image (.{image}) but {found}. Choose --image.")
-    return whole
-
-
-def index_shard(path: Path, *, extensions: Extensions | None = None) -> ShardIndex:
-    """Build the index beside a shard. Notes of an earlier index are kept if the contents are the same."""
-    index = with_notes_of(index_path(path), scan_shard(path, extensions=extensions))
+    index = with_notes_of(index_path(path), scan_shard(path, extensions=extensions, skipped=skipped))
     index.save(index_path(path))
     return index
 

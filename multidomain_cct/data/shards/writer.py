@@ -80,9 +80,9 @@ class ShardWriter:
             self._tar.close()
             self._file.close()
             # The index comes first, so that a shard that is there can be read.
-            index = scan_shard(self._temporary, notes=self.note())
             pixels = np.array(self._pixels, dtype=np.int32).reshape(-1, 3)
-            replace(index, pixels=pixels).save(index_path(self._path))
+            index = replace(scan_shard(self._temporary), notes=self.note(), pixels=pixels)
+            index.save(index_path(self._path))
         self.finished.append(self._path)
         self.number, self._bytes, self._tar = self.number + 1, 0, None
         self._rows, self._pixels = 0, []

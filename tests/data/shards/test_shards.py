@@ -5,7 +5,7 @@ import os
 import resource
 import tarfile
 import tracemalloc
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -325,14 +325,14 @@ def test_what_is_not_part_of_a_sample_is_counted_and_passed_over(
         folder = tarfile.TarInfo("dataset")
         folder.type = tarfile.DIRTYPE
         tar.addfile(folder)
-        for name in ("dataset/._a.jpg", "dataset/a.jpg", "dataset/a.txt", "dataset/a.PNG", "dataset/b.jpg", "b.json"):
+        for name in ("dataset/._a.jpg", "dataset/a.jpg", "dataset/a.txt", "dataset/a.PNG", "dataset/b.jpg"):
             member = tarfile.TarInfo(name)
             member.size = 2
             tar.addfile(member, io.BytesIO(b"{}"))
     assert main(["index", str(path)]) == 0
     printed = capsys.readouterr().out
     assert "2 samples, 1 with a mask" in printed
-    for skipped in ("1 x folder", "1 x hidden file", "1 x .txt", "1 x description without an image"):
+    for skipped in ("1 x folder", "1 x hidden file", "1 x .txt"):
         assert skipped in printed
     assert list(Shards.of([path]).keys) == ["dataset/a", "dataset/b"]
 
@@ -349,9 +349,11 @@ def test_images_with_the_default_ending_of_masks_are_images(tmp_path: Path) -> N
 
 
 def test_other_endings_of_images_are_named(tmp_path: Path) -> None:
-    path = write_tar(tmp_path / "train-00000.tar", [("a.jpeg", b"x"), ("a.json", b"{}"), ("b.jpeg", b"x")])
-    with pytest.raises(UserError, match=r"no samples with an image \(.jpg\) but 2 x .jpeg.* Choose --image"):
-        scan_shard(path)
+    path = tmp_path / "train-00000.tar"
+    for members in ([("a.jpeg", b"x"), ("a.json", b"{}")], [("a.jpeg", b"x")]):
+        write_tar(path, members)
+        with pytest.raises(UserError, match=r"no (image|samples) \(.jpg\). Passed over 1 x .jpeg.* another --image"):
+            scan_shard(path, skipped=Counter())
 
 
 @pytest.mark.parametrize(
