@@ -5,8 +5,10 @@ Shapes: B images, C classes of the domain, D feature channels, H W image size, h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from multidomain_cct.data.batches.views import PAD
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.seeds import seed_from
 from multidomain_cct.model.auxiliary import AuxiliaryDecoder
+from multidomain_cct.model.backbone import Size
 from multidomain_cct.model.decoders import Decoder, build_decoder
 from multidomain_cct.model.encoder import Encoder, EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings, SupervisedSettings
@@ -39,6 +42,8 @@ class Task:
     """One for each auxiliary decoder of the domain's own head."""
     weight: float = 1.0
     """Factor on all losses of the domain."""
+    crop: Size | None = None
+    """Of the domain's training images; None: not known."""
     class_pixels: tuple[int, ...] = ()
     """Labelled pixels of each class in the images that are used; empty: not known."""
     supervised: SupervisedSettings = field(default_factory=SupervisedSettings)
@@ -83,7 +88,7 @@ class Segmenter(nn.Module):
         # Building draws random numbers; the caller's generator is left as it was.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_from(seed, "encoder"))
-            self.encoder = Encoder(encoder, tasks)
+            self.encoder = Encoder(encoder, tasks, [task.crop for task in tasks.values() if task.crop])
             own = {name: task for name, task in tasks.items() if task.head in ("", name)}
             self.heads = nn.ModuleDict(
                 {name: Head(task, decoder, self.encoder, seed_from(seed, name)) for name, task in own.items()}
@@ -134,17 +139,46 @@ def unlabelled_images(batches: Mapping[str, Batch]) -> dict[tuple[str, str], Ten
 
 
 def whole_image_logits(encoder: nn.Module, decoder: nn.Module, images: Tensor, domain: str) -> Tensor:
-    """(B, C, H, W) logits of (B, 3, H, W) uint8 images of any size, padded to the encoder's stride on the way."""
+    """(B, C, H, W) logits of (B, 3, H, W) uint8 images of any size, padded on the way to one that the backbone takes.
+
+    A backbone of one size sees windows, whose logits are averaged where they overlap.
+    """
     assert isinstance(encoder, Encoder)
-    height, width = images.shape[-2:]
-    padded_size = [-(-side // encoder.stride) * encoder.stride for side in (height, width)]
-    if padded_size != [height, width]:
-        padding = torch.tensor(PAD, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
-        padded = padding.repeat(len(images), 1, *padded_size)
-        padded[..., :height, :width] = images
-        images = padded
-    logits: Tensor = decoder(encoder(images, [(domain, len(images))]))
-    return logits[..., :height, :width]
+
+    def logits_of(whole: Tensor) -> Tensor:
+        logits: Tensor = decoder(encoder(whole, [(domain, len(whole))]))
+        return logits
+
+    (height, width), unit, window = images.shape[-2:], encoder.plan.unit, encoder.plan.size
+    if window is None:
+        padded = _padded(images, -(-height // unit) * unit, -(-width // unit) * unit)
+        return logits_of(padded)[..., :height, :width]
+    images = _padded(images, max(height, window[0]), max(width, window[1]))
+    total, seen = torch.zeros(()), torch.zeros(images.shape[-2:], device=images.device)
+    for top, left in product(_starts(images.shape[-2], window[0]), _starts(images.shape[-1], window[1])):
+        place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
+        logits = logits_of(images[place])
+        if not total.ndim:
+            total = logits.new_zeros(*logits.shape[:2], *images.shape[-2:])
+        total[place] += logits
+        seen[place] += 1
+    return (total / seen)[..., :height, :width]
+
+
+def _padded(images: Tensor, height: int, width: int) -> Tensor:
+    """Images with what training pads crops with at the right and the bottom."""
+    if images.shape[-2:] == (height, width):
+        return images
+    padding = torch.tensor(PAD, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
+    padded = padding.repeat(len(images), 1, height, width)
+    padded[..., : images.shape[-2], : images.shape[-1]] = images
+    return padded
+
+
+def _starts(length: int, window: int) -> list[int]:
+    """Of windows that cover the length evenly; neighbours share a third or more."""
+    steps = math.ceil(1.5 * (length / window - 1))
+    return [round(step * (length - window) / max(1, steps)) for step in range(steps + 1)]
 
 
 def scaled(images: Tensor, scale: float) -> Tensor:

@@ -169,7 +169,8 @@ def train_classifier(
     data = TrainingSet(streams, seed=seed_from(recipe.seed, "weaklabels"), augment=recipe.data.augment)
     targets = {images.domain.name: _targets(images, device) for images in tagged}
     shares = {images.domain.name: images.shares().tolist() for images in tagged}
-    model = Classifier(recipe.encoder, shares, seed=recipe.seed).to(device).train()
+    crops = [recipe.crop_of(name) for name in shares]
+    model = Classifier(recipe.encoder, shares, seed=recipe.seed, crops=crops).to(device).train()
     optimiser = build_optimiser(optimisation, model.encoder.backbone, model)
     losses: list[float] = []
     pin = device.type == "cuda"

@@ -37,6 +37,7 @@ def build_model(
             head=domain.labels_of,
             perturbations=tuple(decoders.get(name, ())),
             weight=recipe.domains[name].weight,
+            crop=recipe.crop_of(name),
             class_pixels=tuple((class_pixels or {}).get(name, ())),
             supervised=recipe.supervised,
             consistency=recipe.consistency_of(name),

@@ -16,7 +16,7 @@ from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
 from multidomain_cct.errors import did_you_mean
 from multidomain_cct.methods import METHODS
-from multidomain_cct.model.encoder import feature_options
+from multidomain_cct.model.backbone import plan_backbone
 from multidomain_cct.training.build import auxiliary_decoders, decoders_by_head, uses_unlabelled, wants_unlabelled
 from multidomain_cct.training.checkpoints.initial_weights import matching_heads
 from multidomain_cct.training.findings import Finding, error, fails, noted, notice, warning
@@ -96,10 +96,11 @@ def check_recipe(recipe: Recipe) -> Iterator[Finding]:
         if stride % recipe.consistency_of(name).stride:
             text = f"is {recipe.consistency_of(name).stride}, which does not divide encoder.stride {stride}."
             yield error(f"{key}.consistency.stride", text)
-    yield from _check_crops(recipe)
-    unfit: list[Finding] = []
-    with noted(unfit, "encoder"):
-        feature_options(recipe.encoder)
+    unfit = list(_check_crops(recipe))
+    if not unfit:
+        encoder, crops = recipe.encoder, dict.fromkeys(recipe.crop_of(name) for name in recipe.domains)
+        with noted(unfit, "encoder"):
+            plan_backbone(encoder.name, encoder.context, encoder.stride, tuple(crops))
     yield from unfit
     if (recipe.encoder.norm, recipe.encoder.weights, recipe.init_from) == ("frozen", "none", None):
         text = "is `frozen` with encoder.weights=none: untrained norms stay. Use norm=shared, or pretrained weights."

@@ -159,6 +159,11 @@ class Recipe:
         wanted = METHODS[self.method].settings_type
         return next((section for section in vars(self).values() if type(section) is wanted), None)
 
+    def crop_of(self, domain: str) -> tuple[int, int]:
+        """(height, width) of the domain's training images."""
+        width, height = self.domains[domain].crop or self.data.crop
+        return height, width
+
     def consistency_of(self, domain: str) -> ConsistencySettings:
         """The domain's own settings. A recipe's consistency.weight=0 turns every domain's consistency off."""
         own = self.domains[domain].consistency

@@ -93,8 +93,16 @@ class Classifier(nn.Module):
     The average of a linear map is linear, so the map itself explains the logit.
     """
 
-    def __init__(self, encoder: EncoderSettings, shares: Mapping[str, Sequence[float]], *, seed: int = 0) -> None:
-        """`shares` is, by domain, the share of the images that show each of its K classes.
+    def __init__(
+        self,
+        encoder: EncoderSettings,
+        shares: Mapping[str, Sequence[float]],
+        *,
+        seed: int = 0,
+        crops: Sequence[tuple[int, int]] = (),
+    ) -> None:
+        """`shares` is, by domain, the share of the images that show each of its K classes; `crops`, (H, W), are
+        the sizes of training images.
 
         Raises UserError for encoder settings that do not fit.
         """
@@ -103,7 +111,7 @@ class Classifier(nn.Module):
         with torch.random.fork_rng(devices=[]):
             # The seed of the segmentation network's encoder: its new layers start from the same weights.
             torch.manual_seed(seed_from(seed, "encoder"))
-            self.encoder = Encoder(encoder, shares)
+            self.encoder = Encoder(encoder, shares, crops)
             self.heads = nn.ModuleDict()
             for name, own in shares.items():
                 torch.manual_seed(seed_from(seed, name, "classifier"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -108,6 +110,28 @@ def test_logits_come_for_images_of_any_size(decoder: str, size: tuple[int, int])
     images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
     for name, classes in (("street", 4), ("room", 3)):
         assert model.logits(images, name).shape == (2, classes, *size)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (33, 70), (97, 64), (5, 200)])
+@pytest.mark.parametrize("name", ["test_convnext", "test_maxvit"])
+def test_backbones_with_a_coarse_unit_or_a_single_size_take_every_image(name: str, size: tuple[int, int]) -> None:
+    task = replace(ROOM, crop=(64, 64), perturbations=())
+    model = network(EncoderSettings(name=name, stride=8, context="fpn", width=32), room=task).eval()
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    logits = model.logits(images, "room")
+    assert logits.shape == (2, 3, *size)
+    assert logits.isfinite().all()
+
+
+def test_windows_of_a_single_size_are_averaged_where_they_overlap() -> None:
+    task = replace(ROOM, crop=(64, 64), perturbations=())
+    model = network(EncoderSettings(name="test_maxvit", stride=8, context="fpn", width=32), room=task).eval()
+    image = torch.randint(0, 256, (1, 3, 64, 80), dtype=torch.uint8)
+    logits = model.logits(image, "room")
+    left, right = (model.logits(image[..., start : start + 64], "room") for start in (0, 16))
+    torch.testing.assert_close(logits[..., :16], left[..., :16])
+    torch.testing.assert_close(logits[..., 16:64], (left[..., 16:] + right[..., :48]) / 2)
+    torch.testing.assert_close(logits[..., 64:], right[..., 48:])
 
 
 def test_an_image_is_padded_at_the_right_and_bottom_as_in_training() -> None:

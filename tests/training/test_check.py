@@ -115,7 +115,7 @@ def test_norms_that_can_never_be_trained_are_a_warning(tiny_recipe: TinyRecipe) 
     [
         ({"name": "resnet5"}, ("resnet50",)),
         ({"stride": 12}, ("encoder.stride is 12", "8, 16")),
-        ({"context": "psp", "stride": 4}, ("encoder.stride is 4", "8, 16 or 32")),
+        ({"context": "psp", "stride": 4}, ("encoder.stride is 4", "encoder.stride=8")),
         ({"name": "test_vit", "context": "fpn"}, ("encoder.context is `fpn`",)),
     ],
 )

@@ -25,7 +25,7 @@ from multidomain_cct.data.batches.views import PAD, decode, image_tensor, mask_t
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.errors import UserError
-from multidomain_cct.model.encoder import Stages, encoder_stages, model_stages
+from multidomain_cct.model.stages import Stages, encoder_stages, model_stages
 from multidomain_cct.results.smoothness.variation import area_under_curve, class_borders, image_patches, local_variation
 from multidomain_cct.results.trained_run import TrainedRun
 
@@ -51,8 +51,10 @@ class Subject:
     name: str
     stages: tuple[Stage, ...]
     features: Callable[[Tensor], Sequence[Tensor]]
-    """From a (1, 3, H, W) uint8 image, H and W multiples of every stride, to the (1, D, h, w) features of each stage.
+    """From a (1, 3, H, W) uint8 image, H and W multiples of `unit` and of every stride, to the (1, D, h, w) features of
+    each stage.
     """
+    unit: int = 1
     predict: Callable[[Tensor], Tensor] | None = None
     """From a (1, 3, H, W) uint8 image to (H, W) uint8 train ids; None for an encoder without a head."""
     device: torch.device = torch.device("cpu")
@@ -61,7 +63,7 @@ class Subject:
 def published_encoder(name: str, weights: str, device: torch.device) -> Subject:
     """A timm model with the weights `none`, `timm`, `lite` or a file. Raises UserError as `model_stages` does."""
     levels = model_stages(name, weights).to(device)
-    return Subject(f"{name}, weights {weights}", _stages(levels), levels, device=device)
+    return Subject(f"{name}, weights {weights}", _stages(levels), levels, levels.plan.unit, device=device)
 
 
 def trained_encoder(run: TrainedRun, domain: str) -> Subject:
@@ -112,7 +114,7 @@ def measure(subject: Subject, image: Tensor, *, ids: Tensor, num_classes: int) -
     Positions whose patch is not whole are left out: they would show the padding.
     """
     height, width = image.shape[-2:]
-    unit = math.lcm(*(stage.stride for stage in subject.stages))
+    unit = math.lcm(subject.unit, *(stage.stride for stage in subject.stages))
     padded = torch.tensor(PAD, dtype=torch.uint8, device=image.device).view(3, 1, 1)
     padded = padded.repeat(1, -(-height // unit) * unit, -(-width // unit) * unit)
     padded[:, :height, :width] = image

@@ -22,7 +22,8 @@ from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.shards.writer import ShardWriter
 from multidomain_cct.errors import UserError
-from multidomain_cct.model.encoder import Encoder, EncoderSettings, encoder_stages, model_stages
+from multidomain_cct.model.encoder import Encoder, EncoderSettings
+from multidomain_cct.model.stages import encoder_stages, model_stages
 from multidomain_cct.results.smoothness.diagnosis import (
     Diagnosis,
     DiagnosisSettings,
