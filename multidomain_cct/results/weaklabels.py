@@ -10,6 +10,7 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -146,6 +147,12 @@ def tagged_domains(
             )
         if not classified(domain):
             raise UserError(f"{name} has no class beside its background. Add classes to the domain.")
+    crops = Counter(recipe.crop_of(name) for name in domains)
+    alone = recipe.encoder.norm == "per_domain" or min(crops.values()) == 1
+    if recipe.pseudo_labels.batch == 1 and alone and recipe.encoder.norm != "frozen":
+        raise UserError(
+            "pseudo_labels.batch is 1, and batch norms would see a single image. Raise it, or set encoder.norm=frozen."
+        )
     least_share = recipe.pseudo_labels.least_share
     return [
         open_tagged(domain, recipe.domains[name], recipe.data, least_share=least_share)

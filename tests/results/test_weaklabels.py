@@ -218,6 +218,7 @@ def test_training_can_use_the_shards(workspace: Path) -> None:
         ),
         (["pseudo_labels.step=3"], 'unknown key "pseudo_labels.step".'),
         (["pseudo_labels.crf.iterations=-1"], "crf.iterations is -1; it is at least 0."),
+        (["pseudo_labels.batch=1"], "pseudo_labels.batch is 1"),
     ],
 )
 def test_mistakes_are_one_line_and_nothing_is_written(
