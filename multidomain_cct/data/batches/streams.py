@@ -66,7 +66,7 @@ class DomainSettings:
     data.shards are read. See data.remote.
     """
     val_split: str = "val"
-    """Split that is scored during training and on which `best` is chosen; never the test split. Empty or `none`: none."""
+    """Split that is scored in training and on which `best` is chosen; never the test split. Empty or `none`: none."""
     weight: float = 1.0
     """Factor on all losses of the domain."""
     labelled_batch: int | None = None

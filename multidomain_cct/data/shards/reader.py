@@ -188,7 +188,8 @@ class Shards:
         name = self.source.location(self.catalogue.names[shard]), self.catalogue.shard_sha256[shard].tobytes()
         if name not in _descriptors:
             allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            while _descriptors and len(_descriptors) >= min(OPEN_FILES, allowed // 4):
+            most = OPEN_FILES if allowed == resource.RLIM_INFINITY else min(OPEN_FILES, allowed // 4)
+            while _descriptors and len(_descriptors) >= most:
                 os.close(_descriptors.popitem(last=False)[1])
             _descriptors[name] = self.source.descriptor(self.catalogue, shard)
         _descriptors.move_to_end(name)

@@ -417,14 +417,15 @@ def test_a_folder_that_may_not_be_read_is_said_to_be_so(tmp_path: Path, monkeypa
         Shards.open(tmp_path, "train")
 
 
-def test_few_files_are_open_where_few_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("allowed", "most"), [(12, 3), (1, 1), (1024, 10), (resource.RLIM_INFINITY, 10)])
+def test_a_process_has_few_shards_open_where_few_files_may_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allowed: int, most: int
+) -> None:
     monkeypatch.setattr(reader, "_descriptors", OrderedDict())
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (12, 12))
-    splits = [Shards.of(write_split(tmp_path / name, per_shard=1)) for name in "ab"]
-    for shards in splits:
-        for number in range(5):
-            shards.read(number)
-            assert len(reader._descriptors) <= 3
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (allowed, allowed))
+    for shards in [Shards.of(write_split(tmp_path / name, per_shard=1)) for name in "ab"]:
+        assert [shards.read(number).image for number in range(5)] == [jpeg(number) for number in range(5)]
+    assert len(reader._descriptors) == most
 
 
 def test_descriptors_of_a_shard_that_was_packed_again_are_its_own(tmp_path: Path) -> None:
