@@ -50,7 +50,7 @@ def register(words: Words) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from multidomain_cct.data.packing.pack import pack
-    from multidomain_cct.data.packing.raw_files import other_files
+    from multidomain_cct.data.packing.raw_files import Glob
     from multidomain_cct.data.toy.scenes import render_toy
 
     domain = find_domain(options.domain, domain_folders(options.domains))
@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
             with progress_bar(f"{domain.name}/{split}") as progress:
                 summaries[split] = pack(domain, raw, split, options.out, workers=options.workers, progress=progress)
             _print_summary(domain, split, summaries[split], folder)
-            if others := other_files(raw, domain.splits[split].images):
+            others = Glob(raw, domain.splits[split].images, "").others() if domain.layout == "folder" else ""
+            if others:
                 say(f"left out, as they are not images that can be read: {others}")
     if any(summary.labelled for summary in summaries.values()):
         for line in (*table_findings(domain), *_shared_images(domain, folder, summaries)):

@@ -10,6 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
@@ -54,20 +55,20 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
     """The images and masks that two globs match. A pair has the same path below the fixed leading folders of the globs,
     without their endings; if no two files have, the wildcards of both globs stand for the same text.
     """
-    images = _globbed(raw, globs.images, f"{domain.name}: splits.{split}.images")
+    photos = Glob(raw, globs.images, f"{domain.name}: splits.{split}.images")
+    images = photos.images()
     if not images:
-        others = _read_as_images(raw, globs.images)
         raise MissingRawFiles(
-            f"{raw}: split {split} of {domain.name} needs {globs.images}, and no image matches that{others}."
+            f"{raw}: split {split} of {domain.name} needs {globs.images}, and no image matches that{photos.unread()}."
         )
     if not globs.masks:
         return unlabelled_samples(images)
-    masks = _globbed(raw, globs.masks, f"{domain.name}: splits.{split}.masks")
+    labels = Glob(raw, globs.masks, f"{domain.name}: splits.{split}.masks")
+    masks, hint = labels.images(), ""
     if not any(stem + ending in masks for stem in images for ending in ("", *MASK_ENDINGS)):
-        stems = {_wildcard_text(raw, globs.images, path): stem for stem, path in images.items()}
-        masks = unique_names(
-            (stems.get(_wildcard_text(raw, globs.masks, path), name), path) for name, path in masks.items()
-        )
+        stems = {photos.wildcard_text(path): stem for stem, path in images.items()}
+        masks = unique_names((stems.get(labels.wildcard_text(path), name), path) for name, path in masks.items())
+        hint = ", or one where the stars of both globs stand for the same text, as in rgb_*.jpg and mask_*.png"
     for stem in sorted(images.keys() - masks.keys()):
         extended = [stem + ending for ending in MASK_ENDINGS if stem + ending in masks and stem + ending not in images]
         if len(extended) > 1:
@@ -76,14 +77,7 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
         if extended:
             masks[stem] = masks.pop(extended[0])
     files = {stem: MaskFile(path) for stem, path in masks.items()}
-    return paired_samples(
-        images, files, lambda stem: f"the name {stem} in {globs.masks}{_read_as_images(raw, globs.masks)}"
-    )
-
-
-def _read_as_images(raw: Path, pattern: str) -> str:
-    others = other_files(raw, pattern)
-    return f" ({others} match, but only {' '.join(sorted(IMAGE_SUFFIXES))} are read)" if others else ""
+    return paired_samples(images, files, lambda stem: f"the name {stem} in {globs.masks}{hint}{labels.unread()}")
 
 
 def paired_samples(
@@ -136,26 +130,56 @@ def sample_key(stem: str) -> str:
     return key
 
 
-def image_files(folder: Path, pattern: str) -> list[Path]:
-    """The image files below a folder that a glob matches, sorted."""
-    return [path for path in _matching_files(folder, pattern) if path.suffix.lower() in IMAGE_SUFFIXES]
+class Glob:
+    """The files below a folder that a pattern matches; their endings may be of either case.
 
+    Raises UserError, starting with `where`, for a pattern that leaves the folder.
+    """
 
-def other_files(folder: Path, pattern: str) -> str:
-    """Numbers and endings of the files that a glob matches and that are not read as images."""
-    endings = Counter(path.suffix.lower() for path in _matching_files(folder, pattern))
-    return ", ".join(
-        f"{count} {ending or 'without ending'}"
-        for ending, count in sorted(endings.items())
-        if ending not in IMAGE_SUFFIXES
-    )
+    def __init__(self, folder: Path, pattern: str, where: str) -> None:
+        *folders, self.name = PurePosixPath(pattern).parts or ("",)
+        inside = self.name and not PurePosixPath(pattern).is_absolute() and ".." not in folders
+        if not inside or re.search(r"[^/]\*\*|\*\*[^/]", pattern):
+            raise UserError(
+                f"{where} is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a whole "
+                "folder, as in images/**/*.jpg."
+            )
+        self.folder, self.pattern = folder, PurePosixPath(pattern)
+        self.home = folder.joinpath(*takewhile(lambda part: not _WILDCARD.search(part), folders))
+        depth = 99 if "**" in pattern else 1 + len(folders)
+        matches = _expression(str(self.pattern)).fullmatch
+        found = _files_below(self.home, depth, frozenset()) if self.home.is_dir() else ()
+        self.files = sorted(path for path in found if matches(path.relative_to(folder).as_posix()))
 
+    def images(self) -> dict[str, Path]:
+        """The images by their path below the folders before the first wildcard, without the fixed ending or, if the
+        pattern has none, without the suffix.
+        """
+        # *_rgb.png has an ending that its masks need not share; *.[jp]* has none.
+        ending = re.split(r"[*?\]]", self.name)[-1].removeprefix(self.name)
+        below = ((path.relative_to(self.home), path) for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES)
+        return unique_names(
+            (str(place)[: -len(ending)] if "." in ending else str(place.with_suffix("")), path) for place, path in below
+        )
 
-def _matching_files(folder: Path, pattern: str) -> list[Path]:
-    home, depth = folder / _fixed_folders(pattern), 99 if "**" in pattern else 1 + pattern.count("/")
-    expression = _expression(pattern)
-    found = _files_below(home, depth, frozenset()) if home.is_dir() else ()
-    return sorted(path for path in found if expression.fullmatch(path.relative_to(folder).as_posix()))
+    def wildcard_text(self, path: Path) -> str:
+        """The text for which the wildcards stand in a path that matches, without the path's suffix."""
+        found = path.relative_to(self.folder)
+        match = _expression(str(self.pattern.with_suffix(""))).fullmatch(str(found.with_suffix("")))
+        match = match or _expression(str(self.pattern)).fullmatch(str(found))
+        assert match is not None
+        return "/".join(filter(None, match.groups()))
+
+    def others(self) -> str:
+        """Numbers and endings of the matching files that are not read as images."""
+        endings = Counter(path.suffix.lower() for path in self.files)
+        counts = ((ending, count) for ending, count in sorted(endings.items()) if ending not in IMAGE_SUFFIXES)
+        return ", ".join(f"{count} {ending or 'without ending'}" for ending, count in counts)
+
+    def unread(self) -> str:
+        """The same, for the end of a message."""
+        others = self.others()
+        return f" ({others} match, but only {' '.join(sorted(IMAGE_SUFFIXES))} are read)" if others else ""
 
 
 def _files_below(folder: Path, depth: int, above: frozenset[str]) -> Iterator[Path]:
@@ -174,34 +198,28 @@ def _files_below(folder: Path, depth: int, above: frozenset[str]) -> Iterator[Pa
             yield from _files_below(Path(entry.path), depth - 1, above | {real})
 
 
-def _fixed_folders(pattern: str) -> str:
-    """The folders of a glob before its first wildcard."""
-    return "/".join(takewhile(lambda part: not _WILDCARD.search(part), PurePosixPath(pattern).parts[:-1]))
-
-
+@cache
 def _expression(pattern: str) -> re.Pattern[str]:
     """A glob as a regular expression with a group for each wildcard. The ending may be of either case."""
     translated = {"**/": "(?:(.+)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
     parts = (
-        translated.get(part) or (f"([{part[1:-1].replace('!', '^', 1)}])" if part[:1] == "[" else re.escape(part))
+        translated.get(part) or (f"([{_set(part[1:-1])}])" if part[:1] == "[" else re.escape(part))
         for part in _WILDCARD.split(pattern)
     )
     stem, dot, suffix = "".join(parts).rpartition(r"\.")
     return re.compile(f"{stem}{dot}(?i:{suffix})" if "/" not in suffix else stem + dot + suffix, re.DOTALL)
 
 
-def _wildcard_text(raw: Path, pattern: str, path: Path) -> str:
-    """The text for which the wildcards of a glob stand in a path that it matches, without the path's suffix."""
-    found, bare = path.relative_to(raw), PurePosixPath(pattern).with_suffix("").as_posix()
-    match = _expression(bare).fullmatch(found.with_suffix("").as_posix()) or _expression(pattern).fullmatch(str(found))
-    assert match is not None
-    return "/".join(filter(None, match.groups()))
+def _set(letters: str) -> str:
+    """The inside of a glob's [...] for a regular expression."""
+    negated = "^" * letters.startswith("!")
+    return negated + re.sub(r"[\[\\&~|^]", r"\\\g<0>", letters.removeprefix("!"))
 
 
 def files_by_stem(folder: Path, pattern: str) -> dict[str, Path]:
     """The image files that a glob matches by their name without what follows its last star, or without the suffix."""
     ending = len(pattern.rpartition("*")[2])
-    paths = image_files(folder, pattern)
+    paths = [path for path in Glob(folder, pattern, str(folder)).files if path.suffix.lower() in IMAGE_SUFFIXES]
     return unique_names((path.name[:-ending] if ending else path.stem, path) for path in paths)
 
 
@@ -212,26 +230,6 @@ def images_in(folder: Path, pattern: str, domain: Domain, split: str) -> dict[st
         state = "no image there matches that" if folder.is_dir() else "there is no such folder"
         raise MissingRawFiles(f"{folder}: split {split} of {domain.name} needs {pattern} in it, and {state}.")
     return images
-
-
-def _globbed(raw: Path, pattern: str, where: str) -> dict[str, Path]:
-    """The image files that a glob matches, by path below its fixed leading folder, without its fixed ending or, if it
-    has none, without the suffix.
-    """
-    *folders, name = PurePosixPath(pattern).parts or ("",)
-    if not name or PurePosixPath(pattern).is_absolute() or ".." in folders or re.search(r"[^/]\*\*|\*\*[^/]", pattern):
-        raise UserError(
-            f"{where} is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a whole folder. "
-            "Write it as in images/**/*.jpg."
-        )
-    pattern = str(PurePosixPath(pattern))
-    home = raw / _fixed_folders(pattern)
-    # *_rgb.png has an ending that its masks need not share; *.[jp]* has none.
-    ending = re.split(r"[*?\]]", name)[-1].removeprefix(name)
-    below = ((path.relative_to(home), path) for path in image_files(raw, pattern))
-    return unique_names(
-        (str(place)[: -len(ending)] if "." in ending else str(place.with_suffix("")), path) for place, path in below
-    )
 
 
 def unique_names(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:

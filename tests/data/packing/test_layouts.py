@@ -14,7 +14,7 @@ from PIL import Image
 
 from multidomain_cct.data.domain import LAYOUTS, Domain, LabelClass, Split
 from multidomain_cct.data.packing.layouts import _LAYOUTS, raw_samples
-from multidomain_cct.data.packing.raw_files import LONGEST_KEY, MissingRawFiles, RawSample, other_files
+from multidomain_cct.data.packing.raw_files import LONGEST_KEY, Glob, MissingRawFiles, RawSample
 from multidomain_cct.data.packing.raw_masks import read_mask
 from multidomain_cct.data.specification import find_domain
 from multidomain_cct.errors import UserError
@@ -182,7 +182,17 @@ def test_an_ending_that_a_glob_names_is_no_part_of_the_name(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    "pattern", ["images/*", "images/*.*", "images/*.[jp]*", "images/on?.jpg", "images/one.jpg", "*/one.jpg"]
+    "pattern",
+    [
+        "images/*",
+        "images/*.*",
+        "images/*.[jp]*",
+        "images/on?.jpg",
+        "images/one.jpg",
+        "*/one.jpg",
+        "images/[!a]*.jpg",
+        "./images/o[[n]*.jpg",
+    ],
 )
 def test_any_glob_may_name_the_images(tmp_path: Path, pattern: str) -> None:
     draw(tmp_path, "images/one.jpg")
@@ -214,6 +224,9 @@ def test_a_partner_that_the_wildcards_do_not_give_is_missed_by_name(tmp_path: Pa
     draw(tmp_path, "rgb_1.jpg", "rgb_2.jpg", "label_1.png")
     message = refused(UserError, folder_domain(train=Split("rgb_*.jpg", "label_*.png")), tmp_path)
     assert message.startswith(f"{tmp_path}/rgb_2.jpg: has no mask;")
+    # Names that differ by what the globs leave out.
+    message = refused(UserError, folder_domain(train=Split("*.jpg", "*.png")), tmp_path)
+    assert "rgb_*.jpg and mask_*.png" in message
 
 
 def test_endings_of_either_case_match(tmp_path: Path) -> None:
@@ -251,8 +264,8 @@ def test_files_that_a_glob_matches_and_nobody_reads_are_named(tmp_path: Path) ->
     assert "images/two.jpg: has no mask" in message
     assert "1 .npy match, but only .bmp" in message
     assert "1 .heic match" in refused(MissingRawFiles, folder_domain(train=Split("photos/*")), tmp_path)
-    assert other_files(tmp_path, "photos/*") == "1 .heic"
-    assert other_files(tmp_path, "images/*") == ""
+    assert Glob(tmp_path, "photos/*", "").others() == "1 .heic"
+    assert Glob(tmp_path, "images/*", "").others() == ""
 
 
 def test_an_unlabelled_split_needs_no_masks(tmp_path: Path) -> None:
@@ -312,7 +325,7 @@ def test_a_glob_that_leaves_the_raw_folder_or_is_none_is_refused(tmp_path: Path,
     message = refused(UserError, folder_domain(train=Split(pattern)), tmp_path)
     assert message.startswith(
         f"mine: splits.train.images is {pattern}; a glob is relative to the raw folder and stays in it, and ** is a "
-        "whole folder."
+        "whole folder, as in images/**/*.jpg."
     )
 
 
