@@ -62,15 +62,18 @@ def train(recipe: Recipe, *, domains: Sequence[str | PathLike[str]] = ()) -> Pat
     return train_in(recipe, domain_folders([Path(folder) for folder in domains], recipe.file))
 
 
-def load_run(folder: str | PathLike[str], checkpoint: str | PathLike[str] = "last") -> TrainedRun:
+def load_run(
+    folder: str | PathLike[str], checkpoint: str | PathLike[str] = "last", *, weights: str | None = None
+) -> TrainedRun:
     """A trained run, on the GPU when there is one: `run.predict(image, domain=...)`.
 
-    `checkpoint` is `last`, `best` or a checkpoint's folder. Raises UserError when the folder is not a run or the
-    checkpoint is absent or damaged.
+    `checkpoint` is `last`, `best` or a checkpoint's folder. `weights` is `ema`, the running average, or `student`, the
+    weights that were trained; None: the running average, if the run keeps one. Raises UserError when the folder is not
+    a run, the checkpoint is absent or damaged, or the run does not have these weights.
     """
     from multidomain_cct.results.trained_run import TrainedRun
 
-    return TrainedRun.load(Path(folder), str(checkpoint))
+    return TrainedRun.load(Path(folder), str(checkpoint), weights=weights)
 
 
 def evaluate(

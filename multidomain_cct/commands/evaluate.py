@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.results.evaluate import evaluate, scores_as_json, write_scores
     from multidomain_cct.results.trained_run import TrainedRun
 
-    trained = TrainedRun.load(options.folder, options.checkpoint)
+    trained = TrainedRun.load(options.folder, options.checkpoint, weights=options.weights)
     settings = trained.settings(window=options.window, scales=options.scales, flip=options.flip)
     scores = evaluate(trained, options.domain, options.split, settings, shards=options.shards)
     written = write_scores(trained, scores)
@@ -56,7 +56,7 @@ def _print_scores(run: TrainedRun, scores: Sequence[Score]) -> None:
         rows += [("mIoU", f"{100 * result.miou:.1f}", ""), ("pixel accuracy", f"{100 * result.pixel_accuracy:.1f}", "")]
         title = f"{result.domain.name}: {result.domain.title or result.split}"
         show_table(("class", "IoU", "share of pixels"), rows, title=title, numbers=True, sums=2)
-        say(f"{result.protocol}, {run.checkpoint.name} of {run.folder}")
+        say(f"{result.protocol}, {run.described}")
     if len(scores) > 1:
         arithmetic, harmonic = arithmetic_and_harmonic([result.miou for result in scores])
         say(f"mean of {len(scores)} domains: mIoU {100 * arithmetic:.1f} (harmonic {100 * harmonic:.1f})")

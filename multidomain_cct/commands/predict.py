@@ -21,13 +21,13 @@ def run(options: argparse.Namespace) -> int:
     from multidomain_cct.results.predict import predict
     from multidomain_cct.results.trained_run import TrainedRun
 
-    trained = TrainedRun.load(options.folder, options.checkpoint)
+    trained = TrainedRun.load(options.folder, options.checkpoint, weights=options.weights)
     settings = trained.settings(window=options.window, scales=options.scales, flip=options.flip)
     with progress_bar("predict") as progress:
         summary = predict(trained, options.domain, options.images, options.out, settings, progress=progress)
     for line in summary.unreadable:
         complain(f"skipped {line}")
-    text = f"{summary.written} image(s) written to {options.out}"
+    text = f"{summary.written} image(s) written to {options.out} by {trained.described}"
     if summary.unreadable:
         text += f", {len(summary.unreadable)} skipped"
     if summary.resized:

@@ -120,6 +120,11 @@ def prediction_options() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     parser.add_argument("--checkpoint", default="last", help="last, best or a checkpoint's folder (default: last)")
     parser.add_argument(
+        "--weights",
+        choices=("ema", "student", "trained"),
+        help="the running average, or the weights that were trained (default: ema where the run keeps one)",
+    )
+    parser.add_argument(
         "--window", type=_numbers(int, "1024,512", 2), metavar="W,H", help="sliding window for images larger than this"
     )
     parser.add_argument(

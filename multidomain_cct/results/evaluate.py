@@ -52,6 +52,7 @@ def scores_as_json(run: TrainedRun, scores: Sequence[Score]) -> dict[str, Any]:
     return {
         "run": str(run.folder),
         "checkpoint": run.checkpoint.name,
+        "weights": run.weights,
         "step": run.state.step,
         "mean_miou": arithmetic,
         "harmonic_miou": harmonic,
@@ -60,10 +61,12 @@ def scores_as_json(run: TrainedRun, scores: Sequence[Score]) -> dict[str, Any]:
 
 
 def write_scores(run: TrainedRun, scores: Sequence[Score]) -> Path:
-    """Keep the scores in the run's folder, in a file named by split, checkpoint, domains and settings; return it."""
+    """Keep the scores in a file of the run, named by split, checkpoint, domains, weights and settings; return it."""
     parts = ["evaluation", *dict.fromkeys(result.split for result in scores), run.checkpoint.name]
     if len(scores) < len(run.domains):
         parts += [result.domain.name for result in scores]
+    if run.weights == "student":
+        parts.append(run.weights)
     if scores[0].settings != run.recipe.evaluation:
         parts.append(hashlib.sha256(repr(scores[0].settings).encode()).hexdigest()[:6])
     path = run.folder / f"{'-'.join(parts)}.json"

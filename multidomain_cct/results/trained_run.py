@@ -71,16 +71,34 @@ class TrainedRun(LoadedRun):
     """A run with its weights, ready to predict and to be scored."""
 
     device: torch.device
+    weights: str
+    """Which predict: `ema`, the running average; `student`, those that were trained, beside an average; `trained`, of a
+    run without one.
+    """
 
     @classmethod
-    def load(cls, folder: Path, checkpoint: str = "last", device: torch.device | None = None) -> TrainedRun:
+    def load(
+        cls, folder: Path, checkpoint: str = "last", device: torch.device | None = None, weights: str | None = None
+    ) -> TrainedRun:
         """The run in a folder, with the checkpoint `last`, `best` or a folder, on the GPU when there is one.
 
-        Raises UserError when the folder is not a run or its checkpoint is absent or damaged.
+        `weights` None: the running average, if the run keeps one. Raises UserError when the folder is not a run, its
+        checkpoint is absent or damaged, or it does not have these weights.
         """
         loaded, device = load_run(folder, checkpoint), device or available_device()
+        kept = ("trained",) if loaded.model.teacher is None else ("ema", "student")
+        weights = weights or kept[0]
+        if weights not in kept:
+            remedy = "It keeps no running average" if kept == ("trained",) else "It keeps a running average"
+            raise UserError(f"{folder} has no {weights} weights. {remedy}: choose {' or '.join(kept)}.")
+        loaded.model.predicts_as_student = weights == "student"
         loaded.model.to(device)
-        return cls(**vars(loaded), device=device)
+        return cls(**vars(loaded), device=device, weights=weights)
+
+    @property
+    def described(self) -> str:
+        """Checkpoint, folder and weights, for people."""
+        return f"{self.checkpoint.name} of {self.folder}" + ("" if self.weights == "trained" else f", {self.weights}")
 
     def head(self, domain: str | None = None) -> Domain:
         """The domain of that name; None: the only one. Raises UserError, which lists the run's domains, otherwise."""

@@ -30,7 +30,9 @@ def validate(run: Run, log: RunLog, step: int) -> float:
     if model.teacher is not None:
         # The running average is what predicts; the weights that are trained are scored beside it.
         with model.as_student():
-            values |= {f"val/{name}/student/miou": result.miou for name, result in _scores(run).items()}
+            for name, result in _scores(run).items():
+                values[f"val/{name}/student/miou"] = result.miou
+                values |= {f"val/{name}/student/iou/{label}": iou for label, iou in result.iou.items()}
     record(run, log, step, values | _class_health(run, log, step))
     if run.accelerator.is_main_process:
         write_counts(run.recipe.folder, step, scores)

@@ -101,7 +101,26 @@ def _row(name: str, run: RunFacts) -> dict[str, Any]:
         "last": last,
         "best": best,
         "protocol": last and _protocol(run, name, last),
+        "pseudo_labels": _pseudo_labels(run, name, lines[-1]) if lines else [],
     }
+
+
+def _pseudo_labels(run: RunFacts, name: str, line: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a teacher taught of each class before an evaluation; empty for methods without one."""
+    labelled = _shares(run.images(name).get("class_pixels"))
+    ema, student = scores_by_class(line, name), scores_by_class(line, f"{name}/student")
+    return [
+        {
+            "label": label.name,
+            "labelled": labelled.get(label.name),
+            "predicted": line[f"train/{name}/pseudo_labels/{label.name}"],
+            "kept": line[f"train/{name}/kept/{label.name}"],
+            "ema": ema.get(label.name),
+            "student": student.get(label.name),
+        }
+        for label in run.domains[name].classes
+        if f"train/{name}/pseudo_labels/{label.name}" in line
+    ]
 
 
 def _scores(line: dict[str, Any], name: str) -> dict[str, Any]:
@@ -110,6 +129,7 @@ def _scores(line: dict[str, Any], name: str) -> dict[str, Any]:
         "miou": line.get(f"val/{name}/miou"),
         "accuracy": line.get(f"val/{name}/pixel_accuracy"),
         "iou": scores_by_class(line, name),
+        "student": line.get(f"val/{name}/student/miou"),
     }
 
 
@@ -117,9 +137,11 @@ def _protocol(run: RunFacts, name: str, score: Mapping[str, Any]) -> str:
     """How the numbers of the last evaluation were made, in one line."""
     counted = sum(value is not None for value in score["iou"].values())
     split = run.recipe.domains[name].val_split
+    student = score["student"]
     return (
         f"{run.label}, step {score['step']}: {split} split at label resolution, {run.recipe.evaluation.described}, "
         f"mean over {counted} of {len(score['iou'])} classes."
+        + ("" if student is None else f" These are the running average's (EMA); student: mIoU {100 * student:.1f}.")
     )
 
 

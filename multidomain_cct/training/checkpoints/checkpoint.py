@@ -25,7 +25,7 @@ from multidomain_cct.data.specification import read_domain
 from multidomain_cct.errors import UserError
 from multidomain_cct.files.durable import file_sha256, make_folder, sync, write_tensors, write_text
 from multidomain_cct.files.printable import first_few
-from multidomain_cct.model.network import Segmenter
+from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.training.build import build_model
 from multidomain_cct.training.checkpoints.optimiser_state import optimiser_tensors, restore_optimiser
 from multidomain_cct.training.checkpoints.state import STATE, RunState, plain_state, read_state, run_state
@@ -223,7 +223,7 @@ class LoadedRun:
     folder: Path
     recipe: Recipe
     domains: dict[str, Domain]
-    model: Segmenter
+    model: Supervised
     """In evaluation mode, with main decoders only."""
     checkpoint: Path
     state: RunState

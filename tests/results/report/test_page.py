@@ -227,6 +227,22 @@ def test_several_runs_are_compared_with_the_first(copied_run: Path, tiny_run: Pa
     assert re.search(r"At 0: .*sky", page.text)
 
 
+def test_the_teacher_of_each_class_is_shown(tiny_run: Path, tiny_training: Callable[..., Path], tmp_path: Path) -> None:
+    run = tiny_training(tiny_run.parents[1], "strong", method="cct_strong")
+    last = [line for line in read_metrics(run / "metrics.jsonl") if "val/mean_miou" in line][-1]
+    text = read_page(write_report([run], tmp_path / "report.html", panels=1)).text
+    start = text.index("Pseudo-labels")
+    table = text[start : text.index("Pictures", start)]
+    for kind in ("pseudo_labels", "kept"):
+        assert f"{100 * last[f'train/fields/{kind}/grass']:.1f}" in table
+    assert "EMA − student" in table
+    assert f"student: mIoU {100 * last['val/fields/student/miou']:.1f}" in text
+
+
+def test_a_run_without_a_teacher_has_no_pseudo_labels(page: Page) -> None:
+    assert "Pseudo-labels" not in page.text
+
+
 def test_numbers_of_images_are_numbers(page: Page, copied_run: Path) -> None:
     assert re.search(r"fields [\d.]+ step \d [\d.]+ step \d [\d.]+ 2 4 3 ", page.text)
     assert not re.search(r"\ball\b", page.text.split("Recipe, resolved")[0].replace("small", ""))
