@@ -17,6 +17,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models import group_parameters
 from torch import Tensor
 
 from multidomain_cct.errors import UserError
@@ -48,6 +49,8 @@ class BackbonePlan:
     """Of all images, if it takes one size only."""
     unused: frozenset[str]
     """Parameters that reach no level. DDP would wait for their gradients."""
+    depths: Mapping[str, int]
+    """Layers above each parameter, 0 for the last; empty for backbones whose layers timm does not tell."""
 
 
 @lru_cache(maxsize=64)
@@ -140,7 +143,7 @@ def _level_options(levels: Mapping[int, int], context: str, stride: int) -> dict
         return {"out_indices": tuple(levels)}
     if context == "fpn":
         if len(strides) == 1:
-            raise _UnfitError(f"encoder.context is `fpn`, but it has one level, at stride {strides[0]}")
+            return {"out_indices": _four_blocks(len(levels), strides[0], stride)}
         if stride not in strides or stride > 32:
             raise _UnfitError(f"encoder.stride is {stride}, but it has levels at the strides {strides}")
         return {"out_indices": tuple(number for number, level in levels.items() if stride <= level <= 32)}
@@ -149,6 +152,17 @@ def _level_options(levels: Mapping[int, int], context: str, stride: int) -> dict
     if len(strides) > 1 and stride in (8, 16) and stride < levels[last]:
         return {"out_indices": (last,), "output_stride": stride}
     raise _UnfitError(f"encoder.stride is {stride}, but its last level is at stride {levels[last]}")
+
+
+def _four_blocks(depth: int, patch: int, stride: int) -> tuple[int, ...]:
+    """The last of each quarter of a ViT's blocks, for a feature pyramid with its finest level at `stride`."""
+    finest = [patch // factor for factor in (1, 2, 4) if patch % factor == 0]
+    if stride not in finest:
+        allowed = ", ".join(map(str, finest))
+        raise _UnfitError(f"encoder.stride is {stride}; with `fpn` its patches of {patch} pixels allow {allowed}")
+    if depth < 4:
+        raise _UnfitError(f"encoder.context is `fpn`, which reads four levels of a ViT, but it has {depth} blocks")
+    return tuple(depth * quarter // 4 - 1 for quarter in (1, 2, 3, 4))
 
 
 def _try(name: str, options: dict[str, Any], stride: int, size: Size | None, crops: tuple[Size, ...]) -> BackbonePlan:
@@ -176,7 +190,17 @@ def _try(name: str, options: dict[str, Any], stride: int, size: Size | None, cro
         unit=unit,
         size=size,
         unused=frozenset(key for key, gradient in zip(parameters, gradients, strict=True) if gradient is None),
+        depths=_depths(backbone),
     )
+
+
+def _depths(backbone: Any) -> dict[str, int]:
+    """Layers above each parameter of the model that an extractor wraps."""
+    model: Any = getattr(backbone, "model", None)
+    if not hasattr(model, "group_matcher"):
+        return {}
+    layers: dict[str, int] = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    return {f"model.{key}": max(layers.values()) - layer for key, layer in layers.items()}
 
 
 def _unit(backbone: Any, stride: int, name: str) -> int:

@@ -93,6 +93,34 @@ class FeaturePyramid(nn.Module):
         return fused
 
 
+class TokenPyramid(FeaturePyramid):
+    """A feature pyramid of four levels of a ViT, which all lie on the grid of its patches.
+
+    The first level is enlarged `factor` times by transposed convolutions, the second half as much, as in DPT (Ranftl et
+    al. 2021) and the simple feature pyramid of ViTDet (Li et al. 2022): early blocks know most of edges.
+    """
+
+    def __init__(self, levels: Sequence[int], width: int, normed: Any, factor: int) -> None:
+        super().__init__((width, width, *levels[2:]) if factor > 1 else levels, width, normed)
+        factors = (factor, factor // 2) if factor > 1 else ()
+        self.enlarge = nn.ModuleList(
+            _enlarging(channels, width, times, normed) for channels, times in zip(levels, factors, strict=False)
+        )
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        enlarged = [module(level) for module, level in zip(self.enlarge, levels, strict=False)]
+        return super().forward([*enlarged, *levels[len(enlarged) :]])
+
+
+def _enlarging(channels: int, width: int, factor: int, normed: Any) -> nn.Sequential:
+    """A projection to the width, then enlarged by 2 as often as needed."""
+    layers: list[nn.Module] = [nn.Conv2d(channels, width, 1, bias=False), normed(width), nn.GELU()]
+    while factor > 1:
+        layers += [nn.ConvTranspose2d(width, width, 2, stride=2, bias=False), normed(width), nn.GELU()]
+        factor //= 2
+    return nn.Sequential(*layers)
+
+
 class Projection(nn.Module):
     """The backbone's last map, projected to the feature width."""
 

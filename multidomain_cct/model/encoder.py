@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from multidomain_cct.errors import UserError, require_choice, require_number
-from multidomain_cct.model.backbone import Size, create_backbone, plan_backbone
-from multidomain_cct.model.context import FeaturePyramid, Projection, PyramidPooling, group_norm
+from multidomain_cct.model.backbone import BackbonePlan, Size, create_backbone, plan_backbone
+from multidomain_cct.model.context import FeaturePyramid, Projection, PyramidPooling, TokenPyramid, group_norm
 from multidomain_cct.model.norms import Segments, freeze_batch_norms, split_batch_norms
 
 CONTEXTS = ("psp", "fpn", "none")
@@ -36,12 +36,12 @@ class EncoderSettings:
     safetensors file.
     """
     stride: int = 8
-    """Image pixels per feature position. CNNs: 8, 16 or 32, by dilation, or that of a level, with context `fpn`. ViTs:
-    their patch size.
+    """Image pixels per feature position. CNNs: 8, 16 or 32, by dilation, or that of a level, with context `fpn`: 4
+    has four times the positions of 8. ViTs: their patch size, or with `fpn` a half or quarter of it.
     """
     context: str = "psp"
     """`psp`: pyramid pooling (the paper); `fpn`: the levels from `stride` to 32 fused, without dilation, several times
-    cheaper; `none`: a 1x1 convolution.
+    cheaper, of ViTs four blocks; `none`: a 1x1 convolution.
     """
     width: int = 512
     """Feature channels."""
@@ -49,6 +49,8 @@ class EncoderSettings:
     """`shared`: one batch norm for all domains; `per_domain`: statistics and scale of its own for each; `frozen`: the
     backbone's batch norms stay as loaded and the context module uses group norm.
     """
+    freeze: bool = False
+    """Leave the backbone as it was loaded; context module and decoders learn. It needs no backward pass."""
     checkpoint: bool = False
     """Keep the activations between stages only and compute the others again in the backward pass: less memory, more
     time (docs/speed.md). Exact.
@@ -102,9 +104,11 @@ class Encoder(nn.Module):
         if settings.norm == "frozen":
             # Batch statistics of a few small crops are poor; ImageNet's are better.
             self.backbone = freeze_batch_norms(self.backbone)
-        context = {"psp": PyramidPooling, "fpn": FeaturePyramid, "none": Projection}[settings.context]
+        self.frozen = settings.freeze
+        if self.frozen:
+            self.backbone.requires_grad_(False)
         norm = group_norm if settings.norm == "frozen" else nn.BatchNorm2d
-        self.context = context(self.plan.channels, settings.width, norm)
+        self.context = _context(settings, self.plan, norm)
         self.segments = Segments()
         if settings.norm == "per_domain":
             split_batch_norms(self, tuple(domains), self.segments)
@@ -119,6 +123,12 @@ class Encoder(nn.Module):
             _keep_activations_between_stages_only(self.backbone, settings.name)
             norms = (module for module in self.backbone.modules() if isinstance(module, _BatchNorm))
             self._recomputed = {norm: norm.momentum for norm in norms}
+
+    def train(self, mode: bool = True) -> Encoder:
+        super().train(mode)
+        if self.frozen:
+            self.backbone.eval()
+        return self
 
     def forward(self, images: Tensor, parts: Sequence[tuple[str, int]]) -> Tensor:
         """(B, D, h, w) features, not negative, of (B, 3, H, W) uint8 images.
@@ -135,11 +145,19 @@ class Encoder(nn.Module):
         return features
 
     def _features(self, images: Tensor) -> Tensor:
-        levels = self.backbone(self.normalise(images))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            levels = self.backbone(self.normalise(images))
         if self.plan.channels_last:
             levels = [level.permute(0, 3, 1, 2) for level in levels]
         features: Tensor = self.context(levels)
         return features
+
+
+def _context(settings: EncoderSettings, plan: BackbonePlan, norm: Any) -> nn.Module:
+    if settings.context == "fpn" and len(set(plan.strides)) == 1:
+        return TokenPyramid(plan.channels, settings.width, norm, plan.strides[0] // settings.stride)
+    context = {"psp": PyramidPooling, "fpn": FeaturePyramid, "none": Projection}[settings.context]
+    return context(plan.channels, settings.width, norm)
 
 
 def use_channels_last(module: nn.Module) -> None:

@@ -16,7 +16,7 @@ from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.data.specification import find_domain
 from multidomain_cct.errors import did_you_mean
 from multidomain_cct.methods import METHODS
-from multidomain_cct.model.backbone import plan_backbone
+from multidomain_cct.model.backbone import BackbonePlan, plan_backbone
 from multidomain_cct.training.build import auxiliary_decoders, decoders_by_head, uses_unlabelled, wants_unlabelled
 from multidomain_cct.training.checkpoints.initial_weights import matching_heads
 from multidomain_cct.training.findings import Finding, error, fails, noted, notice, warning
@@ -100,11 +100,32 @@ def check_recipe(recipe: Recipe) -> Iterator[Finding]:
     if not unfit:
         encoder, crops = recipe.encoder, dict.fromkeys(recipe.crop_of(name) for name in recipe.domains)
         with noted(unfit, "encoder"):
-            plan_backbone(encoder.name, encoder.context, encoder.stride, tuple(crops))
+            plan = plan_backbone(encoder.name, encoder.context, encoder.stride, tuple(crops))
+            unfit += _check_layer_decay(recipe, plan)
     yield from unfit
-    if (recipe.encoder.norm, recipe.encoder.weights, recipe.init_from) == ("frozen", "none", None):
-        text = "is `frozen` with encoder.weights=none: untrained norms stay. Use norm=shared, or pretrained weights."
-        yield warning("encoder.norm", text)
+    if (recipe.encoder.weights, recipe.init_from) == ("none", None):
+        if recipe.encoder.norm == "frozen":
+            text = (
+                "is `frozen` with encoder.weights=none: untrained norms stay. Use norm=shared, or pretrained weights."
+            )
+            yield warning("encoder.norm", text)
+        if recipe.encoder.freeze:
+            text = (
+                "is set with encoder.weights=none: an untrained backbone stays. Use pretrained weights, or init_from."
+            )
+            yield warning("encoder.freeze", text)
+
+
+def _check_layer_decay(recipe: Recipe, plan: BackbonePlan) -> Iterator[Finding]:
+    key, decay, encoder = "optimiser.layer_decay", recipe.optimiser.layer_decay, recipe.encoder
+    if decay == 1:
+        return
+    if encoder.norm == "per_domain":
+        yield error(key, f"is {decay}, which encoder.norm=per_domain does not go with. Use norm=shared or frozen.")
+    elif not plan.depths:
+        yield error(key, f"is {decay}, but timm tells no layers of {encoder.name}. Leave it out; it is for ViTs.")
+    elif encoder.freeze:
+        yield warning(key, f"is {decay}, but encoder.freeze leaves the backbone as it is: it does nothing.")
 
 
 def _check_crops(recipe: Recipe) -> Iterator[Finding]:

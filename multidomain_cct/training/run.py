@@ -79,7 +79,7 @@ def open_run(
         if start.checkpoint is None and recipe.init_from is not None:
             left_out = load_initial_weights(Path(recipe.init_from), model, opened.domains)
     _require_the_same_start(recipe, start, accelerator)
-    optimiser = build_optimiser(recipe.optimiser, model.encoder.backbone, model)
+    optimiser = build_optimiser(recipe.optimiser, model.encoder.backbone, model, model.encoder.plan.depths)
     wrapped, optimiser = accelerator.prepare(model, optimiser)
     data = _training_set(recipe, opened, accelerator)
     run = Run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,10 @@ class OptimiserSettings:
     """Learning rate of decoders and context module at the start."""
     backbone_factor: float = 0.1
     """Factor on the learning rate for the pretrained backbone."""
+    layer_decay: float = 1.0
+    """Factor on the learning rate from each layer of a ViT to the one before it, 0 to 1: 0.75 to 0.9 keeps early layers
+    near their pretrained weights.
+    """
     momentum: float = 0.9
     """Of `sgd`."""
     weight_decay: float = 1e-4
@@ -41,6 +46,7 @@ class OptimiserSettings:
         require_number("optimiser.lr", self.lr, above=0)
         require_number("optimiser.momentum", self.momentum, at_least=0, below=1)
         require_number("optimiser.backbone_factor", self.backbone_factor, at_least=0)
+        require_number("optimiser.layer_decay", self.layer_decay, above=0, at_most=1)
         require_number("optimiser.weight_decay", self.weight_decay, at_least=0)
         require_number("optimiser.power", self.power, at_least=0)
         require_number("optimiser.warmup", self.warmup, at_least=0)
@@ -55,16 +61,23 @@ def learning_rate(settings: OptimiserSettings, step: int, num_steps: int) -> flo
     return settings.lr * factor * min(1.0, (step + 1) / (settings.warmup + 1))
 
 
-def build_optimiser(settings: OptimiserSettings, backbone: nn.Module, model: nn.Module) -> torch.optim.Optimizer:
-    """An optimiser with two layer groups: the backbone, and the rest of the model.
+def build_optimiser(
+    settings: OptimiserSettings, backbone: nn.Module, model: nn.Module, depths: Mapping[str, int] | None = None
+) -> torch.optim.Optimizer:
+    """An optimiser with two layer groups, the backbone and the rest of the model; with a layer decay, the backbone has
+    one for each layer. `depths`: layers above each parameter of the backbone.
 
     `set_learning_rate` must run before each step.
     """
     in_backbone = {id(parameter) for parameter in backbone.parameters()}
-    groups: list[dict[str, Any]] = [
-        {"params": [p for p in backbone.parameters() if p.requires_grad], "factor": settings.backbone_factor},
-        {"params": [p for p in model.parameters() if p.requires_grad and id(p) not in in_backbone], "factor": 1.0},
-    ]
+    layers: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in backbone.named_parameters():
+        if parameter.requires_grad:
+            factor = settings.backbone_factor * settings.layer_decay ** (depths or {}).get(name, 0)
+            layers.setdefault(factor, []).append(parameter)
+    groups: list[dict[str, Any]] = [{"params": params, "factor": factor} for factor, params in layers.items()]
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_backbone]
+    groups.append({"params": rest, "factor": 1.0})
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
     return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)

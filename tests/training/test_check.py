@@ -110,13 +110,37 @@ def test_norms_that_can_never_be_trained_are_a_warning(tiny_recipe: TinyRecipe) 
     assert list(check_recipe(tiny_recipe(encoder=frozen, init_from="runs/other"))) == []
 
 
+def test_a_frozen_backbone_without_weights_is_a_warning(tiny_recipe: TinyRecipe) -> None:
+    encoder = {"name": "test_resnet", "stride": 8, "context": "none", "width": 32, "weights": "none", "freeze": True}
+    assert only(list(check_recipe(tiny_recipe(encoder=encoder))), "warning").key == "encoder.freeze"
+    assert list(check_recipe(tiny_recipe(encoder=encoder, init_from="runs/other"))) == []
+
+
+@pytest.mark.parametrize(
+    ("encoder", "severity", "words"),
+    [
+        ({"name": "test_resnet", "stride": 8}, "error", "timm tells no layers of test_resnet"),
+        ({"norm": "per_domain"}, "error", "Use norm=shared or frozen"),
+        ({"freeze": True, "weights": "timm"}, "warning", "it does nothing"),
+    ],
+)
+def test_a_layer_decay_that_cannot_be_had_is_told(
+    tiny_recipe: TinyRecipe, encoder: dict[str, object], severity: str, words: str
+) -> None:
+    settings = {"name": "test_vit", "stride": 16, "context": "none", "width": 32} | encoder
+    recipe = tiny_recipe(encoder=settings, optimiser={"layer_decay": 0.8}, data={"shards": "x", "crop": [96, 96]})
+    finding = only([each for each in check_recipe(recipe) if each.severity != "notice"], severity)
+    assert finding.key == "optimiser.layer_decay"
+    assert words in finding.message
+
+
 @pytest.mark.parametrize(
     ("encoder", "words"),
     [
         ({"name": "resnet5"}, ("resnet50",)),
         ({"stride": 12}, ("encoder.stride is 12", "8, 16")),
         ({"context": "psp", "stride": 4}, ("encoder.stride is 4", "encoder.stride=8")),
-        ({"name": "test_vit", "context": "fpn"}, ("encoder.context is `fpn`",)),
+        ({"name": "test_vit", "context": "fpn", "stride": 32}, ("encoder.stride is 32", "allow 16, 8, 4")),
     ],
 )
 def test_an_encoder_that_cannot_be_built_is_an_error(
