@@ -1,3 +1,4 @@
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,11 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multidomain_cct.data.domain import Domain
+from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.shards.index import index_path
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.evaluation.inference import InferenceSettings
-from multidomain_cct.evaluation.scoring import Share, arithmetic_and_harmonic, class_iou, confusion_of, mean_iou, score
+from multidomain_cct.evaluation.scoring import (
+    Score,
+    Share,
+    arithmetic_and_harmonic,
+    class_iou,
+    confusion_of,
+    mean_iou,
+    score,
+)
 from multidomain_cct.model.network import Segmenter
 from multidomain_cct.training.checkpoints.checkpoint import load_run
 
@@ -65,6 +74,46 @@ def test_iou_is_hits_over_union_and_absent_classes_are_left_out() -> None:
 
 def test_a_class_that_is_only_predicted_counts_as_zero() -> None:
     assert class_iou(np.array([[5, 1], [0, 0]])) == [5 / 6, 0.0]
+
+
+def test_a_score_says_over_what_it_is_a_mean() -> None:
+    classes = tuple(LabelClass(name, (number, 0, 0)) for number, name in enumerate("abc"))
+    domain = Domain("three", "folder", {"val": Split("*.jpg")}, classes)
+    confusion = np.array([[6, 2, 0], [1, 3, 0], [0, 0, 0]])
+    made = Score(domain, "val", confusion, np.zeros((4, 3, 3)), ("64x96", "96x72"), InferenceSettings())
+    assert made.protocol.startswith("three/val: 4 images at label resolution (2 sizes), ")
+    assert made.protocol.endswith(", mean over 2 of 3 classes")
+    assert made.iou == {"a": 6 / 9, "b": 3 / 6, "c": None}
+    assert made.miou == pytest.approx((6 / 9 + 3 / 6) / 2)
+    assert made.pixel_accuracy == 9 / 12
+    assert json.loads(json.dumps(made.as_json())) == {
+        "split": "val",
+        "images": 4,
+        "miou": made.miou,
+        "pixel_accuracy": 0.75,
+        "iou": made.iou,
+        "confusion": confusion.tolist(),
+        "protocol": made.protocol,
+    }
+
+
+def test_a_score_without_a_labelled_pixel_is_zero() -> None:
+    domain = Domain("one", "folder", {"val": Split("*.jpg")}, (LabelClass("a", (0, 0, 0)),))
+    made = Score(domain, "val", np.zeros((1, 1)), np.zeros((1, 3, 1)), ("8x8",), InferenceSettings())
+    assert (made.miou, made.pixel_accuracy) == (0, 0)
+
+
+def test_processes_ask_equally_often_whatever_their_shares(
+    model: Segmenter, shapes: tuple[Shards, Domain, str]
+) -> None:
+    def asked(rank: int) -> int:
+        times: list[int] = []
+        share = Share(rank, 2, lambda count: count * 5 if count.numel() == 1 else count, lambda: times.append(1))
+        with pytest.raises(AssertionError, match="of 5 images were scored"):
+            score(model, *shapes, InferenceSettings(), share=share)
+        return len(times)
+
+    assert asked(0) == asked(1) == 3
 
 
 def test_both_means_over_domains() -> None:

@@ -13,7 +13,7 @@ from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.errors import UserError
 from multidomain_cct.methods.cct_strong import CCTStrong, CCTStrongSettings
 from multidomain_cct.methods.supervised import Supervised
-from multidomain_cct.methods.views import Mix, draw_classmix, draw_half_boxes, draw_rare_class, strong_view
+from multidomain_cct.methods.views import draw_half_boxes, strong_view
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings
 from multidomain_cct.model.network import Task
@@ -221,15 +221,6 @@ def test_pasted_pixels_come_with_their_image_and_their_label() -> None:
         assert view.valid[number][certain].all()
 
 
-def test_rare_classes_are_pasted_more_often() -> None:
-    masks = torch.randint(0, 2, (4, 8, 8), dtype=torch.uint8)
-    pasted = draw_rare_class(masks, 400, torch.tensor([0.9, 0.1, 0.0]), 0.5)
-    assert 0.85 < pasted.classes.float().mean() < 0.95
-    assert 0.4 < pasted.inside.flatten(1).any(dim=1).float().mean() < 0.6
-    unlabelled = torch.full((2, 8, 8), 255, dtype=torch.uint8)
-    assert not draw_rare_class(unlabelled, 5, torch.tensor([0.5, 0.5]), 1.0).inside.any()
-
-
 @pytest.mark.parametrize(
     ("setting", "value"),
     [
@@ -264,15 +255,3 @@ def test_a_student_with_wide_perturbations_learns_without_nan() -> None:
         model.after_step()
         values.append(float(total.detach()))
     assert np.isfinite(values).all()
-
-
-def test_classmix_pastes_whole_classes() -> None:
-    ids = torch.randint(0, 5, (6, 8, 8))
-    mix: Mix = draw_classmix(ids, 1.0, 7)
-    theirs = ids.roll(1, dims=0)
-    for image in range(6):
-        pasted, left = theirs[image][mix.inside[image]].unique(), theirs[image][~mix.inside[image]].unique()
-        assert not set(pasted.tolist()) & set(left.tolist())
-        shown = len(theirs[image].unique())
-        assert len(pasted) == -(-shown // 2)
-    assert not draw_classmix(ids, 0.0, 7).inside.any()

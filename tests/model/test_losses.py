@@ -310,7 +310,15 @@ def test_the_ramp_of_the_settings_is_the_one_that_was_chosen() -> None:
     [
         (SupervisedSettings, {"loss": "focal"}, "supervised.loss is 'focal'", "ab_ce"),
         (SupervisedSettings, {"ab_fraction": 1.5}, "supervised.ab_fraction is 1.5", "1"),
+        (SupervisedSettings, {"ab_fraction": -0.1}, "supervised.ab_fraction is -0.1", "0"),
         (SupervisedSettings, {"ab_high": -0.1}, "supervised.ab_high is -0.1", "0"),
+        (SupervisedSettings, {"ab_high": 1.1}, "supervised.ab_high is 1.1", "1"),
+        (SupervisedSettings, {"colour": -0.1}, "supervised.colour is -0.1", "0"),
+        (SupervisedSettings, {"colour": 1.1}, "supervised.colour is 1.1", "1"),
+        (SupervisedSettings, {"cutmix": -0.1}, "supervised.cutmix is -0.1", "0"),
+        (SupervisedSettings, {"cutmix": 1.1}, "supervised.cutmix is 1.1", "1"),
+        (SupervisedSettings, {"class_weights": "equal"}, "supervised.class_weights is 'equal'", "none, balanced"),
+        (SupervisedSettings, {"logit_adjustment": -0.5}, "supervised.logit_adjustment is -0.5", "0"),
         (ConsistencySettings, {"weight": -1}, "consistency.weight is -1", "0"),
         (ConsistencySettings, {"weight": math.nan}, "consistency.weight is nan", "0"),
         (ConsistencySettings, {"weak_weight": -0.5}, "consistency.weak_weight is -0.5", "0"),
@@ -318,6 +326,8 @@ def test_the_ramp_of_the_settings_is_the_one_that_was_chosen() -> None:
         (ConsistencySettings, {"distance": "l1"}, "consistency.distance is 'l1'", "mse, kl, js"),
         (ConsistencySettings, {"ramp": "fast"}, "consistency.ramp is 'fast'", "exp, linear, cosine, log, none"),
         (ConsistencySettings, {"confidence": 1.0}, "consistency.confidence is 1.0", "below 1"),
+        (ConsistencySettings, {"confidence": -0.1}, "consistency.confidence is -0.1", "0"),
+        (ConsistencySettings, {"ramp_fraction": -0.1}, "consistency.ramp_fraction is -0.1", "0"),
         (ConsistencySettings, {"ramp_fraction": 2}, "consistency.ramp_fraction is 2", "1"),
         (ConsistencySettings, {"sample": -1}, "consistency.sample is -1", "0"),
         (ConsistencySettings, {"stride": 0}, "consistency.stride is 0", "at least 1"),
@@ -329,6 +339,20 @@ def test_settings_out_of_range_are_refused(kind: type, settings: dict[str, objec
     message = str(caught.value)
     assert message.startswith(key)
     assert allowed in message.removeprefix(key)
+
+
+def test_settings_at_their_bounds_are_taken() -> None:
+    for bound in (0, 1):
+        SupervisedSettings(ab_fraction=bound, ab_high=bound, colour=bound, cutmix=bound, logit_adjustment=bound)
+    ConsistencySettings(weight=0, confidence=0, ramp_fraction=0, sample=0, stride=1, weak_weight=0)
+    ConsistencySettings(ramp_fraction=1)
+
+
+@pytest.mark.parametrize("weighing", [{"class_weights": "balanced"}, {"logit_adjustment": 0.5}])
+def test_classes_are_weighed_in_cross_entropy_only(weighing: dict[str, object]) -> None:
+    SupervisedSettings(loss="ce", **weighing)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="go with supervised.loss=ce, not with ab_ce"):
+        SupervisedSettings(loss="ab_ce", **weighing)  # type: ignore[arg-type]
 
 
 # Losses of groups of decoders, in pieces

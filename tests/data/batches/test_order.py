@@ -1,11 +1,27 @@
 from collections import Counter
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from multidomain_cct.data.batches.order import Stream, batch_positions, permutation, scatter
 from multidomain_cct.files.seeds import seed_from
+
+
+def test_orders_are_those_of_earlier_versions() -> None:
+    """A run that goes on with a later version sees the images that it would have seen."""
+    assert permutation(10, 1).tolist() == [2, 5, 9, 4, 1, 8, 6, 3, 0, 7]
+    assert permutation(17, 2**63 - 1).tolist() == [13, 11, 15, 10, 16, 12, 2, 8, 7, 1, 0, 6, 14, 9, 3, 5, 4]
+    placed = [scatter(number, 10**12, 5) for number in (0, 1, 10**12 - 1)]
+    assert placed == [673549788668, 323607205347, 405685953869]
+    whole = Stream("camvid/labelled", 5, 3)
+    assert [whole.at(position)[1] for position in range(10)] == [0, 1, 2, 4, 3, 0, 2, 3, 1, 4]
+    windows = Stream("camvid/unlabelled", 9, 3, 2, np.cumsum([2, 0, 3, 1, 3]))
+    assert [windows.at(position) for position in range(18)] == [
+        *((0, sample) for sample in (5, 2, 3, 4, 6, 7, 1, 0, 8)),
+        *((1, sample) for sample in (7, 8, 2, 4, 6, 3, 5, 0, 1)),
+    ]
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**63 - 1))
@@ -51,6 +67,21 @@ def test_a_window_holds_whole_shards_and_an_epoch_holds_every_sample_once(
     for first in range(total):
         open_later = set(shards[first:]) & set(shards[: first + 1])
         assert len(open_later) <= window
+
+
+@pytest.mark.parametrize("shard_ends", [None, np.array([2, 4]), np.array([2, 6])])
+def test_a_window_needs_the_ends_of_the_shards(shard_ends: np.ndarray | None) -> None:
+    with pytest.raises(AssertionError):
+        Stream("camvid/unlabelled", 5, 0, 1, shard_ends)
+
+
+def test_windows_are_remembered_for_two_epochs_at_most() -> None:
+    stream = Stream("camvid/unlabelled", 4, 0, 1, np.array([2, 4]))
+    kept = []
+    for epoch in range(4):
+        stream.at(4 * epoch)
+        kept.append(sorted(stream._plans))
+    assert kept == [[0], [0, 1], [1, 2], [2, 3]]
 
 
 @given(samples=st.integers(1, 60), seed=st.integers(0, 5), epoch=st.integers(0, 4))

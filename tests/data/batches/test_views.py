@@ -319,7 +319,24 @@ def test_unusable_bytes_are_named_by_shard_and_key(image: bytes | None, mask: by
         assert str(error.value).startswith("data/train-00000.tar: key 'street_7'")
 
 
-@pytest.mark.parametrize("impossible", [{"scale": [2.0, 1.0]}, {"scale": [1.0]}, {"flip": 1.5}, {"long_side": [0, 5]}])
+def test_padding_has_the_mean_colour_of_imagenet() -> None:
+    assert tuple(round(255 * mean) for mean in (0.485, 0.456, 0.406)) == PAD
+
+
+@pytest.mark.parametrize(
+    "impossible",
+    [
+        {"scale": [2.0, 1.0]},
+        {"scale": [1.0]},
+        {"scale": [0, 1]},
+        {"scale": [1, 1, 1]},
+        {"flip": 1.5},
+        {"flip": -0.5},
+        {"long_side": [0, 5]},
+        {"long_side": [5]},
+        {"long_side": [6, 5]},
+    ],
+)
 def test_impossible_settings_are_refused(impossible: dict[str, object]) -> None:
     with pytest.raises(UserError, match="augment"):
         Augment(**impossible)  # type: ignore[arg-type]

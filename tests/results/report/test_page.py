@@ -166,6 +166,27 @@ def test_predictions_are_shrunk_without_classes_between_two_others(
     assert {tuple(np.unique(np.asarray(picture))) for picture in predictions[1::2]} == {(0, 2)}
 
 
+def test_truths_are_shrunk_without_classes_between_two_others(
+    tiny_training: Callable[..., Path],
+    tiny_domain: Callable,
+    tiny_shards: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("multidomain_cct.results.report.panels.PANEL_WIDTH", 41)
+    classes = ("ground", "tree", "roof")
+    folder = tiny_shards(tmp_path / "shards", tiny_domain("fields", classes), {"train": 3})
+    ids, mask = np.random.default_rng(0).choice(np.array([0, 2], dtype=np.uint8), (72, 96)), io.BytesIO()
+    Image.fromarray(ids).save(mask, "PNG")
+    image = Shards.open(folder, "train").read(0).image
+    with ShardWriter(folder, "val") as writer:
+        writer.write("key", image=image, mask=mask.getvalue(), meta=b"{}")
+    run = tiny_training(tmp_path, "shrunk", {"fields": classes}, training={"steps": 1})
+    panels = read_page(write_report([run])).pictures()
+    truth, _ = [picture for picture in panels if picture.mode == "P" and picture.size == (41, 31)]
+    assert tuple(np.unique(np.asarray(truth))) == (0, 2)
+
+
 def test_large_pictures_are_made_small(
     tiny_training: Callable[..., Path], tiny_domain: Callable, tiny_shards: Callable, tmp_path: Path
 ) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +17,11 @@ from multidomain_cct.training.checkpoints import checkpoint
 from multidomain_cct.training.checkpoints.checkpoint import (
     checkpoints,
     choose_checkpoint,
+    damage,
     load_checkpoint,
+    load_run,
     load_strictly,
+    model_tensors,
     newest_checkpoint,
     save_checkpoint,
 )
@@ -67,6 +72,117 @@ def test_last_best_and_a_folder_can_be_chosen(tmp_path: Path, trained: tuple[nn.
     assert choose_checkpoint(tmp_path, str(first)) == first
     with pytest.raises(UserError, match="there is no such checkpoint; it is `last`, `best` or a folder"):
         choose_checkpoint(tmp_path, "newest")
+
+
+def test_a_checkpoint_that_cannot_be_chosen_is_refused_with_the_way_out(
+    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]
+) -> None:
+    folder = tmp_path / "checkpoints"
+    with pytest.raises(UserError, match="has no checkpoints; train it first"):
+        choose_checkpoint(tmp_path, "last")
+    save(folder, 1, trained)
+    with pytest.raises(UserError, match="has not been evaluated, .* Use --checkpoint last"):
+        choose_checkpoint(tmp_path, "best")
+    save(folder, 2, trained, best=1)
+    (folder / "step-00000001" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"step-00000001 is damaged \(model\.safetensors is missing\)"):
+        choose_checkpoint(tmp_path, "best")
+    assert choose_checkpoint(tmp_path, "last") == folder / "step-00000002"
+    (folder / "step-00000002" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step-00000002 is damaged \(state\.json has 2 bytes"):
+        choose_checkpoint(tmp_path, "best")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"model.safetensors": 1}', "{"])
+def test_a_manifest_of_another_shape_is_damage(
+    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer], content: str
+) -> None:
+    saved = save(tmp_path, 1, trained)
+    assert damage(saved) is None
+    (saved / "MANIFEST.json").write_text(content)
+    assert damage(saved) == "MANIFEST.json cannot be read"
+
+
+def test_when_no_checkpoint_is_whole_the_newest_is_named(
+    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]
+) -> None:
+    assert newest_checkpoint(tmp_path) == (None, [])
+    for step in (1, 2):
+        (save(tmp_path, step, trained) / "state.json").unlink()
+    with pytest.raises(UserError, match="no checkpoint is whole: .*step-00000002 is damaged") as caught:
+        newest_checkpoint(tmp_path)
+    assert "step-00000001" not in str(caught.value)
+
+
+def test_a_save_removes_what_a_crash_left_and_leaves_nothing_when_it_fails(
+    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]
+) -> None:
+    for name in (".step-00000001.tmp", ".step-00000000.old"):
+        (tmp_path / name).mkdir()
+    saved = save(tmp_path, 1, trained)
+    assert list(tmp_path.iterdir()) == [saved]
+    with pytest.raises(TypeError):
+        # A set has no place in JSON.
+        save_checkpoint(tmp_path, RunState(step=2, fingerprints={"a/train": {1}}), *trained, keep=2)  # type: ignore[dict-item]
+    assert list(tmp_path.iterdir()) == [saved]
+    assert damage(saved) is None
+
+
+def test_a_folder_that_cannot_be_made_is_the_error_that_is_seen(
+    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        save(tmp_path, 1, trained)
+
+
+def test_a_second_checkpoint_of_a_step_replaces_the_first(
+    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]
+) -> None:
+    save(tmp_path, 1, trained)
+    # A crash between the two renames leaves the first under another name.
+    (tmp_path / "step-00000001").rename(tmp_path / "step-00000001.before")
+    save(tmp_path, 1, trained)
+    saved = save(tmp_path, 1, trained, best=1)
+    assert list(tmp_path.iterdir()) == [saved]
+    assert read_state(saved).best_step == 1
+
+
+def test_a_damaged_later_checkpoint_does_not_push_one_out(
+    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]
+) -> None:
+    for step in (7, 8, 9, 3, 4, 5):
+        save(tmp_path, step, trained)
+    kept = ["step-00000004", "step-00000005", "step-00000008", "step-00000009"]
+    assert [path.name for path in checkpoints(tmp_path)] == kept
+
+
+def test_the_gradient_scaler_is_restored_and_another_is_refused(
+    tmp_path: Path, trained: tuple[nn.Module, torch.optim.Optimizer]
+) -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    saved = save_checkpoint(tmp_path, RunState(step=1, fingerprints={}), *trained, scaler, keep=1)
+    found = torch.amp.GradScaler("cpu")
+    load_checkpoint(saved, *trained, found)
+    assert found.state_dict() == scaler.state_dict()
+    for other in (None, torch.amp.GradScaler("cpu", enabled=False)):
+        with pytest.raises(UserError, match="Use the precision that it was saved with"):
+            load_checkpoint(saved, *trained, other)
+    with pytest.raises(UserError, match="the gradient scaler's state is None, this run's has .*'scale'"):
+        load_checkpoint(save(tmp_path, 2, trained), *trained, scaler)
+
+
+def test_a_loaded_run_predicts_with_main_decoders_only(tiny_run: Path, tmp_path: Path) -> None:
+    run = load_run(tiny_run)
+    assert (run.folder, run.checkpoint) == (tiny_run, checkpoints(tiny_run / "checkpoints")[-1])
+    assert not any(module.training for module in run.model.modules())
+    saved = model_tensors(run.checkpoint)
+    assert set(run.model.state_dict()) == {name for name in saved if ".auxiliaries." not in name} < set(saved)
+    with pytest.raises(UserError, match="this is not a run's folder"):
+        load_run(tmp_path)
 
 
 def test_a_checkpoint_may_be_a_link_and_what_it_leads_to_stays(
