@@ -54,6 +54,7 @@ bench: .venv/dev
 	$(BIN)/python benchmarks/step.py $(PAPER) --crop 320 --steps 7
 	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder pixelshuffle --steps 7
 	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder bilinear --steps 5
+	$(BIN)/python benchmarks/step.py $(LAPTOP) --decoder bilinear --steps 7 --only ours strong
 	$(BIN)/python benchmarks/memory.py --threads $(THREADS)
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/evaluate.py

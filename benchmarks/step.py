@@ -11,7 +11,8 @@ through the encoder in two passes, brings PSP's averages to the size of the map 
 logits of all K auxiliary decoders until its one backward pass, and keeps torch's default memory format; the networks
 start from the same weights. `encoder` is forward and backward of our encoder alone, in one pass, on the same images.
 Ours and `encoder` keep the memory that they free, as `train` does, unless --return-memory is given;
-`--only ours returning` compares our step with one that does not keep it. The K auxiliary decoders are spread evenly
+`--only ours returning` compares our step with one that does not keep it, and `--only ours strong` with a step of
+`cct_strong` on the same images: its teacher, strong views and statistics are what it adds. The K auxiliary decoders are spread evenly
 over the authors' thirty.
 
 A process for each takes turns with the others step by step, so that none runs while another is timed; medians are
@@ -39,8 +40,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-WHICH = ("plain", "ours", "encoder", "returning")
-RATIOS = {"step": ("ours", "plain"), "tax": ("ours", "encoder"), "kept": ("ours", "returning")}
+WHICH = ("plain", "ours", "encoder", "returning", "strong")
+RATIOS = {
+    "step": ("ours", "plain"),
+    "tax": ("ours", "encoder"),
+    "kept": ("ours", "returning"),
+    "strong": ("strong", "ours"),
+}
 """By name: what is divided by what."""
 MIB = 2**20
 
@@ -79,6 +85,7 @@ def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
 
     from multidomain_cct.data.batches.loader import Batch
     from multidomain_cct.methods.cct import CCT
+    from multidomain_cct.methods.cct_strong import CCTStrong, CCTStrongSettings
     from multidomain_cct.model.encoder import EncoderSettings
     from multidomain_cct.model.losses import ConsistencySettings
     from multidomain_cct.model.network import Task
@@ -86,7 +93,7 @@ def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
 
     authors = Perturbations().each()
     mix = tuple(authors[number * len(authors) // options.decoders % len(authors)] for number in range(options.decoders))
-    ours = which in ("ours", "returning")
+    ours = which in ("ours", "returning", "strong")
     consistency = (
         ConsistencySettings(sample=options.sample, stride=options.consistency_stride) if ours else ConsistencySettings()
     )
@@ -96,7 +103,12 @@ def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
         name=options.encoder, stride=options.stride, context=options.context, width=options.width, **extras
     )
     names = [f"domain_{number}" for number in range(options.domains)]
-    model = CCT(encoder, {name: task for name in names}, decoder=options.decoder).to(options.device)
+    tasks = {name: task for name in names}
+    if which == "strong":
+        model: CCT | CCTStrong = CCTStrong(encoder, tasks, decoder=options.decoder, settings=CCTStrongSettings())
+    else:
+        model = CCT(encoder, tasks, decoder=options.decoder)
+    model.to(options.device)
     generator, size = torch.Generator().manual_seed(0), (options.batch, options.crop, options.crop)
     batches = {}
     for name in names:
@@ -132,14 +144,15 @@ def serve(which: str, options: argparse.Namespace, pipe: Connection) -> None:
     from multidomain_cct.commands.kept_memory import keep_freed_memory
 
     torch.set_num_threads(options.threads)
-    if which in ("ours", "encoder") and not options.return_memory:
+    if which in ("ours", "encoder", "strong") and not options.return_memory:
         keep_freed_memory()
     on_gpu = options.device.startswith("cuda")
     model, batches = build(which, options)
     if which == "plain":
         model.to(memory_format=torch.contiguous_format)
         step_losses = plain_step_losses()
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = torch.optim.SGD(trained, lr=0.01, momentum=0.9)
 
     def step(number: int) -> float:
         torch.manual_seed(number)
@@ -152,6 +165,7 @@ def serve(which: str, options: argparse.Namespace, pipe: Connection) -> None:
             losses = step_losses(model, batches, 1.0, passes="two") if which == "plain" else model(batches, 1.0)
             torch.stack(list(losses.values())).sum().backward()
             optimiser.step()
+            model.after_step()
         optimiser.zero_grad()
         if on_gpu:
             torch.cuda.synchronize()

@@ -180,6 +180,11 @@ def test_step_takes_the_settings_that_trade_exactness_or_time_for_ours_only() ->
     assert "step_time" not in found
 
 
+def test_step_compares_cct_with_its_strong_views() -> None:
+    found = printed("step.py", *TINY_STEP, "--decoders", 3, "--only", "ours", "strong")
+    assert found["strong_time"] == pytest.approx(found["strong_s"] / found["ours_s"])
+
+
 def test_memory_prints_growth_with_decoders_and_domains() -> None:
     found = printed(
         "memory.py", *TINY_STEP[:-6], "--classes", 3, "--steps", 1, "--decoders", 1, 2, "--domains", 1, 2, "--images", 4
