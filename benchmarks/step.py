@@ -12,8 +12,8 @@ logits of all K auxiliary decoders until its one backward pass, and keeps torch'
 start from the same weights. `encoder` is forward and backward of our encoder alone, in one pass, on the same images.
 Ours and `encoder` keep the memory that they free, as `train` does, unless --return-memory is given;
 `--only ours returning` compares our step with one that does not keep it, and `--only ours strong` with a step of
-`cct_strong` on the same images: its teacher, strong views and statistics are what it adds. The K auxiliary decoders are spread evenly
-over the authors' thirty.
+`cct_strong` on the same images: its teacher, strong views and statistics are what it adds. The K auxiliary decoders are
+spread evenly over the authors' thirty.
 
 A process for each takes turns with the others step by step, so that none runs while another is timed; medians are
 compared. Memory is the peak of the resident set (on a GPU: of torch's allocations) in a process that does nothing else;
