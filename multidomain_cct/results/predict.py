@@ -50,9 +50,8 @@ def predict(
 
     `a/b.jpg` in the folder source `a` becomes `b.png` in `out/index` (palette PNG; indices are train ids), `out/color`
     and `out/overlay`; index and color have the size of the image turned upright, and so has an overlay of up to 4096
-    pixels. The network sees images at the size of
-    the training images. Images that differ only in their
-    ending keep it: `b.jpg.png`. `progress(images, total)` wraps the iteration.
+    pixels. The network sees images at the size of the training images. Images that differ only in their ending keep
+    it: `b.jpg.png`. `progress(images, total)` wraps the iteration.
 
     Raises UserError, before anything is written, for a domain without a head, a source without images, two images of
     one name, and an output that would replace an input.
