@@ -29,7 +29,7 @@ from multidomain_cct.commands import (
 from multidomain_cct.commands.kept_memory import keep_freed_memory
 from multidomain_cct.commands.terminal import FAILED, MISTAKE, Parser, complain, program, report_error
 from multidomain_cct.data.shards.download import SourceError
-from multidomain_cct.errors import UserError, did_you_mean, is_out_of_memory
+from multidomain_cct.errors import UserError, death_of_loader, did_you_mean, is_out_of_memory
 
 TRACEBACK = "--traceback"
 COMMANDS = (train, pack, index, evaluate, predict, report, compare, smoothness, weaklabels, domains)
@@ -68,6 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "then give the same command again."
         )
     except (MemoryError, RuntimeError) as error:
+        if death := death_of_loader(error):
+            complain(f"{death} Give the same command again, with more memory free.")
+            return FAILED
         if not is_out_of_memory(error):
             raise
         complain(f"out of memory ({str(error)[:160]}). Where a command has --window, a smaller one takes less.")

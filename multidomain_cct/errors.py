@@ -22,6 +22,14 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and bool(re.search(text, str(error))))
 
 
+def death_of_loader(error: Exception) -> str | None:
+    """What to say when torch tells of a loader process that was killed; None for any other error."""
+    text = " ".join(str(error).split())
+    if not isinstance(error, RuntimeError) or not text.startswith("DataLoader worker (pid"):
+        return None
+    return f"a loader process died: {text.split('. ')[0]}. Was it killed for want of memory?"
+
+
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A closing question that names the nearest known word, or nothing."""
     near = difflib.get_close_matches(word, list(known), n=1)

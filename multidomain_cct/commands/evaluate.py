@@ -34,11 +34,13 @@ def run(options: argparse.Namespace) -> int:
     trained = TrainedRun.load(options.folder, options.checkpoint, weights=options.weights)
     settings = trained.settings(window=options.window, scales=options.scales, flip=options.flip)
     scores = evaluate(trained, options.domain, options.split, settings, shards=options.shards)
-    written = write_scores(trained, scores)
+    # Printed first: the run may lie where nothing can be written.
     if options.json:
         print(json.dumps(scores_as_json(trained, scores), indent=1))
     else:
         _print_scores(trained, scores)
+    written = write_scores(trained, scores)
+    if not options.json:
         say(f"written to {written}")
     return DONE
 

@@ -1,10 +1,17 @@
+import errno
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch.utils.data import get_worker_info
 
+from multidomain_cct.__main__ import main
+from multidomain_cct.data.batches import loader
+from multidomain_cct.data.batches.loader import decode
 from multidomain_cct.errors import UserError
 from multidomain_cct.results.evaluate import evaluate, scores_as_json
 from multidomain_cct.results.trained_run import TrainedRun
@@ -20,6 +27,35 @@ def test_the_command_finds_the_scores_that_training_logged(tiny_run: Path) -> No
     for name, domain in answer["domains"].items():
         assert domain["miou"] == logged[f"val/{name}/miou"]
         assert all(iou == logged[f"val/{name}/iou/{label}"] for label, iou in domain["iou"].items())
+
+
+def test_scores_are_printed_before_they_are_written(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def read_only(path: Path, text: str) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("multidomain_cct.results.evaluate.replace_text", read_only)
+    assert main(["evaluate", str(tiny_run), "--domain", "shapes"]) == 1
+    printed = capsys.readouterr()
+    assert "mIoU" in printed.out
+    assert printed.err.count("\n") == 1
+    assert "Read-only file system" in printed.err
+
+
+def test_a_loader_process_that_is_killed_is_said_to_be_one(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*arguments: object) -> object:
+        if get_worker_info() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return decode(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loader, "decode", killed)
+    assert main(["evaluate", str(tiny_run), "--domain", "shapes"]) == 1
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: a loader process died: DataLoader worker (pid")
+    assert "memory" in line
 
 
 def test_any_labelled_split_and_one_domain_can_be_scored(tiny_run: Path) -> None:

@@ -15,7 +15,7 @@ from torch.distributed import DistError
 
 from multidomain_cct.data.batches.bad_images import TooManyBadImages
 from multidomain_cct.data.shards.download import SourceError
-from multidomain_cct.errors import UserError, is_out_of_memory
+from multidomain_cct.errors import UserError, death_of_loader, is_out_of_memory
 
 GO_ON = "The run goes on from its last checkpoint with resume=auto."
 
@@ -66,15 +66,11 @@ def one_line_errors(rank: int, world: int) -> Iterator[None]:
         name, reason = error.filename or "input or output", error.strerror or error
         raise RunFailed(f"{where}{name}: {reason}. Make room or choose another place. {GO_ON}") from None
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if text.startswith("DataLoader worker (pid"):
-            raise RunFailed(
-                f"{where}a loader process died: {text.split('. ')[0]}. Was it killed for want of memory? Then lower "
-                f"data.workers or data.prefetch. {GO_ON}"
-            ) from None
+        if death := death_of_loader(error):
+            raise RunFailed(f"{where}{death} Then lower data.workers or data.prefetch. {GO_ON}") from None
         if world > 1 and (
             isinstance(error, DistError)
-            or re.search("closed by peer|reset by peer|Broken pipe|Connection refused", text)
+            or re.search("closed by peer|reset by peer|Broken pipe|Connection refused", str(error))
         ):
             raise RunFailed(f"another process of the run has ended; its own line says why. {GO_ON}") from None
         raise
