@@ -56,11 +56,11 @@ DAMAGE = (
     "::test_automatic_choice_passes_over_it_with_one_warning_and_an_explicit_one_is_an_error"
 )
 MODULES = {
-    "model/losses": "tests/model/test_losses.py",
+    "model/losses": f"tests/model/test_losses.py {SETTINGS}",
     "model/perturbations": f"tests/model/test_perturbations.py {SETTINGS}",
     "model/auxiliary": "tests/model/test_auxiliary.py",
     "data/batches/views": f"tests/data/batches/test_views.py {SETTINGS}",
-    "methods/views": f"tests/methods/test_views.py {SETTINGS}",
+    "methods/views": "tests/methods/test_views.py",
     "data/batches/order": "tests/data/batches/test_order.py",
     "evaluation/scoring": "tests/evaluation/test_scoring.py",
     "training/checkpoints/checkpoint": f"tests/training/checkpoints/test_checkpoint.py {DAMAGE}",

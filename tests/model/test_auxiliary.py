@@ -368,6 +368,17 @@ def test_autocast_gives_results_close_to_32_bits(dtype: torch.dtype, features_to
     assert difference.norm() <= 0.05 * torch.cat([gradient.flatten() for gradient in exact]).norm()
 
 
+@pytest.mark.parametrize(("dtype", "in_32_bits"), [(torch.float16, True), (torch.bfloat16, False)])
+def test_decoders_leave_autocast_for_float16_only(dtype: torch.dtype, in_32_bits: bool) -> None:
+    auxiliaries, example = auxiliaries_of([Dropout()], dtype=torch.float32), Example(torch.float32)
+    found = []
+    for enabled in (False, True):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            found.append(in_groups(example, example.features, auxiliaries))
+    assert torch.equal(*found) == in_32_bits
+
+
 def test_small_gradients_do_not_vanish_in_16_bit_floats() -> None:
     """One of a thousand images: the gradient of a pixel lies below the smallest 16-bit float."""
     example = Example(torch.float32, stride=32, size=(8, 8))
