@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -200,3 +201,31 @@ def test_memory_refuses_images_that_the_domains_do_not_divide() -> None:
     finished = run("memory.py", "--domains", 1, 3, "--images", 16)
     assert finished.returncode == 2
     assert "--images is 16, which twice the 3 domains do not divide." in finished.stderr
+
+
+def test_encoders_writes_a_row_for_each_model_and_keeps_those_of_others(tmp_path: Path) -> None:
+    page = tmp_path / "encoders.md"
+    finished = run("encoders.py", "--only", "test_resnet", "crossvit_9_240", "--out", page)
+    assert finished.returncode == 0, finished.stderr
+    assert "| resnet | `test_resnet` | 0.5 M | 8 | 8 | multiples of 8 | 96x64 |  |\n" in page.read_text()
+    assert re.search(r"\| crossvit \| `crossvit_9_240` \| 8\.\d M \|(  \|){4} .* Use another encoder", page.read_text())
+    finished = run("encoders.py", "--only", "test_vit", "--out", page)
+    assert finished.returncode == 0, finished.stderr
+    assert "of 3 models of 3 families, 2 train and predict, 1 are refused in one line, and 0 fail" in page.read_text()
+    assert "`test_vit` | 0.4 M |  | 16 | multiples of 16 |" in page.read_text()
+
+
+def test_encoders_ends_with_1_and_shows_the_traceback_of_anything_else_than_one_line() -> None:
+    broken = "import sys, encoders\ndef train_and_score(*_): raise ValueError('broken')\n"
+    broken += "encoders.train_and_score = train_and_score\nsys.exit(encoders.main())"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmarks"), str(ROOT)])}
+    command = [sys.executable, "-c", broken, "--only", "test_resnet"]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
+    assert finished.returncode == 1
+    assert "Traceback" in finished.stderr
+    assert "| fault: ValueError: broken |" in finished.stdout
+
+
+def test_encoders_refuses_a_name_that_timm_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refusal(capsys, "encoders.py", "--only", "resnet_18")
+    assert message == "encoders.py: error: --only is 'resnet_18', which is no family and no model of timm."

@@ -28,6 +28,7 @@ Size = tuple[int, int]
 _ANY_SIZE: tuple[dict[str, Any], ...] = ({}, {"dynamic_img_size": True}, {"strict_img_size": False})
 """timm's options for images of every size, in the order in which they are tried."""
 _WRAPPERS: tuple[dict[str, Any], ...] = ({}, {"feature_cls": "getter"})
+_ANOTHER = "Use another encoder; docs/encoders.md has those that work."
 _ONE_SIZE, _CROP = 1, 2
 """How far an attempt came, beyond 0."""
 
@@ -53,7 +54,6 @@ class BackbonePlan:
     """Layers above each parameter, 0 for the last; empty for backbones whose layers timm does not tell."""
 
 
-@lru_cache(maxsize=64)
 def plan_backbone(name: str, context: str, stride: int, crops: tuple[Size, ...] = ()) -> BackbonePlan:
     """The backbone for a context module, with the finest or only level at `stride`, that takes images of the `crops`.
 
@@ -67,15 +67,17 @@ def plan_backbone(name: str, context: str, stride: int, crops: tuple[Size, ...] 
         )
     # Some constructors draw random numbers even here.
     with torch.random.fork_rng(devices=[]):
-        try:
-            return _find(name, context, stride, crops)
-        except _UnfitError as error:
-            message = f"encoder.name is {name!r}: {error}. {_advice(name, context, stride, crops)}"
-    raise UserError(message)
+        found = _find(name, context, stride, crops)
+        if isinstance(found, BackbonePlan):
+            return found
+        raise UserError(f"encoder.name is {name!r}: {found}. {_advice(name, context, stride, crops)}")
 
 
 def create_backbone(name: str, options: Mapping[str, Any], weights: str) -> Any:
-    """timm's feature extractor with the weights `none`, `timm`, `lite` or of a file. Raises UserError without them."""
+    """timm's feature extractor with the weights `none`, `timm`, `lite` or of a file.
+
+    Raises UserError without them, and when timm cannot bring those of another image size to that of `options`.
+    """
     pretrained: dict[str, Any] = {"pretrained": weights != "none"}
     if weights not in ("none", "timm"):
         pretrained["pretrained_cfg_overlay"] = {"state_dict": initial_weights(weights, name)}
@@ -83,6 +85,13 @@ def create_backbone(name: str, options: Mapping[str, Any], weights: str) -> Any:
         with _quiet_loading():
             return timm.create_model(name, **options, **pretrained)
     except (OSError, RuntimeError) as error:
+        if "img_size" in options and "size mismatch" in str(error):
+            (height, width), own = options["img_size"], _default_size(name)
+            raise UserError(
+                f"encoder.weights={weights}: the weights of {name} have tables of positions for images of "
+                f"{own[1]}x{own[0]}, which timm cannot bring to the crop [{width}, {height}]. "
+                f"Use data.crop=[{own[1]}, {own[0]}] or another encoder."
+            ) from None
         if weights != "timm":
             raise
         raise UserError(
@@ -100,8 +109,13 @@ class _UnfitError(Exception):
         """How far the attempt came: of several, the reason of the one that came farthest is told."""
 
 
-def _find(name: str, context: str, stride: int, crops: tuple[Size, ...]) -> BackbonePlan:
-    options = _level_options(_levels(name), context, stride)
+@lru_cache(maxsize=256)
+def _find(name: str, context: str, stride: int, crops: tuple[Size, ...]) -> BackbonePlan | str:
+    """The plan, or why there is none."""
+    try:
+        options = _level_options(_levels(name), context, stride)
+    except _UnfitError as error:
+        return str(error)
     sizes: list[tuple[dict[str, Any], Size | None]] = [(each, None) for each in _ANY_SIZE]
     if len(set(crops)) == 1:
         sizes += [({"img_size": crops[0]}, crops[0]), ({}, crops[0])]
@@ -114,7 +128,7 @@ def _find(name: str, context: str, stride: int, crops: tuple[Size, ...]) -> Back
                 failures.append(error)
         if all(error.progress < _ONE_SIZE for error in failures):
             break  # other sizes would not help
-    raise max(failures, key=lambda error: error.progress)
+    return str(max(failures, key=lambda error: error.progress))
 
 
 def finest_stride(name: str) -> int:
@@ -122,7 +136,7 @@ def finest_stride(name: str) -> int:
     try:
         return min(_levels(name).values())
     except _UnfitError as error:
-        raise UserError(f"encoder.name is {name!r}: {error}. Use another encoder.") from None
+        raise UserError(f"encoder.name is {name!r}: {error}. {_ANOTHER}") from None
 
 
 @lru_cache(maxsize=64)
@@ -178,7 +192,9 @@ def _try(name: str, options: dict[str, Any], stride: int, size: Size | None, cro
             raise _UnfitError(f"sides of its images are multiples of {unit}, but a crop is [{width}, {height}]", _CROP)
         _maps(backbone, (height, width))
     maps, channels_last = _maps(backbone, size or (2 * unit, 3 * unit))
-    parameters = dict(backbone.named_parameters())
+    if size is None and not any(options.keys() & promise for promise in _ANY_SIZE):
+        _require_larger(name, options, unit)
+    parameters = {key: parameter for key, parameter in backbone.named_parameters() if parameter.requires_grad}
     gradients = torch.autograd.grad(
         [level.sum() for level in maps], list(parameters.values()), allow_unused=True, materialize_grads=False
     )
@@ -225,6 +241,30 @@ def _unit(backbone: Any, stride: int, name: str) -> int:
     raise _UnfitError("it takes no images of odd sizes", _ONE_SIZE)
 
 
+def _require_larger(name: str, options: Mapping[str, Any], unit: int) -> None:
+    """Try a computed image larger than the default: tables of positions that end there do not show on shapes."""
+    default = _default_size(name)
+    larger = [(side // unit + 1) * unit for side in default]
+    try:
+        with torch.device("meta"):
+            models = [
+                timm.create_model(name, **options, img_size=size)
+                for size in (default, (2 * default[0], 2 * default[1]))
+            ]
+    except Exception:  # whatever a constructor raises that has no such option: it has no tables either
+        return
+    shapes = [[tensor.shape for tensor in model.state_dict().values()] for model in models]
+    if shapes[0] == shapes[1]:
+        return
+    try:
+        with torch.inference_mode():
+            timm.create_model(name, **options).eval()(torch.zeros(1, 3, *larger))
+    except Exception as error:  # whatever a layer raises that the size does not suit
+        width, height = default[::-1]
+        reason = f"it takes images of up to {width}x{height} ({_reason(error)})"
+        raise _UnfitError(reason, _ONE_SIZE) from error
+
+
 def _maps(backbone: Any, size: Size) -> tuple[list[Tensor], bool]:
     """The levels of a blank image, and whether they have their channels last."""
     strides = backbone.feature_info.reduction()
@@ -254,22 +294,22 @@ def _advice(name: str, context: str, stride: int, crops: tuple[Size, ...]) -> st
     except _UnfitError:
         strides = set()
     if not strides or context == "all":
-        return "Use another encoder."
+        return _ANOTHER
     near = sorted({*strides, 8, 16, 32}, key=lambda other: abs(other - stride))[:3]
     settings = dict.fromkeys([(context, stride), *((own, each) for own in (context, "fpn", "psp") for each in near)])
     # First with the crops as they are, then with crops as they would have to be.
     for own, each in settings:
         use = "" if (own, each) == (context, stride) else f" encoder.context={own} encoder.stride={each}"
         for sizes in dict.fromkeys((crops, (), (_default_size(name),))):
-            try:
-                unit = _find(name, own, each, sizes).unit
-            except _UnfitError:
+            plan = _find(name, own, each, sizes)
+            if isinstance(plan, str):
                 continue
             if sizes == crops:
                 return f"Use{use}."
+            unit = plan.unit
             wanted = [[max(1, round(side / unit)) * unit for side in size[::-1]] for size in sizes or crops]
             return f"Use{use}{' data.crop=' if len(wanted) == 1 else ' crops of '}{', '.join(map(str, wanted))}."
-    return "Use another encoder."
+    return _ANOTHER
 
 
 def _reason(error: Exception) -> str:

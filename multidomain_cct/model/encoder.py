@@ -99,8 +99,12 @@ class Encoder(nn.Module):
         self.channels = settings.width
         self.plan = plan_backbone(settings.name, settings.context, settings.stride, tuple(dict.fromkeys(crops)))
         self.backbone = create_backbone(settings.name, self.plan.options, settings.weights)
+        if self.plan.size is not None:
+            # Some make tables for the size of their images in the first forward pass: buffers of another shape.
+            with torch.no_grad():
+                self.backbone.eval()(torch.zeros(1, 3, *self.plan.size))
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(name not in self.plan.unused)
+            parameter.requires_grad_(parameter.requires_grad and name not in self.plan.unused)
         if settings.norm == "frozen":
             # Batch statistics of a few small crops are poor; ImageNet's are better.
             self.backbone = freeze_batch_norms(self.backbone)
@@ -118,6 +122,7 @@ class Encoder(nn.Module):
             torch.compile(self._features, dynamic=False) if settings.compile else None
         )
         """For training only, where all images have one size."""
+        self.register_state_dict_post_hook(_copy_shared)
         self._recomputed: dict[_BatchNorm, float | None] = {}
         if settings.checkpoint:
             _keep_activations_between_stages_only(self.backbone, settings.name)
@@ -167,10 +172,23 @@ def use_channels_last(module: nn.Module) -> None:
             parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
+def _copy_shared(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]) -> None:
+    """Copy all but the first of tensors that share memory, as layers may share weights: safetensors refuses them."""
+    seen: set[int] = set()
+    for name, tensor in state.items():
+        if name.startswith(prefix):
+            memory = tensor.untyped_storage().data_ptr()
+            state[name] = tensor.clone() if memory in seen else tensor
+            seen.add(memory)
+
+
 def _keep_activations_between_stages_only(backbone: Any, name: str) -> None:
     # A plain ViT's extractor leaves it to the model that it wraps.
     for module in (backbone, *backbone.children()):
         if hasattr(module, "set_grad_checkpointing"):
-            module.set_grad_checkpointing(True)
+            try:
+                module.set_grad_checkpointing(True)
+            except (AssertionError, NotImplementedError):  # what models raise that have the method only
+                break
             return
     raise UserError(f"encoder.checkpoint is set, but timm has none for {name}. Leave it out.")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 
 from multidomain_cct.errors import UserError
 from multidomain_cct.model.backbone import BackbonePlan, Size, create_backbone, plan_backbone
@@ -61,6 +64,7 @@ def test_a_planned_backbone_gives_levels_at_its_strides(name: str, context: str,
         ("beit_base_patch16_224", "none", 16),
         ("levit_128s", "fpn", 16),
         ("hiera_tiny_224", "fpn", 4),
+        ("mvitv2_tiny", "fpn", 16),  # its tables of positions end at 224 pixels, which shapes do not show
     ],
 )
 def test_a_backbone_of_one_image_size_takes_that_of_the_crop(name: str, context: str, stride: int) -> None:
@@ -98,7 +102,28 @@ def test_what_does_not_fit_is_answered_with_settings_that_do(
 
 
 def test_a_backbone_without_maps_at_its_strides_is_refused() -> None:
-    assert refused("crossvit_tiny_240", "fpn", 12).endswith("Use another encoder.")
+    assert refused("crossvit_tiny_240", "fpn", 12).endswith(
+        "Use another encoder; docs/encoders.md has those that work."
+    )
+
+
+def test_weights_of_another_image_size_are_refused_with_the_crop_that_they_fit(tmp_path: Path) -> None:
+    file, name = tmp_path / "weights.safetensors", "levit_128s"
+    save_file(timm.create_model(name).state_dict(), file)
+    with pytest.raises(UserError, match=r"^encoder\.weights=.* the crop \[96, 64\]\. Use data\.crop=\[224, 224\]"):
+        create_backbone(name, plan_backbone(name, "fpn", 16, ((64, 96),)).options, str(file))
+    create_backbone(name, plan_backbone(name, "fpn", 16, ((224, 224),)).options, str(file))
+
+
+def test_weights_that_a_backbone_keeps_fixed_are_not_among_the_unused() -> None:
+    fixed = {name for name, parameter in _parameters("efficientvim_m1") if not parameter.requires_grad}
+    assert fixed
+    assert not fixed & plan_backbone("efficientvim_m1", "fpn", 16).unused
+
+
+def _parameters(name: str) -> list[tuple[str, torch.nn.Parameter]]:
+    with torch.device("meta"):
+        return list(timm.create_model(name, features_only=True).named_parameters())
 
 
 @pytest.mark.parametrize(("name", "near"), [("resnet5", "resnet50"), ("tf_eficientnet_lite0", "tf_efficientnet_lite0")])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from multidomain_cct.errors import UserError
@@ -255,7 +257,38 @@ def test_weights_of_five_dimensions_are_left_alone() -> None:
     assert model.eval()(pictures(1, 64, 96), [("a", 1)]).shape == (1, 32, 8, 12)
 
 
+def test_weights_that_layers_share_are_saved_and_loaded(tmp_path: Path) -> None:
+    settings = EncoderSettings("coat_tiny", stride=32, context="none", width=32)
+    models = [Encoder(settings, ["a"], [(32, 64)]).eval() for _ in range(2)]
+    weights = models[0].state_dict()
+    assert len(weights) > len(list(models[0].named_parameters())) + len(list(models[0].named_buffers()))
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "weights.safetensors")
+    models[1].load_state_dict(load_file(tmp_path / "weights.safetensors"))
+    images = pictures(1, 32, 64)
+    torch.testing.assert_close(models[1](images, [("a", 1)]), models[0](images, [("a", 1)]))
+
+
+def test_buffers_keep_their_shapes_when_the_encoder_is_used() -> None:
+    # It makes its relative positions in the first forward pass.
+    model = Encoder(EncoderSettings("convit_tiny", stride=16, context="none", width=32), ["a"], [(64, 64)])
+    before = [buffer.shape for buffer in model.buffers()]
+    model(pictures(2), [("a", 2)])
+    assert [buffer.shape for buffer in model.buffers()] == before
+
+
+def test_weights_that_a_backbone_keeps_fixed_stay_so() -> None:
+    model = encoder(name="efficientvim_m1", stride=16, context="fpn")
+    fixed = {name for name, parameter in model.backbone.named_parameters() if not parameter.requires_grad}
+    assert fixed - model.plan.unused
+
+
 # What is refused
+
+
+def test_a_backbone_that_cannot_compute_activations_again_is_refused() -> None:
+    assert refused(name="hrnet_w18_small", context="fpn", checkpoint=True) == (
+        "encoder.checkpoint is set, but timm has none for hrnet_w18_small. Leave it out."
+    )
 
 
 @pytest.mark.parametrize(
