@@ -55,11 +55,11 @@ PAGE = """# Encoders
 gives, tried with random weights: {summary}.
 
 `fpn` and `psp` give the finest stride of at least 8 that works with that `encoder.context`: trained with CCT for two \
-steps, and scored on images of two odd sizes. Coarser strides up to 32 fit too, and with `fpn` 4 where the model has \
-that level; `none` takes the strides of `psp`. Images are padded to the multiples listed; a model that takes one size \
-takes that of the crop (for all domains), and predicts other images by overlapping windows. The pretrained weights of \
-some of these fit the crop that they were trained at only. Any other setting or model is answered before training, in \
-one line, with settings that fit.
+steps, and scored on images of two odd sizes. Of models with several levels, coarser strides up to 32 fit too, and, \
+with `fpn`, 4 where there is such a level; `none` takes the strides of `psp`. Images are padded to the multiples \
+listed; a model that takes one size takes that of the crop (for all domains), and predicts other images by overlapping \
+windows. The pretrained weights of some of these fit the crop that they were trained at only. Any other setting or \
+model is answered before training, in one line, with settings that fit.
 
 {date}, {machine}, timm {timm}, torch {torch}; `python benchmarks/encoders.py --out docs/encoders.md`.
 

@@ -80,7 +80,7 @@ def test_a_backbone_of_one_image_size_takes_that_of_the_crop(name: str, context:
         ("test_resnet", "psp", 4, (), "encoder.stride is 4, but its last level is at stride 32"),
         ("test_resnet", "fpn", 12, (), "levels at the strides [2, 4, 8, 16, 32]"),
         ("test_vit", "none", 8, (), "encoder.stride is 8, but its last level is at stride 16"),
-        ("test_vit", "fpn", 16, (), "encoder.context is `fpn`, but it has one level"),
+        ("test_vit", "fpn", 32, (), "its patches of 16 pixels allow 16, 8, 4"),
         ("test_mambaout", "psp", 8, (), "it cannot be built with stride 8"),
         ("levit_128s", "psp", 32, ((224, 224),), "its last level is at stride 64"),
         ("selecsls42", "psp", 32, ((224, 224),), "its last level is at stride 64"),
