@@ -204,10 +204,12 @@ def page(lines: list[str]) -> str:
     """The page with these lines of its table."""
     faults = sum("| fault: " in line for line in lines)
     works = sum(bool(line.split(" | ")[-2]) and "| fault: " not in line for line in lines)
+    unknown = sum(not line.split(" | ")[-2] and "| no answer within " in line for line in lines)
     families = len({line.split(" | ")[0] for line in lines})
-    summary = f"of {len(lines)} models of {families} families, {works} train and predict"
+    summary = f"of {len(lines)} models of {families} families, {works} train and predict, "
+    summary += f"{len(lines) - works - faults - unknown} are refused in one line, {unknown} took too long to be tried, "
     return PAGE.format(
-        summary=f"{summary}, {len(lines) - works - faults} are refused in one line, and {faults} fail otherwise",
+        summary=f"{summary}and {faults} fail otherwise",
         rows="\n".join(sorted(lines)),
         date=date.today(),
         machine=f"{platform.machine()}, {os.cpu_count()} cores",

@@ -211,7 +211,9 @@ def test_encoders_writes_a_row_for_each_model_and_keeps_those_of_others(tmp_path
     finished = run("encoders.py", "--only", "inception_v4", "--out", page)
     assert finished.returncode == 0, finished.stderr
     assert re.search(r"\| `inception_v4` \| 42.7 M \|(  \|){4} its features .* Use another encoder", page.read_text())
-    assert "of 2 models of 2 families, 1 train and predict, 1 are refused in one line, and 0 fail" in page.read_text()
+    assert (
+        "of 2 models of 2 families, 1 train and predict, 1 are refused in one line, 0 took too long" in page.read_text()
+    )
     assert "| `test_resnet` | 0.5 M | 8 | 8 |" in page.read_text()
 
 
