@@ -122,7 +122,7 @@ class Encoder(nn.Module):
             torch.compile(self._features, dynamic=False) if settings.compile else None
         )
         """For training only, where all images have one size."""
-        self.register_state_dict_post_hook(_copy_shared)
+        self.register_state_dict_post_hook(_copy_shared)  # type: ignore[no-untyped-call]
         self._recomputed: dict[_BatchNorm, float | None] = {}
         if settings.checkpoint:
             _keep_activations_between_stages_only(self.backbone, settings.name)
