@@ -33,7 +33,8 @@ def charts(name: str, runs: Sequence[RunFacts]) -> Iterator[tuple[str, str]]:
     prefix, score = f"train/{name}/", f"val/{name}/miou"
     keys = dict.fromkeys(key for run in runs for line in run.metrics for key in line)
     for key in keys:
-        if key.startswith(prefix):
+        # What else is recorded of a domain has a name in two parts: pseudo_labels/<class>.
+        if key.startswith(prefix) and "/" not in key.removeprefix(prefix):
             yield f"{key.removeprefix(prefix)} loss", _chart(key, runs)
     if score in keys:
         yield "val mIoU, %", _chart(score, runs, factor=100)

@@ -257,6 +257,9 @@ def test_the_teacher_of_each_class_is_shown(tiny_run: Path, tiny_training: Calla
     for kind in ("pseudo_labels", "kept"):
         assert f"{100 * last[f'train/fields/{kind}/grass']:.1f}" in table
     assert "EMA − student" in table
+    # They are no losses: no curve is drawn of them.
+    assert "strong loss" in text
+    assert "pseudo_labels/" not in text.replace("pseudo_labels:", "")
     assert f"student: mIoU {100 * last['val/fields/student/miou']:.1f}" in text
 
 
