@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
@@ -15,10 +16,16 @@ if TYPE_CHECKING:
 
 
 def make_folder(folder: Path) -> None:
-    """Create a folder and its parents, names on the disk included."""
+    """Create a folder and its parents, names on the disk included.
+
+    Raises NotADirectoryError where a file has the name.
+    """
     if not folder.is_dir():
         make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
+        try:
+            folder.mkdir(exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder)) from None
         sync(folder.parent)
 
 
