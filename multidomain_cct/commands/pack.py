@@ -70,7 +70,8 @@ def run(options: argparse.Namespace) -> int:
             with progress_bar(f"{domain.name}/{split}") as progress:
                 summaries[split] = pack(domain, raw, split, options.out, workers=options.workers, progress=progress)
             _print_summary(domain, split, summaries[split], folder)
-            others = Glob(raw, domain.splits[split].images, "").others() if domain.layout == "folder" else ""
+            images = domain.splits[split].images if domain.layout == "folder" else ""
+            others = Glob(raw, images, "").others() if images and not images.endswith(".txt") else ""
             if others:
                 say(f"left out, as they are not images that can be read: {others}")
     if any(summary.labelled for summary in summaries.values()):

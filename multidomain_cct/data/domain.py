@@ -32,6 +32,8 @@ class LabelClass:
     """Raw ids in single-channel masks. If no class has any: the position in the table."""
     colors: tuple[tuple[int, int, int], ...] = ()
     """Raw colours in RGB masks. Empty: `color`."""
+    names: tuple[str, ...] = ()
+    """Raw names in annotations (COCO, CVAT, Labelme, folders of masks by class). Empty: `name`."""
     thing: bool = False
     """True for countable objects (car, person, chair), False for stuff (road, sky, wall)."""
 
@@ -41,9 +43,11 @@ class Split:
     """Where the raw files of a split lie. Only the layout `folder` needs the globs."""
 
     images: str = ""
-    """Glob of the images, relative to the raw folder."""
+    """Glob of the images, relative to the raw folder; or a list, list.txt, with an image and its mask on each line."""
     masks: str = ""
-    """Glob of the masks; empty for an unlabelled split."""
+    """Glob of the masks, with {class} for a class's name if there is a mask for each class; or of annotations: COCO's
+    .json or CVAT's .xml for the whole split, Labelme's .json or YOLO's .txt for each image. Empty: unlabelled.
+    """
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ class Domain:
     """Raw ids that mean "no class"."""
     ignore_colors: tuple[tuple[int, int, int], ...] = ()
     """Raw colours that mean "no class"."""
+    ignore_names: tuple[str, ...] = ()
+    """Raw names that mean "no class"."""
+    background: str = ""
+    """The class of pixels outside all areas of annotations, or `ignore`. Needed by annotations, unused by masks."""
 
     @property
     def num_classes(self) -> int:
@@ -106,6 +114,20 @@ class Domain:
         codes = np.array([r << 16 | g << 8 | b for (r, g, b), _ in pairs], dtype=np.int64)
         return codes, np.array([train_id for _, train_id in pairs], dtype=np.uint8)
 
+    @cached_property
+    def name_lookup(self) -> dict[str, int]:
+        """The train id of each raw name."""
+        train_ids = dict.fromkeys(self.ignore_names, IGNORE)
+        for train_id, label in enumerate(self.classes):
+            train_ids.update(dict.fromkeys(label.names or (label.name,), train_id))
+        return train_ids
+
+    @property
+    def background_id(self) -> int:
+        """The train id of pixels outside all areas of annotations."""
+        names = [label.name for label in self.classes]
+        return names.index(self.background) if self.background in names else IGNORE
+
     @property
     def class_fingerprint(self) -> str:
         """Hex digest of the class names in order, which define the train ids."""
@@ -120,6 +142,7 @@ class Domain:
             # No ids (null) means the position in the table, an empty list means none.
             if row["ids"] is None:
                 del row["ids"]
-            if not row["colors"]:
-                del row["colors"]
+            for optional in ("colors", "names"):
+                if not row[optional]:
+                    del row[optional]
         return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=160)

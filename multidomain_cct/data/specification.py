@@ -14,6 +14,7 @@ from multidomain_cct.files.printable import first_few, printable
 from multidomain_cct.files.strict_yaml import read_yaml
 
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+_TEXTS = ("labels_of", "title", "licence", "source", "background")
 
 
 def read_domain(path: Path) -> Domain:
@@ -44,7 +45,8 @@ def read_domain(path: Path) -> Domain:
         unknown=raw.get("unknown", Domain.unknown),
         ignore_ids=_raw_ids(raw.get("ignore_ids", Domain.ignore_ids), f"{where}: ignore_ids"),
         ignore_colors=_colors(raw.get("ignore_colors", ()), f"{where}: ignore_colors"),
-        **{key: _text(raw.get(key, ""), f"{where}: {key}") for key in ("labels_of", "title", "licence", "source")},
+        ignore_names=_names(raw.get("ignore_names", ()), f"{where}: ignore_names"),
+        **{key: _text(raw.get(key, ""), f"{where}: {key}") for key in _TEXTS},
     )
     _refuse_ambiguous_values(domain, where)
     return domain
@@ -98,6 +100,8 @@ def known_domain(name: str, known: Mapping[str, Path], named_by: str = "the comm
         classes=domain.classes or lender.classes,
         ignore_ids=tuple(sorted({*domain.ignore_ids, *lender.ignore_ids})),
         ignore_colors=tuple(sorted({*domain.ignore_colors, *lender.ignore_colors})),
+        ignore_names=tuple(sorted({*domain.ignore_names, *lender.ignore_names})),
+        background=domain.background or lender.background,
     )
     _refuse_ambiguous_values(borrower, str(known[name]))
     return borrower
@@ -124,6 +128,8 @@ def _read_splits(raw: Any, layout: str, where: str) -> dict[str, Split]:
             if not isinstance(text, (str, type(None))):
                 raise UserError(f"{here}.{key} is {text!r}; it is one glob, such as {key}/{name}/*.png.")
         splits[name] = Split(**{key: text or "" for key, text in value.items()})
+        if splits[name].images.endswith(".txt") and splits[name].masks:
+            raise UserError(f"{here}.masks is given, but the list {splits[name].images} names the masks. Remove one.")
         if layout == "folder" and not splits[name].images:
             raise UserError(f"{here}.images is missing; the layout `folder` needs a glob such as images/{name}/*.jpg.")
     return splits
@@ -150,6 +156,7 @@ def _read_class(row: Any, where: str) -> LabelClass:
         color=_color(row["color"], f"{where}.color"),
         ids=None if ids is None else _raw_ids([ids] if isinstance(ids, int) else ids, f"{where}.ids"),
         colors=_colors(row.get("colors", ()), f"{where}.colors"),
+        names=_names(row.get("names", ()), f"{where}.names"),
         thing=thing,
     )
 
@@ -164,11 +171,12 @@ def _refuse_ambiguous_values(domain: Domain, where: str) -> None:
         )
     names: dict[str, int] = {}
     owners: dict[str, str] = {}
-    """By raw id or colour as printed, what has it."""
+    """By raw id, colour or name as printed, what has it."""
+    kinds = {int: "id", tuple: "color", str: "name"}
 
-    def claim(values: Iterable[int | tuple[int, ...]], owner: str) -> None:
+    def claim(values: Iterable[int | str | tuple[int, ...]], owner: str) -> None:
         for value in values:
-            text = f"raw id {value}" if isinstance(value, int) else f"raw color {list(value)}"
+            text = f"raw {kinds[type(value)]} {list(value) if isinstance(value, tuple) else value}"
             if text in owners:
                 raise UserError(f"{where}: {text} belongs to both {owners[text]} and {owner}; it can only be one.")
             owners[text] = owner
@@ -184,8 +192,12 @@ def _refuse_ambiguous_values(domain: Domain, where: str) -> None:
         claim((position,) if label.ids is None else label.ids, f'"{label.name}"')
         if masks_hold_colors:
             claim(label.colors or (label.color,), f'"{label.name}"')
+        claim(label.names or (label.name,), f'"{label.name}"')
     claim(set(domain.ignore_ids), "ignore_ids")
     claim(set(domain.ignore_colors), "ignore_colors")
+    claim(set(domain.ignore_names), "ignore_names")
+    if domain.background and domain.classes:
+        require_choice(f"{where}: background", domain.background, (*names, "ignore"))
 
 
 def _name(raw: Any, what: str) -> str:
@@ -224,6 +236,10 @@ def _color(raw: Any, where: str) -> tuple[int, int, int]:
 
 def _colors(raw: Any, where: str) -> tuple[tuple[int, int, int], ...]:
     return tuple(_color(color, where) for color in _sequence(raw, where))
+
+
+def _names(raw: Any, where: str) -> tuple[str, ...]:
+    return tuple(_text(name, where) for name in _sequence(raw, where))
 
 
 def _raw_ids(raw: Any, where: str) -> tuple[int, ...]:

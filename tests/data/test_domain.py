@@ -263,7 +263,7 @@ def test_class_fingerprint_follows_names_and_order_only(tmp_path: Path) -> None:
         (
             "thing: true",
             "think: true",
-            "classes[1]: the key is 'think'; it is one of name, color, ids, colors, thing. Did you mean \"thing\"?",
+            "classes[1]: the key is 'think'; it is one of name, color, ids, colors, names, thing. Did you mean",
         ),
         ("licence: MIT", "license: MIT", "the key is 'license'; it is one of name, layout,"),
         ("licence: MIT", "title: again", "line 3: the key 'title' appears twice; keep one."),
@@ -464,3 +464,23 @@ def test_labels_that_cannot_be_borrowed_are_named_in_one_line_with_their_file(
     assert message in str(caught.value)
     assert str(caught.value).startswith(str(path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("classes:", "background: raod\nclasses:", "background is 'raod'; it is one of road"),
+        ("classes:", "ignore_names: [road]\nclasses:", 'raw name road belongs to both "road" and ignore_names'),
+        ("classes:", "ignore_names: road\nclasses:", "ignore_names is 'road'; it is a list"),
+    ],
+)
+def test_names_of_annotations_that_cannot_be_used_are_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read_domain(write(tmp_path, STREET.replace(old, new)))
+    assert message in str(caught.value)
+
+
+def test_a_list_names_the_masks_itself(tmp_path: Path) -> None:
+    text = "layout: folder\nsplits: {train: {images: a.txt, masks: '*.png'}}\nclasses: [{name: a, color: [0, 0, 0]}]"
+    with pytest.raises(UserError, match="masks is given, but the list a.txt names the masks. Remove one"):
+        read_domain(write(tmp_path, text))

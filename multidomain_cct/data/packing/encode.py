@@ -16,11 +16,14 @@ from PIL import Image
 
 from multidomain_cct.data.domain import Domain
 from multidomain_cct.data.images import decoded, fitted_size, has_16_bits, open_image, orientation, resized
+from multidomain_cct.data.packing.annotations import annotations_of_one
 from multidomain_cct.data.packing.raw_files import MaskFile, RawSample
 from multidomain_cct.data.packing.raw_masks import read_mask
 from multidomain_cct.errors import UserError
 
 JPEG_QUALITY = 95
+NO_SHAPES = "images have annotations without any area: all of their pixels are the background"
+LEFT_OUT = "images have annotations that cover no pixels (points, lines), which were left out"
 SIXTEEN_BITS = "images of 16 bits, of which the upper 8 are kept"
 TURNED = "images turned upright by their EXIF orientation"
 TURNED_ALONE = (
@@ -70,8 +73,13 @@ class Encoder:
         facts: dict[str, Any] = {"images": 1, "labelled": 0, "pixels": [0] * 256, "unknown": {}, "remarks": remarks}
         mask = None
         if sample.mask is not None:
-            picture, facts["unknown"] = self._mask(sample.mask, image.size, turned)
-            if turned > 1 and sample.mask.cell is None:
+            if sample.mask.holds_shapes:
+                picture = self._drawn(sample.mask, image.size, remarks)
+            else:
+                picture, facts["unknown"] = self._mask(sample.mask, image.size, turned)
+            if turned > 1 and sample.mask.holds_shapes:
+                remarks.append(TURNED_ALONE)
+            elif turned > 1 and sample.mask.cell is None:
                 with open_image(sample.mask.path, str(sample.mask.path)) as mask_file:
                     remarks += [TURNED_ALONE] * (orientation(mask_file, str(sample.mask.path)) == 1)
             if self.split not in self.domain.score_at_full_size and stored != image.size:
@@ -83,6 +91,12 @@ class Encoder:
         meta = {"size": list(image.size), "source": sample.image.relative_to(self.raw).as_posix()}
         facts |= {"image_bytes": len(content), "sizes": {_text(stored): 1}}
         return Encoded(sample.key, content, mask, json.dumps(meta, sort_keys=True).encode(), facts)
+
+    def _drawn(self, mask: MaskFile, size: tuple[int, int], remarks: list[str]) -> Image.Image:
+        """The train ids of annotated shapes as a picture; adds what is worth a look to `remarks`."""
+        annotation = mask.annotation or annotations_of_one(mask.path, size)
+        remarks += [NO_SHAPES] * (not annotation.shapes) + [LEFT_OUT] * (annotation.num_left_out > 0)
+        return Image.fromarray(annotation.train_ids(self.domain, size, str(mask.path)))
 
     def _mask(self, mask: MaskFile, size: tuple[int, int], turned: int) -> tuple[Image.Image, dict[str, int]]:
         """Train ids as a picture, and the pixels of raw values without a class. `turned`: the image's orientation."""

@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from multidomain_cct.data.domain import Domain, Split
+from multidomain_cct.data.packing.folders import folder_samples
 from multidomain_cct.data.packing.raw_files import (
     MaskFile,
     MissingRawFiles,
@@ -231,7 +232,7 @@ def _first(candidates: Sequence[Path]) -> Path:
 
 
 _LAYOUTS: dict[str, Callable[[Domain, Path, str], list[RawSample]]] = {
-    "folder": lambda domain, raw, split: matched_samples(domain, raw, split, domain.splits[split]),
+    "folder": folder_samples,
     "toy": _toy,
     "cityscapes": _cityscapes,
     "camvid": _camvid,

@@ -115,11 +115,13 @@ def pack(
 
 def _plan(domain: Domain, split: str, samples: list[RawSample], max_shard_bytes: int) -> str:
     """Digest of everything that determines the bytes of the shards; of raw files the sizes, not the contents."""
-    labels = [(label.name, label.ids, label.colors, label.color) for label in domain.classes]
+    labels: list[Any] = [(label.name, label.ids, label.colors, label.color) for label in domain.classes]
+    if any(sample.mask and sample.mask.holds_shapes for sample in samples):
+        labels += [domain.background, domain.ignore_names, *(label.names for label in domain.classes)]
     facts: list[Any] = [domain.name, split, domain.size, domain.unknown, split in domain.score_at_full_size, labels]
     facts += [domain.ignore_ids, domain.ignore_colors, _SEED, max_shard_bytes, JPEG_QUALITY, PIL.__version__]
     for sample in samples:
-        mask = sample.mask and [sample.mask.train_ids, sample.mask.path.stat().st_size]
+        mask = sample.mask and [sample.mask.train_ids, *(path.stat().st_size for path in sample.mask.files)]
         facts.append([sample.key, sample.image.stat().st_size, mask or False])
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 

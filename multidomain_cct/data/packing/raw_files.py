@@ -8,22 +8,27 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from itertools import takewhile
 from pathlib import Path, PurePosixPath
 
 from multidomain_cct.data.domain import Domain, Split
+from multidomain_cct.data.packing.shapes import Annotation, ClassMask
 from multidomain_cct.data.shards.keys import escape_key
 from multidomain_cct.errors import UserError
 
 IMAGE_SUFFIXES = frozenset(".bmp .gif .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split())
 MASK_ENDINGS = ("_mask", "-mask", "_label", "_gt")
 """Endings that a mask's name may add to its image's name in the layout `folder`."""
+ANNOTATION_SUFFIXES = (".json", ".txt")
+"""Of files with the shapes of one image: Labelme's and YOLO's."""
+CLASS = "{class}"
+"""In a glob: the text that names a mask's class."""
 LONGEST_KEY = 200
 """File systems allow names of 255 bytes, which include a suffix."""
-_WILDCARD = re.compile(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\])")
+_WILDCARD = re.compile(r"(\*\*/|\*\*|\*|\?|\[!?\]?[^]]*\]|\{class\})")
 
 
 class MissingRawFiles(UserError):
@@ -39,6 +44,19 @@ class MaskFile:
     """Position in the label table of SUNRGBD2Dseg.mat; None for an image file."""
     train_ids: bool = False
     """True when the file holds train ids, not raw ids."""
+    annotation: Annotation | None = None
+    """The shapes of the image, where the file has those of many images."""
+
+    @property
+    def files(self) -> list[Path]:
+        """All files that hold labels of the image."""
+        shapes = self.annotation.shapes if self.annotation else ()
+        return [shape.area.path for shape in shapes if isinstance(shape.area, ClassMask)] or [self.path]
+
+    @property
+    def holds_shapes(self) -> bool:
+        """Whether labels are areas, outside which is the domain's background."""
+        return self.annotation is not None or self.path.suffix.lower() in ANNOTATION_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -64,11 +82,14 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
     if not globs.masks:
         return unlabelled_samples(images)
     labels = Glob(raw, globs.masks, f"{domain.name}: splits.{split}.masks")
-    masks, hint = labels.images(), ""
+    suffix = PurePosixPath(globs.masks).suffix.lower()
+    masks, hint = labels.images([suffix] if suffix in ANNOTATION_SUFFIXES else IMAGE_SUFFIXES), ""
+    if suffix in ANNOTATION_SUFFIXES:
+        hint = " (without objects in the image: a file without any)"
     if not any(stem + ending in masks for stem in images for ending in ("", *MASK_ENDINGS)):
         stems = {photos.wildcard_text(path): stem for stem, path in images.items()}
         masks = unique_names((stems.get(labels.wildcard_text(path), name), path) for name, path in masks.items())
-        hint = ", or one where the stars of both globs stand for the same text, as in rgb_*.jpg and mask_*.png"
+        hint += ", or one where the stars of both globs stand for the same text, as in rgb_*.jpg and mask_*.png"
     for stem in sorted(images.keys() - masks.keys()):
         extended = [stem + ending for ending in MASK_ENDINGS if stem + ending in masks and stem + ending not in images]
         if len(extended) > 1:
@@ -151,24 +172,33 @@ class Glob:
         found = _files_below(self.home, depth, frozenset()) if self.home.is_dir() else ()
         self.files = sorted(path for path in found if matches(path.relative_to(folder).as_posix()))
 
-    def images(self) -> dict[str, Path]:
-        """The images by their path below the folders before the first wildcard, without the fixed ending or, if the
-        pattern has none, without the suffix.
+    def images(self, suffixes: Collection[str] = IMAGE_SUFFIXES) -> dict[str, Path]:
+        """The images, or files of other suffixes, by their path below the folders before the first wildcard, without
+        the fixed ending or, if the pattern has none, without the suffix.
         """
         # *_rgb.png has an ending that its masks need not share; *.[jp]* has none.
         ending = re.split(r"[*?\]]", self.name)[-1].removeprefix(self.name)
-        below = ((path.relative_to(self.home), path) for path in self.files if path.suffix.lower() in IMAGE_SUFFIXES)
+        below = ((path.relative_to(self.home), path) for path in self.files if path.suffix.lower() in suffixes)
         return unique_names(
             (str(place)[: -len(ending)] if "." in ending else str(place.with_suffix("")), path) for place, path in below
         )
 
     def wildcard_text(self, path: Path) -> str:
-        """The text for which the wildcards stand in a path that matches, without the path's suffix."""
+        """The text for which the wildcards but {class} stand in a path that matches, without the path's suffix."""
+        wildcards = _WILDCARD.findall(str(self.pattern))
+        texts = zip(wildcards, self._texts(path), strict=False)
+        return "/".join(text for wildcard, text in texts if text and wildcard != CLASS)
+
+    def class_name(self, path: Path) -> str:
+        """The text for which {class} stands in a path that matches."""
+        return str(self._texts(path)[_WILDCARD.findall(str(self.pattern)).index(CLASS)])
+
+    def _texts(self, path: Path) -> tuple[str | None, ...]:
         found = path.relative_to(self.folder)
         match = _expression(str(self.pattern.with_suffix(""))).fullmatch(str(found.with_suffix("")))
         match = match or _expression(str(self.pattern)).fullmatch(str(found))
         assert match is not None
-        return "/".join(filter(None, match.groups()))
+        return match.groups()
 
     def others(self) -> str:
         """Numbers and endings of the matching files that are not read as images."""
@@ -201,7 +231,7 @@ def _files_below(folder: Path, depth: int, above: frozenset[str]) -> Iterator[Pa
 @cache
 def _expression(pattern: str) -> re.Pattern[str]:
     """A glob as a regular expression with a group for each wildcard. The ending may be of either case."""
-    translated = {"**/": "(?:(.+)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
+    translated = {"**/": "(?:(.+)/)?", "**": "(.*)", "*": "([^/]*)", "?": "([^/])", CLASS: "([^/]+)"}
     parts = (
         translated.get(part) or (f"([{_set(part[1:-1])}])" if part[:1] == "[" else re.escape(part))
         for part in _WILDCARD.split(pattern)
@@ -243,10 +273,13 @@ def unique_names(named: Iterable[tuple[str, Path]]) -> dict[str, Path]:
 
 def listed_stems(path: Path) -> list[str]:
     """The stems in a list file: one sample a line, as a stem or as paths, of which the first counts."""
+    return [PurePosixPath(line.split()[0]).stem for line in list_lines(path) if line.strip()]
+
+
+def list_lines(path: Path) -> list[str]:
     if not path.is_file():
         raise MissingRawFiles(f"{path}: there is no such file. It names the images of a split, one a line.")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f"{path}: this is not text in UTF-8. It names the images of a split, one a line.") from None
-    return [PurePosixPath(line.split()[0]).stem for line in lines if line.strip()]
