@@ -6,9 +6,8 @@ Shapes: B images, C classes of the domain, H W size of the labels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,9 @@ from multidomain_cct.data.domain import IGNORE, Domain
 from multidomain_cct.data.shards.reader import Shards
 from multidomain_cct.evaluation.inference import InferenceSettings, class_probabilities
 from multidomain_cct.model.network import Segmenter
+
+_WAITING = 4
+"""Batches' worth of images that wait for others of their size."""
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,15 @@ def score(
     scored = torch.zeros(1, dtype=torch.int64, device=device)
     sizes = set()
     numbers = range(share.rank, len(shards), share.world)
-    left = iter(numbers)
-    for batch in _batches(scored_images(shards, domain, numbers, workers=workers), settings.batch, share.between):
-        height, width = batch[0].mask.shape
-        # Stacked as they lie in memory, pixel by pixel: putting channel after channel takes several times as long.
-        pictures = torch.stack([item.image.permute(1, 2, 0) for item in batch]).to(device).permute(0, 3, 1, 2)
-        masks = torch.stack([item.mask for item in batch]).to(device)
+    images = scored_images(shards, domain, numbers, workers=workers, pin_memory=device.type == "cuda")
+    for batch in _batches(zip(numbers, images, strict=True), settings.batch, share.between):
+        height, width = batch[0][1].mask.shape
+        # Stacked as they lie in memory, pixel by pixel: putting channel after channel takes several times as long. And
+        # stacked on the device: what the host stacks is no longer pinned.
+        pictures = _stacked([item.image.permute(1, 2, 0) for _, item in batch], device).permute(0, 3, 1, 2)
+        masks = _stacked([item.mask for _, item in batch], device)
         prediction = class_probabilities(model, pictures, domain.name, (height, width), settings).argmax(dim=1)
-        for number, mask, ids in zip(islice(left, len(batch)), masks, prediction, strict=True):
+        for (number, _), mask, ids in zip(batch, masks, prediction, strict=True):
             pixels = confusion_of(mask, ids, domain.num_classes)
             confusion += pixels
             counts[number] = torch.stack([pixels.diagonal(), pixels.sum(1), pixels.sum(0)])
@@ -156,19 +159,28 @@ def score(
     if len(numbers) < math.ceil(len(shards) / share.world):
         share.between()
     model.train(was_training)
-    confusion, counts, images = share.total(confusion), share.total(counts), int(share.total(scored))
-    assert images == len(shards), f"{images} of {len(shards)} images were scored"
+    confusion, counts, total = share.total(confusion), share.total(counts), int(share.total(scored))
+    assert total == len(shards), f"{total} of {len(shards)} images were scored"
     return Score(domain, split, confusion.cpu().numpy(), counts.cpu().numpy(), tuple(sorted(sizes)), settings)
 
 
-def _batches(images: Iterable[ScoredImage], size: int, between: Callable[[], None]) -> Iterator[list[ScoredImage]]:
-    """The images in their order, up to `size` of equal shapes together; `between` is called before each image."""
+def _stacked(parts: Sequence[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([part.to(device, non_blocking=True) for part in parts])
 
-    def announced() -> Iterator[ScoredImage]:
-        for item in images:
-            between()
-            yield item
 
-    for _, equal in groupby(announced(), key=lambda item: (item.image.shape, item.mask.shape)):
-        while batch := list(islice(equal, size)):
-            yield batch
+def _batches(
+    images: Iterable[tuple[int, ScoredImage]], size: int, between: Callable[[], None]
+) -> Iterator[list[tuple[int, ScoredImage]]]:
+    """Numbered images, up to `size` of equal shapes together, wherever they are in the split; `between` is called
+    before each image.
+    """
+    waiting: dict[Any, list[tuple[int, ScoredImage]]] = {}
+    for number, item in images:
+        between()
+        shape = (item.image.shape, item.mask.shape)
+        waiting.setdefault(shape, []).append((number, item))
+        if len(waiting[shape]) == size:
+            yield waiting.pop(shape)
+        elif sum(map(len, waiting.values())) > _WAITING * size:
+            yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+    yield from waiting.values()

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.errors import require_choice, require_number
 from multidomain_cct.methods.class_statistics import ClassStatistics
+from multidomain_cct.methods.strong_view import strong_view
 from multidomain_cct.methods.supervised import ClassHealth, Supervised, class_shares
 from multidomain_cct.methods.teacher import warm_decay
-from multidomain_cct.methods.views import Mix, Pasted, draw_classmix, draw_half_boxes, draw_rare_class, strong_view
+from multidomain_cct.methods.views import Mix, Pasted, draw_classmix, draw_half_boxes, draw_rare_class
 from multidomain_cct.model.auxiliary import auxiliary_losses
 from multidomain_cct.model.decoders import DecoderGroup, Grid
 from multidomain_cct.model.distances import DISTANCES, at_least_float32

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.data.domain import IGNORE
+from multidomain_cct.methods.strong_view import strong_view
 from multidomain_cct.methods.teacher import Teacher, warm_decay
-from multidomain_cct.methods.views import draw_half_boxes, strong_view
+from multidomain_cct.methods.views import draw_half_boxes
 from multidomain_cct.model.auxiliary import decoder_losses
 from multidomain_cct.model.decoders import Decoder
 from multidomain_cct.model.distances import at_least_float32
@@ -208,10 +209,9 @@ def class_weights(task: Task) -> Tensor | None:
 def _labelled_view(batch: Batch, settings: SupervisedSettings) -> Batch:
     images, masks = batch.images, batch.masks
     if settings.colour and len(images):
-        chosen = torch.rand(len(images)) < settings.colour
-        images = torch.stack(
-            [strong_view(image[None])[0] if strong else image for image, strong in zip(images, chosen, strict=True)]
-        )
+        # Drawn on the CPU and copied without waiting for the device.
+        chosen = (torch.rand(len(images)) < settings.colour).nonzero().flatten().to(images.device, non_blocking=True)
+        images = images.index_copy(0, chosen, strong_view(images[chosen]))
     if settings.cutmix and len(images) > 1:
         mix = draw_half_boxes(images, settings.cutmix)
         images, masks = mix(images), mix(masks)

@@ -1,38 +1,17 @@
-"""Strong views of images: colour and sharpness change, every pixel stays in place; and parts of one image in another.
+"""Parts of one image in another: CutMix, ClassMix and pasted classes.
 
 Shapes: U images, C classes of the domain, H W image size.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchvision.transforms import v2
 
-_COLOUR = v2.Compose(
-    [
-        v2.RandomApply([v2.ColorJitter(brightness=0.5, contrast=0.5, saturation=0.5, hue=0.25)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-    ]
-)
-"""As in UniMatch (Yang et al., CVPR 2023)."""
-_BLUR = 2.0 / 512
-"""Largest standard deviation of the blur as a share of the crop's shorter side: UniMatch's 2 pixels belong to crops of
-321 to 801 pixels, and a small crop would lose its objects.
-"""
-
-
-def strong_view(images: Tensor) -> Tensor:
-    """(U, 3, H, W) uint8 images, each changed at random (torch's global generator)."""
-    if not len(images):
-        return images
-    sigma = max(0.11, _BLUR * min(images.shape[-2:]))
-    blur = v2.RandomApply([v2.GaussianBlur(kernel_size=2 * math.ceil(2 * sigma) + 1, sigma=(0.1, sigma))], p=0.5)
-    return torch.stack([blur(_COLOUR(image)) for image in images])
+from multidomain_cct.methods.strong_view import strong_view
 
 
 def draw_strong_view(images: Tensor, cutmix: float) -> tuple[Tensor, Mix]:

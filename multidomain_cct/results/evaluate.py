@@ -24,12 +24,13 @@ def evaluate(
     settings: InferenceSettings | None = None,
     *,
     shards: Path | None = None,
-    workers: int = 1,
+    workers: int | None = None,
 ) -> list[Score]:
     """One score per domain; no names: all.
 
     `split` None scores each domain's val split of the recipe; `settings` None predicts as in training; `shards`
-    replaces the recipe's folder of shards. Raises UserError for a domain without a head and for a split without shards.
+    replaces the recipe's folder of shards; `workers` None: one loader process, on a GPU as many as in training. Raises
+    UserError for a domain without a head and for a split without shards.
     """
     chosen = [run.head(name).name for name in names] or list(run.domains)
     splits = {name: split or run.recipe.domains[name].val_split for name in chosen}
@@ -41,6 +42,8 @@ def evaluate(
     root = shards or Path(run.recipe.data.shards)
     opened = {name: Shards.open(root / name, each) for name, each in splits.items()}
     settings = settings or run.recipe.evaluation
+    if workers is None:
+        workers = run.recipe.data.workers if run.device.type == "cuda" else 1
     score_split = partial(score, run.model, settings=settings, workers=workers)
     return [score_split(opened[name], run.domains[name], each) for name, each in splits.items()]
 

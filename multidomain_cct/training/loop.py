@@ -69,7 +69,7 @@ def _less_memory(recipe: Recipe) -> str:
     encoder, training = recipe.encoder, recipe.training
     ways = [] if encoder.checkpoint or encoder.norm == "per_domain" else ["encoder.checkpoint=true"]
     ways += [f"training.accumulation={2 * training.accumulation}, a smaller data.crop or smaller batches"]
-    ways += ["training.precision=bf16"] if training.precision == "no" else []
+    ways += ["training.precision=bf16"] if training.mixed_precision == "no" else []
     newest = checkpoints(recipe.folder / "checkpoints")[-1:]
     go_on = "go on with resume=auto, or with resume=force after a change of crop, batch or precision"
     safe = f"{newest[0]} is safe: {go_on}" if newest else "No checkpoint was written yet"

@@ -46,8 +46,15 @@ def check_machine(recipe: Recipe) -> Iterator[Finding]:
     if precision == "fp8":
         remedy = "Give accelerate launch --mixed_precision no; training.precision is no, bf16 or fp16"
         yield error("ACCELERATE_MIXED_PRECISION", f"is fp8 {_FROM}. {remedy}.")
-    elif precision not in ("no", "", training.precision):
+    elif precision not in ("no", "", training.mixed_precision):
         yield _unused("ACCELERATE_MIXED_PRECISION", precision, f"training.precision={precision}")
+
+
+def set_tf32(allowed: bool) -> None:
+    """Whether CUDA's convolutions and matrix products of 32-bit numbers may use TF32. Nothing changes elsewhere."""
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high" if allowed else "highest")
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def _unused(variable: str, value: str, setting: str) -> Finding:

@@ -124,7 +124,11 @@ def _merged(general: Any, own: Any) -> Any:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """The settings that would make the new recipe another run than the old one, as `key: old -> new`."""
-    return changes(asdict(old), asdict(new), may_change=_MAY_CHANGE)
+    before, after = (
+        asdict(replace(each, training=replace(each.training, precision=each.training.mixed_precision)))
+        for each in (old, new)
+    )
+    return changes(before, after, may_change=_MAY_CHANGE)
 
 
 def changes(old: dict[str, Any], new: dict[str, Any], *, may_change: str = "") -> list[str]:

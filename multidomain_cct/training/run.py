@@ -25,7 +25,7 @@ from multidomain_cct.training.checkpoints.checkpoint import load_checkpoint
 from multidomain_cct.training.checkpoints.initial_weights import load_initial_weights
 from multidomain_cct.training.checkpoints.state import RunState
 from multidomain_cct.training.findings import Finding, require
-from multidomain_cct.training.machine import check_machine
+from multidomain_cct.training.machine import check_machine, set_tf32
 from multidomain_cct.training.processes.failures import mistakes_in_common
 from multidomain_cct.training.processes.stopping import StopRequest
 from multidomain_cct.training.recipe import Recipe
@@ -79,6 +79,8 @@ def open_run(
         if start.checkpoint is None and recipe.init_from is not None:
             left_out = load_initial_weights(Path(recipe.init_from), model, opened.domains)
     _require_the_same_start(recipe, start, accelerator)
+    # Moved first: the optimiser takes the kernels of the device on which it finds its parameters.
+    model.to(accelerator.device)
     optimiser = build_optimiser(recipe.optimiser, model.encoder.backbone, model, model.encoder.plan.depths)
     wrapped, optimiser = accelerator.prepare(model, optimiser)
     data = _training_set(recipe, opened, accelerator)
@@ -133,11 +135,12 @@ def _require_the_same_start(recipe: Recipe, start: Start, accelerator: Accelerat
 def build_accelerator(recipe: Recipe) -> Accelerator:
     """Accelerate as the recipe needs it. Raises UserError when this machine lacks a tracker or the precision."""
     require(check_machine(recipe))
+    set_tf32(recipe.training.tf32)
     try:
         return Accelerator(
             # Left to itself, Accelerate runs each process of a CPU launch on its own.
             cpu=not torch.accelerator.is_available(),
-            mixed_precision=recipe.training.precision,
+            mixed_precision=recipe.training.mixed_precision,
             # What these leave out, Accelerate would read from its environment; check_machine says what is there.
             dynamo_backend="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),

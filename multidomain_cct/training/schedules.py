@@ -67,7 +67,7 @@ def build_optimiser(
     """An optimiser with two layer groups, the backbone and the rest of the model; with a layer decay, the backbone has
     one for each layer. `depths`: layers above each parameter of the backbone.
 
-    `set_learning_rate` must run before each step.
+    `set_learning_rate` must run before each step. The model is on the device on which it will be trained.
     """
     in_backbone = {id(parameter) for parameter in backbone.parameters()}
     layers: dict[float, list[nn.Parameter]] = {}
@@ -78,9 +78,15 @@ def build_optimiser(
     groups: list[dict[str, Any]] = [{"params": params, "factor": factor} for factor, params in layers.items()]
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in in_backbone]
     groups.append({"params": rest, "factor": 1.0})
+    # On a GPU one kernel updates all parameters.
+    common: dict[str, Any] = {
+        "lr": settings.lr,
+        "weight_decay": settings.weight_decay,
+        "fused": next(model.parameters()).is_cuda,
+    }
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=settings.weight_decay)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
+        return torch.optim.AdamW(groups, **common)
+    return torch.optim.SGD(groups, momentum=settings.momentum, **common)
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:

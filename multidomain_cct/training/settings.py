@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from multidomain_cct.data.batches.streams import DataSettings, DomainSettings
@@ -31,8 +32,12 @@ class TrainingSettings:
 
     steps: int = 40000
     """Optimiser steps."""
-    precision: str = "no"
-    """Mixed precision: `no`, `bf16` or `fp16`."""
+    precision: str = "auto"
+    """Mixed precision: `no`, `bf16`, `fp16`; or `auto`, which is `bf16` on a GPU that has it and `no` elsewhere."""
+    tf32: bool = True
+    """On NVIDIA GPUs, multiply 32-bit numbers with 10 bits of mantissa where that uses tensor cores; `false`: with all
+    24, several times slower where `precision` is `no`.
+    """
     accumulation: int = 1
     """Micro-batches per step and process; the batch sizes in `data` are those of the whole step."""
     clip: float = 0.0
@@ -51,10 +56,17 @@ class TrainingSettings:
     """Trackers of Accelerate that also receive the metrics, for example tensorboard."""
 
     def __post_init__(self) -> None:
-        require_choice("training.precision", self.precision, ("no", "bf16", "fp16"))
+        require_choice("training.precision", self.precision, ("auto", "no", "bf16", "fp16"))
         require_number("training.clip", self.clip, at_least=0)
         for name in ("steps", "accumulation", "log_every", "evaluate_every", "save_every", "keep", "max_skipped"):
             require_number(f"training.{name}", vars(self)[name], at_least=1)
+
+    @property
+    def mixed_precision(self) -> str:
+        """`no`, `bf16` or `fp16`: what `precision` means on this machine."""
+        if self.precision != "auto":
+            return self.precision
+        return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "no"
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,10 @@ class Recipe:
         """The section of the recipe's method; None when the method has none."""
         wanted = METHODS[self.method].settings_type
         return next((section for section in vars(self).values() if type(section) is wanted), None)
+
+    def scoring_workers(self, device: torch.device) -> int:
+        """Loader processes of an evaluation: one keeps a CPU busy, a GPU takes what training has."""
+        return self.data.workers if device.type == "cuda" else min(1, self.data.workers)
 
     def crop_of(self, domain: str) -> tuple[int, int]:
         """(height, width) of the domain's training images."""

@@ -31,8 +31,15 @@ def show_startup(run: Run, log: RunLog) -> None:
         f"method {recipe.method}, encoder {encoder.name} (weights {encoder.weights}, stride {encoder.stride}, context "
         f"{encoder.context}), {parameters / 1e6:.1f} million parameters\n"
         f"{device_name(run.accelerator.device)}, {processes} process{'es' if processes > 1 else ''}, precision "
-        f"{training.precision}, {training.steps} steps"
+        f"{_precision(run)}, {training.steps} steps"
     )
+
+
+def _precision(run: Run) -> str:
+    """The mixed precision and, where the device has it, whether TF32 is used."""
+    precision = run.accelerator.mixed_precision
+    on = "on" if run.recipe.training.tf32 else "off"
+    return f"{precision}, TF32 {on}" if run.accelerator.device.type == "cuda" else precision
 
 
 def _row(run: Run, stream: DomainStreams) -> list[str]:

@@ -60,7 +60,7 @@ def _scores(run: Run) -> dict[str, Score]:
         total=lambda tensor: accelerator.reduce(tensor, reduction="sum"),
         between=leave_if_asked,
     )
-    workers = min(1, recipe.data.workers)
+    workers = recipe.scoring_workers(accelerator.device)
     scores: dict[str, Score] = {}
     for name, shards in run.scored.items():
         domain, split = run.domains[name], recipe.domains[name].val_split

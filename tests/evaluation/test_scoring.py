@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from multidomain_cct.data.batches.loader import ScoredImage
 from multidomain_cct.data.domain import Domain, LabelClass, Split
 from multidomain_cct.data.shards.index import index_path
 from multidomain_cct.data.shards.reader import Shards
@@ -15,6 +16,7 @@ from multidomain_cct.evaluation.inference import InferenceSettings
 from multidomain_cct.evaluation.scoring import (
     Score,
     Share,
+    _batches,
     arithmetic_and_harmonic,
     class_iou,
     confusion_of,
@@ -177,7 +179,7 @@ def test_images_of_equal_size_are_predicted_together(
     assert alone.confusion.sum() == together.confusion.sum()
 
 
-def test_an_image_of_another_size_begins_a_new_batch(
+def test_images_of_equal_size_are_predicted_together_wherever_they_are(
     model: Segmenter, shapes: tuple[Shards, Domain, str], tiny_shards: TinyShards, tmp_path: Path
 ) -> None:
     domain, sizes, expected = shapes[1], shapes_of(model), 0
@@ -189,11 +191,36 @@ def test_an_image_of_another_size_begins_a_new_batch(
         index_path(shard).rename(index_path(mixed / f"val-{number:05d}.tar"))
         shard.rename(mixed / f"val-{number:05d}.tar")
         expected += (size[0] - 2) * size[1]
+    alone = score(model, Shards.open(mixed, "val"), domain, "val", InferenceSettings())
+    sizes.clear()
     result = score(model, Shards.open(mixed, "val"), domain, "val", InferenceSettings(batch=8))
-    assert sizes == [2, 1, 1]
+    assert sizes == [3, 1]
+    # Each image keeps its own row; rounding may turn single pixels.
+    assert np.array_equal(result.counts[:, 1], alone.counts[:, 1])
+    assert np.abs(result.counts - alone.counts).sum() <= 8
     assert result.images == 4
     assert result.confusion.sum() == expected
     assert set(result.sizes) == {"96x72", "64x96"}
+
+
+def test_images_that_wait_for_others_of_their_size_are_few() -> None:
+    items = [
+        (number, ScoredImage(str(number), torch.empty(3, number % 5, 1), torch.empty(1, 1))) for number in range(9)
+    ]
+    seen = []
+    batches = [(len(seen), [number for number, _ in batch]) for batch in _batches(items, 2, lambda: seen.append(1))]
+    assert sorted(number for _, batch in batches for number in batch) == list(range(9))
+    assert batches[0] == (6, [0, 5])
+    alone = [item for item in items if item[0] < 5]
+    seen.clear()
+    # With batches of one, nothing waits.
+    assert [(len(seen), len(batch)) for batch in _batches(alone, 1, lambda: seen.append(1))] == [
+        (n, 1) for n in range(1, 6)
+    ]
+    many = [(number, ScoredImage("", torch.empty(3, number, 1), torch.empty(1, 1))) for number in range(20)]
+    seen.clear()
+    assert next(_batches(many, 2, lambda: seen.append(1)))[0][0] == 0
+    assert len(seen) == 9
 
 
 def test_parts_of_a_split_add_up_to_the_whole(model: Segmenter, shapes: tuple[Shards, Domain, str]) -> None:

@@ -12,8 +12,9 @@ from torch import Tensor
 from multidomain_cct.data.batches.loader import Batch
 from multidomain_cct.errors import UserError
 from multidomain_cct.methods.cct_strong import CCTStrong, CCTStrongSettings
+from multidomain_cct.methods.strong_view import strong_view
 from multidomain_cct.methods.supervised import Supervised
-from multidomain_cct.methods.views import draw_half_boxes, strong_view
+from multidomain_cct.methods.views import draw_half_boxes
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.losses import ConsistencySettings
 from multidomain_cct.model.network import Task

@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from multidomain_cct.data.batches.loader import Batch
+from multidomain_cct.methods.strong_view import strong_view
 from multidomain_cct.methods.supervised import Supervised
 from multidomain_cct.methods.unimatch import UniMatch, UniMatchSettings
-from multidomain_cct.methods.views import draw_cutmix, strong_view
+from multidomain_cct.methods.views import draw_cutmix
 from multidomain_cct.model.encoder import EncoderSettings
 from multidomain_cct.model.network import Task
 

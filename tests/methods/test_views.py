@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from multidomain_cct.methods.strong_view import strong_view
 from multidomain_cct.methods.views import (
     Mix,
     draw_classmix,
@@ -13,7 +14,6 @@ from multidomain_cct.methods.views import (
     draw_half_boxes,
     draw_rare_class,
     draw_strong_view,
-    strong_view,
 )
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from multidomain_cct.errors import UserError
-from multidomain_cct.training.machine import check_machine
-from multidomain_cct.training.recipe import Recipe
+from multidomain_cct.training.machine import check_machine, set_tf32
+from multidomain_cct.training.recipe import Recipe, differences
 from multidomain_cct.training.run import build_accelerator
 
 TinyRecipe = Callable[..., Recipe]
@@ -90,3 +90,35 @@ def test_a_tracker_that_is_not_installed_is_answered_with_its_package(
     assert finding.key == "training.trackers"
     assert "Installed: tensorboard" in finding.message
     assert remedy in finding.message
+
+
+@pytest.mark.parametrize(("gpu", "has_bf16", "means"), [(True, True, "bf16"), (True, False, "no"), (False, True, "no")])
+def test_auto_is_bf16_where_a_gpu_has_it(
+    tiny_recipe: TinyRecipe, monkeypatch: pytest.MonkeyPatch, gpu: bool, has_bf16: bool, means: str
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda including_emulation: has_bf16)
+    assert tiny_recipe(training__precision="auto").training.mixed_precision == means
+    assert tiny_recipe(training__precision="fp16").training.mixed_precision == "fp16"
+
+
+def test_auto_and_what_it_means_here_are_the_same_run(tiny_recipe: TinyRecipe) -> None:
+    auto, here = (tiny_recipe(training__precision=value) for value in ("auto", tiny_recipe().training.mixed_precision))
+    assert differences(auto, here) == []
+    assert differences(auto, tiny_recipe(training__precision="fp16"))
+
+
+@pytest.mark.parametrize(("allowed", "precision"), [(True, "high"), (False, "highest")])
+def test_tf32_is_chosen_for_matrix_products_and_convolutions_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, allowed: bool, precision: str
+) -> None:
+    chosen = []
+    monkeypatch.setattr("torch.set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr("torch.backends.cudnn.allow_tf32", not allowed)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    set_tf32(allowed)
+    assert chosen == []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    set_tf32(allowed)
+    assert chosen == [precision]
+    assert torch.backends.cudnn.allow_tf32 is allowed

@@ -223,6 +223,10 @@ class ScoredImage:
     mask: Tensor
     """(H', W') uint8 train ids at the labels' own resolution, which may differ from the image's."""
 
+    def pin_memory(self) -> ScoredImage:
+        """The same in page-locked memory, from which a GPU copies without the host waiting."""
+        return ScoredImage(self.key, self.image.pin_memory(), self.mask.pin_memory())
+
 
 class _ScoredSet(Dataset[Any]):
     def __init__(self, shards: Shards, domain: Domain) -> None:
@@ -239,7 +243,9 @@ class _ScoredSet(Dataset[Any]):
             return _Refused(str(error), UserError)
 
 
-def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, workers: int) -> Iterator[ScoredImage]:
+def scored_images(
+    shards: Shards, domain: Domain, numbers: Sequence[int], *, workers: int, pin_memory: bool = False
+) -> Iterator[ScoredImage]:
     """The samples with these numbers, whole, with their masks; without loader processes where there is no room for
     them.
     """
@@ -249,7 +255,7 @@ def scored_images(shards: Shards, domain: Domain, numbers: Sequence[int], *, wor
             require_room([first.image.nbytes, first.mask.nbytes], workers=workers, prefetch=_SCORED_AHEAD)
         except UserError:
             workers = 0
-    return _loaded(data, numbers, workers=workers, prefetch=_SCORED_AHEAD, pin_memory=False)
+    return _loaded(data, numbers, workers=workers, prefetch=_SCORED_AHEAD, pin_memory=pin_memory)
 
 
 def _loaded(

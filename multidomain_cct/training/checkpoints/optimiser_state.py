@@ -58,8 +58,9 @@ def restore_optimiser(
         shape = torch.Size() if key == "step" else parameter.shape
         if value.shape != shape or not value.is_floating_point():
             trouble.append(f"{entry} is {value.dtype} {list(value.shape)}, not floating point {list(shape)}")
-        # Counters stay on the CPU, where the optimisers keep them; moments live with their parameter.
-        state.setdefault(parameter, {})[key] = value if key == "step" else value.to(parameter.device)
+        # Counters stay on the CPU, where optimisers keep them unless they are fused; moments live with their parameter.
+        stays = key == "step" and not optimiser.defaults["fused"]
+        state.setdefault(parameter, {})[key] = value if stays else value.to(parameter.device)
     incomplete = (entry for entry, (parameter, _) in known.items() if parameter in state and entry not in tensors)
     trouble += [f"{entry} is missing" for entry in incomplete if entry not in entries]
     if trouble:

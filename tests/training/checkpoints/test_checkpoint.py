@@ -6,6 +6,7 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from multidomain_cct.training.checkpoints.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from multidomain_cct.training.checkpoints.optimiser_state import optimiser_tensors, restore_optimiser
 from multidomain_cct.training.checkpoints.state import RunState, read_state
 from multidomain_cct.training.loop import train
 from multidomain_cct.training.recipe import Recipe
@@ -236,3 +238,29 @@ def test_a_resumed_run_hashes_its_checkpoint_once(
         "optimiser.safetensors": 1,
         "state.json": 1,
     }
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("written_fused", [True, False])
+def test_fused_and_other_optimisers_read_each_others_state(name: str, written_fused: bool) -> None:
+    """On a GPU optimisers are fused; the run may go on elsewhere."""
+    kind = {"sgd": partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}[name]
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    fused = (written_fused, not written_fused)
+    first, second = (kind(model.parameters(), lr=0.1, fused=each) for model, each in zip(models, fused, strict=True))
+    inputs = torch.rand(4, 3)
+
+    def step(number: int, optimiser: torch.optim.Optimizer) -> None:
+        optimiser.zero_grad()
+        models[number](inputs).square().sum().backward()
+        optimiser.step()
+
+    step(0, first)
+    models[1].load_state_dict(models[0].state_dict())
+    tensors = {key: value.clone() for key, value in optimiser_tensors(models[0], first).items()}
+    restore_optimiser(models[1], second, tensors, list(tensors), "here")
+    for _ in range(3):
+        step(0, first)
+        step(1, second)
+    torch.testing.assert_close(models[1].weight, models[0].weight)
