@@ -28,7 +28,7 @@ def read_domain(path: Path) -> Domain:
         if required not in raw:
             needed = "name, layout, splits and classes (or labels_of)"
             raise UserError(f"{where}: {required} is missing. A domain needs {needed}; docs/own_data.md shows one.")
-    name = _name(raw.get("name", path.stem), f"{where}: name is")
+    name = valid_name(raw.get("name", path.stem), f"{where}: name is")
     if name != path.stem:
         raise UserError(f'{where}: name is "{name}", but the file is named {path.name}. Make them equal.')
     require_choice(f"{where}: layout", raw["layout"], LAYOUTS)
@@ -119,7 +119,7 @@ def _read_splits(raw: Any, layout: str, where: str) -> dict[str, Split]:
         raise UserError(f"{where}: splits is {raw!r}; it is a list of names, or a mapping of names to globs.")
     splits = {}
     for name, value in raw.items():
-        name, value = _name(name, f"{where}: splits has the name"), value or {}
+        name, value = valid_name(name, f"{where}: splits has the name"), value or {}
         here = f"{where}: splits.{name}"
         if not isinstance(value, dict):
             raise UserError(f"{here} is {value!r}; it is a mapping with `images` and, for a labelled split, `masks`.")
@@ -200,7 +200,8 @@ def _refuse_ambiguous_values(domain: Domain, where: str) -> None:
         require_choice(f"{where}: background", domain.background, (*names, "ignore"))
 
 
-def _name(raw: Any, what: str) -> str:
+def valid_name(raw: Any, what: str) -> str:
+    """The name of a domain or split. Raises UserError, starting with `what`, for one that cannot be a file's."""
     if not _NAME.fullmatch(str(raw)):
         raise UserError(f"{what} {str(raw)!r}; a name starts with a letter and holds letters, digits, - and _ only.")
     return str(raw)

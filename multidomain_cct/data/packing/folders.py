@@ -38,7 +38,7 @@ def folder_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     """The samples of a split. Images and labels are found by two globs, by a list, or in annotations of many images."""
     files = domain.splits[split]
     if files.images.endswith(".txt"):
-        samples = _listed(raw, files.images)
+        samples = _listed(raw, raw / files.images)
     elif CLASS in files.masks:
         samples = _with_class_masks(domain, raw, split)
     elif files.masks and (paths := _annotations_of_many(domain, raw, split)):
@@ -50,9 +50,21 @@ def folder_samples(domain: Domain, raw: Path, split: str) -> list[RawSample]:
     return samples
 
 
-def _listed(raw: Path, name: str) -> list[RawSample]:
-    """The images of a list, each with its mask. Paths are relative to the raw folder."""
-    path = raw / name
+def _listed(raw: Path, path: Path) -> list[RawSample]:
+    """The images of a list, each with its mask."""
+    pairs = list_pairs(raw, path)
+    home = os.path.commonpath([image.parent for image, _ in pairs])
+    images = unique_names((str(image.relative_to(home).with_suffix("")), image) for image, _ in pairs)
+    return [
+        RawSample(sample_key(key), images[key], MaskFile(mask)) for key, (_, mask) in zip(images, pairs, strict=True)
+    ]
+
+
+def list_pairs(raw: Path, path: Path) -> list[tuple[Path, Path]]:
+    """The images and masks in a list; its paths are relative to the raw folder.
+
+    Raises UserError for a line that is not two paths of files, MissingRawFiles when there is no list or nothing in it.
+    """
     pairs: list[tuple[int, Path, Path]] = []
     for number, line in enumerate(list_lines(path), start=1):
         if not line.strip():
@@ -74,11 +86,7 @@ def _listed(raw: Path, name: str) -> list[RawSample]:
         )
     if not pairs:
         raise MissingRawFiles(f"{path}: names no image. A line is the path of an image, a space and that of its mask.")
-    home = os.path.commonpath([image.parent for _, image, _ in pairs])
-    images = unique_names((str(image.relative_to(home).with_suffix("")), image) for _, image, _ in pairs)
-    return [
-        RawSample(sample_key(key), images[key], MaskFile(mask)) for key, (_, _, mask) in zip(images, pairs, strict=True)
-    ]
+    return [(image, mask) for _, image, mask in pairs]
 
 
 def _images(domain: Domain, raw: Path, split: str) -> tuple[Glob, dict[str, Path]]:

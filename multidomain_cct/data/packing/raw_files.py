@@ -90,6 +90,7 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
         stems = {photos.wildcard_text(path): stem for stem, path in images.items()}
         masks = unique_names((stems.get(labels.wildcard_text(path), name), path) for name, path in masks.items())
         hint += ", or one where the stars of both globs stand for the same text, as in rgb_*.jpg and mask_*.png"
+    hint += labels.unread() if suffix not in ANNOTATION_SUFFIXES else ""
     for stem in sorted(images.keys() - masks.keys()):
         extended = [stem + ending for ending in MASK_ENDINGS if stem + ending in masks and stem + ending not in images]
         if len(extended) > 1:
@@ -98,7 +99,7 @@ def matched_samples(domain: Domain, raw: Path, split: str, globs: Split) -> list
         if extended:
             masks[stem] = masks.pop(extended[0])
     files = {stem: MaskFile(path) for stem, path in masks.items()}
-    return paired_samples(images, files, lambda stem: f"the name {stem} in {globs.masks}{hint}{labels.unread()}")
+    return paired_samples(images, files, lambda stem: f"the name {stem} in {globs.masks}{hint}")
 
 
 def paired_samples(
