@@ -8,7 +8,7 @@ import importlib.util
 import json
 import math
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +22,8 @@ from multidomain_cct.errors import UserError
 
 YOLO_SLACK = 0.001
 """By how much rounding may move a YOLO coordinate out of 0 to 1."""
+_MOST_PIXELS = 2**28
+"""Of one mask; more would fill the memory."""
 _BROKEN = (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError)
 """What a file of the right kind with something else inside raises."""
 
@@ -168,11 +170,13 @@ def _cvat_area(tag: str, values: Mapping[str, str], where: str) -> Area | None:
         # Row by row within the box, beginning with a run outside.
         runs = [int(count) for count in values["rle"].split(",")]
         width, height = int(values["width"]), int(values["height"])
+        if sum(runs) != width * height or width * height > _MOST_PIXELS:
+            raise ValueError(f"its runs have {sum(runs)} pixels, and its box {width}x{height}")
         inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs).reshape(height, width)
         return Bitmap(int(values["left"]), int(values["top"]), inside)
     if tag == "box":
         left, top, right, bottom = (float(values[key]) for key in ("xtl", "ytl", "xbr", "ybr"))
-        corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+        corners = _box(left, top, right, bottom)
     elif tag == "ellipse":
         corners = ellipse((float(values["cx"]), float(values["cy"])), (float(values["rx"]), float(values["ry"])))
     else:
@@ -180,13 +184,16 @@ def _cvat_area(tag: str, values: Mapping[str, str], where: str) -> Area | None:
     return Polygons((_turned(corners, float(values.get("rotation", 0))),))
 
 
-def _turned(points: Sequence[tuple[float, float]], degrees: float) -> list[tuple[float, float]]:
-    """The points turned clockwise about the middle of their box."""
-    corners = np.asarray(points)
+def _box(left: float, top: float, right: float, bottom: float) -> np.ndarray:
+    return np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+
+
+def _turned(corners: np.ndarray, degrees: float) -> np.ndarray:
+    """Points turned clockwise about the middle of their box."""
     middle = (corners.min(axis=0) + corners.max(axis=0)) / 2
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    turned = (corners - middle) @ np.array([[cos, sin], [-sin, cos]]) + middle
-    return [(x, y) for x, y in turned.tolist()]
+    turned: np.ndarray = (corners - middle) @ np.array([[cos, sin], [-sin, cos]]) + middle
+    return turned
 
 
 def labelme(path: Path, content: Mapping[str, Any]) -> Annotation:
@@ -213,7 +220,7 @@ def _labelme_area(row: Mapping[str, Any], where: str) -> Area | None:
         return Polygons((polygon([value for point in points for value in point], where),))
     if kind == "rectangle":
         (left, top), (right, bottom) = points
-        return Polygons((((left, top), (right, top), (right, bottom), (left, bottom)),))
+        return Polygons((_box(left, top, right, bottom),))
     if kind == "circle":
         radius = math.dist(*points)
         return Polygons((ellipse(points[0], (radius, radius)),))
@@ -223,6 +230,8 @@ def _labelme_area(row: Mapping[str, Any], where: str) -> Area | None:
         except binascii.Error as error:
             raise UserError(f"{where} has a mask that is not base64 ({error}). Export it again.") from None
         _, pixels = load_mask(source, where, ("PNG",))
+        if pixels.ndim != 2:
+            raise ValueError("its mask has colours")
         return Bitmap(int(points[0][0]), int(points[0][1]), pixels > 0)
     return None
 
@@ -245,11 +254,10 @@ def _yolo_shape(words: list[str], size: tuple[int, int], name: str, where: str) 
     if len(words) == 5:
         raise UserError(f"{where} has 4 numbers after the class, a box. Boxes are not masks: export polygons.")
     points = polygon(words[1:], where)
-    for value in (value for point in points for value in point):
-        if not -YOLO_SLACK <= value <= 1 + YOLO_SLACK:
-            raise UserError(
-                f"{where} has the coordinate {value:g}; YOLO's are from 0 to 1, shares of the image's width and "
-                "height. Divide by the size, or export it again."
-            )
-    scaled = [(x * size[0], y * size[1]) for x, y in points]
-    return Shape(int(words[0]), name, Polygons((scaled,)))
+    outside = points[(points < -YOLO_SLACK) | (points > 1 + YOLO_SLACK)]
+    if len(outside):
+        raise UserError(
+            f"{where} has the coordinate {outside[0]:g}; YOLO's are from 0 to 1, shares of the image's width and "
+            "height. Divide by the size, or export it again."
+        )
+    return Shape(int(words[0]), name, Polygons((points * size,)))

@@ -87,10 +87,10 @@ def first_domain(name: str, raw: Path) -> tuple[str, dict[str, Finding]]:
 
 
 def _label_names(form: str, files: Iterable[Path]) -> list[str]:
-    """Names of classes in annotations: COCO's in the order of its table, others by name."""
+    """Names of classes in annotations: COCO's in the order of its table, others sorted."""
     if form == "COCO":
         rows = [row for path in dict.fromkeys(files) for row in read_json(path).get("categories", ())]
-        return list(dict.fromkeys(str(row["name"]) for row in sorted(rows, key=lambda row: row["id"])))
+        return list(dict.fromkeys(str(row["name"]) for row in rows))
     many = form == "CVAT"
     annotations = [
         annotation
@@ -115,11 +115,16 @@ def _of_names(names: Sequence[str]) -> _Table:
 def _given_names(raw: Path) -> dict[int, str]:
     """Names of class numbers from YOLO's data.yaml, or from a list such as classes.txt; none if there is neither."""
     for path in (path for ending in ("yaml", "yml") for path in Glob(raw, f"**/*.{ending}", "--raw").files):
-        names = read_yaml(path).get("names")
+        try:
+            names = read_yaml(path).get("names")
+        except UserError:
+            if path.stem in ("data", "dataset"):
+                raise
+            continue
         if isinstance(names, list):
             return dict(enumerate(map(str, names)))
-        if isinstance(names, dict):
-            return {int(number): str(name) for number, name in names.items()}
+        if isinstance(names, dict) and all(isinstance(number, int) for number in names):
+            return {number: str(name) for number, name in names.items()}
     for path in Glob(raw, "**/*.txt", "--raw").files:
         if path.name.lower() in ("classes.txt", "labels.txt", "class_names.txt", "obj.names"):
             lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,12 +35,12 @@ class Area(Protocol):
 
 @dataclass(frozen=True)
 class Polygons:
-    """The union of polygons, each a sequence of (x, y)."""
+    """The union of polygons, each (N, 2) points x and y."""
 
-    polygons: tuple[Sequence[tuple[float, float]], ...]
+    polygons: tuple[np.ndarray, ...]
 
     def patch(self, size: tuple[int, int], where: str) -> Patch:
-        points = np.concatenate([np.asarray(polygon, dtype=np.float64) for polygon in self.polygons])
+        points = np.concatenate(self.polygons)
         if not (abs(points - np.array(size) / 2) <= 2 * np.array(size)).all():
             raise UserError(
                 f"{where} has a point far outside its image of {size[0]}x{size[1]} pixels. Coordinates are pixels of "
@@ -50,7 +50,7 @@ class Polygons:
         right, bottom = np.ceil(points.max(axis=0)).astype(int).clip(max=size).tolist()
         inside = np.zeros((max(0, bottom - top), max(0, right - left)), dtype=bool)
         for corners in self.polygons:
-            inside |= _filled(np.asarray(corners) - (left, top), *inside.shape)
+            inside |= _filled(corners - (left, top), *inside.shape)
         return left, top, inside
 
 
@@ -236,23 +236,24 @@ def require_background(domain: Domain) -> None:
         )
 
 
-def polygon(coordinates: Iterable[Any], where: str) -> list[tuple[float, float]]:
-    """x y x y ... as points. Raises UserError, starting with `where`, unless they are at least 3 finite ones."""
+def polygon(coordinates: Sequence[Any], where: str) -> np.ndarray:
+    """x y x y ... as (N, 2) points. Raises UserError, starting with `where`, unless they are at least 3 finite ones."""
     try:
-        numbers = [float(value) for value in coordinates]
-    except (TypeError, ValueError):
-        numbers = [math.nan]
-    if not all(math.isfinite(number) for number in numbers):
+        numbers = np.array(coordinates, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        numbers = np.array([math.nan])
+    if numbers.ndim != 1 or not np.isfinite(numbers).all():
         raise UserError(f"{where} has coordinates that are not numbers. Export it again.")
     if len(numbers) % 2 or len(numbers) < 6:
         count = f"{len(numbers) // 2} points" if len(numbers) % 2 == 0 else f"{len(numbers)} coordinates"
         raise UserError(
             f"{where} has {count}; a polygon is at least 3 points, each x and y. Draw it again or remove it."
         )
-    return list(zip(numbers[::2], numbers[1::2], strict=True))
+    return numbers.reshape(-1, 2)
 
 
-def ellipse(center: tuple[float, float], radii: tuple[float, float]) -> list[tuple[float, float]]:
+def ellipse(center: tuple[float, float], radii: tuple[float, float]) -> np.ndarray:
     """An ellipse as a polygon of 72 points."""
     angles = np.linspace(0, 2 * math.pi, 72, endpoint=False)
-    return [(center[0] + radii[0] * math.cos(angle), center[1] + radii[1] * math.sin(angle)) for angle in angles]
+    points: np.ndarray = np.array(center) + np.array(radii) * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    return points

@@ -228,7 +228,7 @@ def test_pixels_belong_to_a_polygon_that_contains_their_centre() -> None:
         inside = np.zeros(x.shape, dtype=bool)
         for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
             inside ^= ((y0 > y) != (y1 > y)) & (x < x0 + (y - y0) / (y1 - y0) * (x1 - x0))
-        left, top, patch = Polygons((points.tolist(),)).patch((40, 30), "a")
+        left, top, patch = Polygons((points,)).patch((40, 30), "a")
         drawn = np.zeros_like(inside)
         drawn[top : top + patch.shape[0], left : left + patch.shape[1]] = patch
         assert (drawn == inside).all()
@@ -241,6 +241,27 @@ def test_a_polygon_in_several_parts_is_one_area_and_one_outside_the_image_is_cut
     expected = np.zeros((6, 8))
     expected[:2, :2] = expected[4:, 6:] = 2
     assert packed(tmp_path, domain(masks="a.json"))["a"].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("form", ["circle", "ellipse", "turned ellipse", "turned box"])
+def test_round_and_turned_shapes_cover_the_pixels_whose_centres_they_contain(tmp_path: Path, form: str) -> None:
+    draw_images(tmp_path)
+    x, y = np.meshgrid(np.arange(8) + 0.5, np.arange(6) + 0.5)
+    if form == "circle":
+        shape = {"label": "cat", "shape_type": "circle", "points": [[4, 3], [4, 5]]}
+        write(tmp_path / "images/a.json", labelme(shape))
+        expected = (x - 4) ** 2 + (y - 3) ** 2 < 4
+    elif form == "turned box":
+        box = '<box label="cat" xtl="1" ytl="2" xbr="5" ybr="4" rotation="90"/>'
+        write(tmp_path / "a.xml", cvat(box))
+        expected = (x > 2) & (x < 4) & (y > 1) & (y < 5)
+    else:
+        # A quarter turn of the second gives the first.
+        radii = 'rx="3.1" ry="1.2"' if form == "ellipse" else 'rx="1.2" ry="3.1" rotation="90"'
+        write(tmp_path / "a.xml", cvat(f'<ellipse label="cat" cx="4" cy="3" {radii}/>'))
+        expected = ((x - 4) / 3.1) ** 2 + ((y - 3) / 1.2) ** 2 < 1
+    room = domain(masks="images/*.json" if form == "circle" else "a.xml")
+    assert packed(tmp_path, room)["a"].tolist() == (2 * expected).tolist()
 
 
 def test_ignored_names_and_an_ignored_background_are_ignored(tmp_path: Path) -> None:

@@ -132,9 +132,9 @@ def with_class_masks(raw: Path) -> dict[str, Split]:
 @pytest.mark.parametrize(
     ("form", "names"),
     [
-        (with_coco, ["background", "cat", "road: wet"]),
-        (with_coco_and_one_folder, ["background", "cat", "road: wet"]),
-        (with_coco_beside_the_images, ["background", "cat", "road: wet"]),
+        (with_coco, ["background", "road: wet", "cat"]),
+        (with_coco_and_one_folder, ["background", "road: wet", "cat"]),
+        (with_coco_beside_the_images, ["background", "road: wet", "cat"]),
         (with_cvat, ["background", "cat"]),
         (with_labelme, ["background", "cat"]),
         (with_yolo, ["background", "road", "cat"]),
