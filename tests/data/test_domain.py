@@ -484,3 +484,15 @@ def test_a_list_names_the_masks_itself(tmp_path: Path) -> None:
     text = "layout: folder\nsplits: {train: {images: a.txt, masks: '*.png'}}\nclasses: [{name: a, color: [0, 0, 0]}]"
     with pytest.raises(UserError, match="masks is given, but the list a.txt names the masks. Remove one"):
         read_domain(write(tmp_path, text))
+
+
+def test_names_and_background_are_written_read_back_and_lent(lent: Path) -> None:
+    text = (
+        STREET.replace("thing: true", "thing: true, names: [auto, Pkw]") + "background: road\nignore_names: [blurred]\n"
+    )
+    street = read_domain(write(lent, text))
+    assert street.name_lookup == {"blurred": IGNORE, "road": 0, "auto": 1, "Pkw": 1}
+    assert read_domain(write(lent, street.to_yaml())) == street
+    dusk = find_domain("dusk", [lent])
+    assert (dusk.background_id, dusk.ignore_names) == (0, ("blurred",))
+    assert dusk.name_lookup == street.name_lookup

@@ -237,9 +237,9 @@ def _text(name: str, findings: Mapping[str, Finding], table: _Table) -> str:
         lacking = finding.num_images - finding.num_labelled
         remark = f"{finding.num_images} images" + f", {finding.form}" * bool(finding.form)
         if finding.form and lacking > 0:
-            remark = (
-                f"{LOOK[2:]}{lacking} of {finding.num_images} images have no labels; move them to a split without masks"
-            )
+            remedy = "move them to a split without masks"
+            remedy += ", or give those without objects an empty file" * (finding.form == "YOLO")
+            remark = f"{LOOK[2:]}{lacking} of {finding.num_images} images have no labels; {remedy}"
         lines.append(f"  {split}: {{images: {_scalar(finding.split.images)}{masks}}}  # {remark}")
     if "val" not in findings:
         lines.append(

@@ -232,7 +232,11 @@ def test_images_without_labels_in_a_labelled_split_are_counted(tmp_path: Path) -
     photos(tmp_path / "raw", "images/a.jpg", "images/b.jpg", "images/c.jpg")
     mask(tmp_path / "raw/masks/a.png", 0, 1)
     text, _ = first_domain("mine", tmp_path / "raw")
-    assert f"{LOOK}2 of 3 images have no labels; move them to a split without masks" in text
+    assert f"{LOOK}2 of 3 images have no labels; move them to a split without masks\n" in text
+    with_yolo(tmp_path / "other")
+    photos(tmp_path / "other", "images/val/d.jpg")
+    text, _ = first_domain("mine", tmp_path / "other")
+    assert f"{LOOK}1 of 2 images have no labels; move them to a split without masks, or give those without" in text
 
 
 def test_many_masks_are_read_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
