@@ -18,6 +18,7 @@ from multidomain_cct.commands import (
     compare,
     domains,
     evaluate,
+    export,
     index,
     pack,
     predict,
@@ -32,7 +33,7 @@ from multidomain_cct.data.shards.download import SourceError
 from multidomain_cct.errors import UserError, death_of_loader, did_you_mean, is_out_of_memory
 
 TRACEBACK = "--traceback"
-COMMANDS = (train, pack, index, evaluate, predict, report, compare, smoothness, weaklabels, domains)
+COMMANDS = (train, pack, index, evaluate, predict, export, report, compare, smoothness, weaklabels, domains)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

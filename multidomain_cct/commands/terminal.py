@@ -125,16 +125,16 @@ def prediction_options() -> argparse.ArgumentParser:
         help="the running average, or the weights that were trained (default: ema where the run keeps one)",
     )
     parser.add_argument(
-        "--window", type=_numbers(int, "1024,512", 2), metavar="W,H", help="sliding window for images larger than this"
+        "--window", type=numbers(int, "1024,512", 2), metavar="W,H", help="sliding window for images larger than this"
     )
     parser.add_argument(
-        "--scales", type=_numbers(float, "0.75,1,1.25"), metavar="S,...", help="image scales to average over"
+        "--scales", type=numbers(float, "0.75,1,1.25"), metavar="S,...", help="image scales to average over"
     )
     parser.add_argument("--flip", action="store_true", help="average with the mirrored image")
     return parser
 
 
-def _numbers(kind: type[int] | type[float], example: str, count: int | None = None) -> Callable[[str], list[Any]]:
+def numbers(kind: type[int] | type[float], example: str, count: int | None = None) -> Callable[[str], list[Any]]:
     """A reader of numbers with commas between them, for argparse."""
 
     def read(text: str) -> list[Any]:

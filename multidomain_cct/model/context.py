@@ -47,7 +47,7 @@ class PyramidPooling(nn.Module):
         of_top, *of_cells = torch.split(convolution.get_parameter("weight"), sizes, dim=1)
         products = []
         for bins, branch, weight in zip(self.BINS, self.branches, of_cells, strict=True):
-            cells = branch(F.adaptive_avg_pool2d(top, bins)).flatten(2).transpose(1, 2)  # (B, bins^2, L/4)
+            cells = branch(_averages(top, bins)).flatten(2).transpose(1, 2)  # (B, bins^2, L/4)
             # With channels last the weights are a view.
             taps = cells @ weight.permute(0, 2, 3, 1).flatten(0, 2).T  # (B, bins^2, 9 D)
             products.append(taps.view(images, bins**2, -1, 9).transpose(2, 3).flatten(1, 2))
@@ -58,6 +58,19 @@ class PyramidPooling(nn.Module):
             norm(F.conv2d(top, of_top, padding=1) + spread.transpose(1, 2).view(images, -1, height, width))
         )
         return fused
+
+
+def _averages(maps: Tensor, bins: int) -> Tensor:
+    """(B, L, bins, bins): `adaptive_avg_pool2d`. An exported program has it for known sizes only, hence products."""
+    if not torch.compiler.is_exporting():
+        return F.adaptive_avg_pool2d(maps, bins)
+    shares = []
+    for length in maps.shape[-2:]:
+        edges, positions = torch.arange(bins + 1) * length, torch.arange(length)
+        first, end = edges[:-1, None] // bins, (edges[1:, None] + bins - 1) // bins
+        shares.append(((positions >= first) & (positions < end)).to(maps.dtype) / (end - first))
+    rows, columns = shares
+    return rows @ (maps @ columns.T)
 
 
 def _spread(bins: tuple[int, ...], height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -223,9 +223,9 @@ class BilinearDecoder(Decoder):
 
     def upsample(self, coarse: Tensor, weights: Sequence[Tensor], grid: Grid, part: slice) -> Tensor:
         with torch.autocast(coarse.device.type, enabled=False):
-            rows, columns = (
-                _interpolation(length, self.stride, coarse.dtype, coarse.device) for length in coarse.shape[-2:]
-            )
+            # An exported program has sizes that are not numbers yet, and no cache.
+            make = _interpolation if torch.compiler.is_exporting() else _kept_interpolation
+            rows, columns = (make(length, self.stride, coarse.dtype, coarse.device) for length in coarse.shape[-2:])
             rows, columns = rows[:, grid.row :: grid.step], columns[:, grid.column :: grid.step][:, part]
             return rows.T @ (coarse @ columns)
 
@@ -259,9 +259,6 @@ def _at_each_position(maps: Tensor, weight: Tensor, bias: Tensor | None = None, 
     return products.view(len(weight), images, -1, *maps.shape[3:])
 
 
-# Kept for later steps: what is made in inference mode could not take part in training.
-@lru_cache(maxsize=64)
-@torch.inference_mode(mode=False)
 def _interpolation(length: int, factor: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(length, factor*length): the weight of each position in each interpolated one.
 
@@ -269,6 +266,10 @@ def _interpolation(length: int, factor: int, dtype: torch.dtype, device: torch.d
     """
     identity = torch.eye(length, device=device, dtype=torch.promote_types(dtype, torch.float32))
     return F.interpolate(identity[None], scale_factor=float(factor), mode="linear")[0].to(dtype)
+
+
+# Kept for later steps: what is made in inference mode could not take part in training.
+_kept_interpolation = lru_cache(maxsize=64)(torch.inference_mode(mode=False)(_interpolation))
 
 
 def _doubling(num_classes: int) -> nn.Conv2d:

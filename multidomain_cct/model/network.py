@@ -146,7 +146,7 @@ def whole_image_logits(encoder: nn.Module, decoder: nn.Module, images: Tensor, d
     assert isinstance(encoder, Encoder)
 
     def logits_of(whole: Tensor) -> Tensor:
-        logits: Tensor = decoder(encoder(whole, [(domain, len(whole))]))
+        logits: Tensor = decoder(encoder(whole, [(domain, whole.shape[0])]))
         return logits
 
     (height, width), unit, window = images.shape[-2:], encoder.plan.unit, encoder.plan.size
@@ -170,7 +170,7 @@ def _padded(images: Tensor, height: int, width: int) -> Tensor:
     if images.shape[-2:] == (height, width):
         return images
     padding = torch.tensor(PAD, dtype=images.dtype, device=images.device).view(1, 3, 1, 1)
-    padded = padding.repeat(len(images), 1, height, width)
+    padded = padding.repeat(images.shape[0], 1, height, width)
     padded[..., : images.shape[-2], : images.shape[-1]] = images
     return padded
 

@@ -32,7 +32,7 @@ class PerDomainNorm(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         names, counts = zip(*self.segments.parts, strict=True)
         # Some backbones norm (B n, D) tokens or windows, those of an image one after the other.
-        rows = len(features) // sum(counts)
+        rows = features.shape[0] // sum(counts)
         sizes = [count * rows for count in counts]
         pieces = list(torch.split(features, sizes))
         # Statistics are taken over a domain's labelled and unlabelled images, which need not be neighbours.
