@@ -28,7 +28,7 @@ JOBS ?= 2
 demo: .venv/demo
 	$(BIN)/python -m multidomain_cct pack toy_street
 	$(BIN)/python -m multidomain_cct pack toy_room
-	$(LAUNCH) -m multidomain_cct recipes/demo.yaml resume=auto name=demo_supervised method=supervised
+	$(LAUNCH) -m multidomain_cct recipes/demo.yaml resume=auto name=demo_supervised method=supervised ema=0.99
 	$(LAUNCH) -m multidomain_cct recipes/demo.yaml resume=auto
 	$(BIN)/python -m multidomain_cct report runs/demo runs/demo_supervised --out runs/demo.html
 

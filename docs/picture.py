@@ -17,7 +17,7 @@ from multidomain_cct.results.pictures import colored
 from multidomain_cct.results.trained_run import TrainedRun
 
 RUNS = ("runs/demo_supervised", "runs/demo")
-TITLES = ("image", "12 labels", "12 labels + unlabelled images (CCT)", "truth")
+TITLES = ("image", "1 label", "1 label + 239 unlabelled images", "truth")
 ROWS = {"toy_street": (7, 31), "toy_room": (3, 22)}
 """Val images by domain and number; fixed, so that the picture cannot be chosen."""
 SCALE, GAP, HEADING = 2, 6, 26

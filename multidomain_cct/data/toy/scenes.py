@@ -1,8 +1,8 @@
 """Two drawn toy domains, a street and a room, with disjoint labels.
 
-A scene is a handful of boxes, rectangles and discs seen through a random camera. Classes share colours (brick wall,
-autumn tree and red car; floor, table and chair) and differ in shape, texture and position: a few labelled images leave
-much to learn, many suffice.
+A scene is a handful of boxes, rectangles and discs seen through a random camera, at any hour and, in the street, in any
+fog. Classes share colours (brick wall, autumn tree and red car; floor, table and chair) and differ in shape, texture
+and position: a few labelled images show few of the hours, the unlabelled ones all of them.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ _WALLS = _palette("ded0b4 a4b8a4 96acc4 c68a70 b8b4b2")
 _WOODS = _palette("aa7448 cea470 704a34 8c8680")
 _FABRICS = _palette("b0483c 46688c c49e48 5e7a58 aa7448 704a34 d2cec8")
 _SHADES = _palette("fae8b0 f2f0e8 ce5c44 ecba54")
+_LIT = (250, 210, 120)
+_EVENINGS = ((0.50, 0.30, 0.15), (0.14, 0.18, 0.34), (0.25, 0.25, 0.22))
+"""Light that is left at night, as shares of red, green and blue."""
 # Strength of the coarse and of the fine grain of each class.
 _STREET_GRAIN = ((0.02, 0.00), (0.06, 0.06), (0.05, 0.03), (0.14, 0.14), (0.02, 0.00), (0.05, 0.03))
 _ROOM_GRAIN = ((0.025, 0.02), (0.06, 0.06), (0.03, 0.00), (0.04, 0.03), (0.05, 0.05), (0.02, 0.00))
@@ -86,7 +89,15 @@ _Thing = tuple[float, float, Callable[[Scene, float, float], None]]
 
 def _street(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     top, bottom = np.asarray(_SKIES[rng.integers(len(_SKIES))]) + rng.normal(0, 8, (2, 3))
-    scene = Scene(rng, eye=rng.uniform(1.5, 2.6), horizon=rng.uniform(0.38, 0.58), behind=(top, bottom), haze=True)
+    scene = Scene(
+        rng,
+        eye=rng.uniform(1.5, 2.6),
+        horizon=rng.uniform(0.38, 0.58),
+        behind=(top, bottom),
+        night=rng.uniform() ** 0.8,
+        dark=(0.12, 0.16, 0.30),
+        sight=math.exp(rng.uniform(math.log(8), math.log(100))),
+    )
     for x, y in rng.uniform((-8, 2), (8, 7), (rng.integers(6), 2)):
         for _ in range(6):
             center = (x + rng.normal(0, 0.8), y + rng.normal(0, 0.12), 12)
@@ -125,9 +136,13 @@ def _paint_houses(scene: Scene, sign: int, side: float) -> None:
             scene.receding(BUILDING, facade, sign * side, (0, height), (near, far), 0.78)
             for floor in np.arange(0.9, height - 2, 3.2):
                 for x in np.arange(side + 0.8, side + 10, 2.6):
-                    scene.facing(BUILDING, pane, (sign * x, sign * (x + 1.3)), (floor, floor + 1.6), near)
+                    lit = scene.lit(0.4)
+                    window, span = _LIT if lit else pane, (sign * x, sign * (x + 1.3))
+                    scene.facing(BUILDING, window, span, (floor, floor + 1.6), near, shines=lit)
                 for z in np.arange(near + 0.8, far - 1.6, 2.6):
-                    scene.receding(BUILDING, pane, sign * side, (floor, floor + 1.6), (z, z + 1.3), 0.85)
+                    lit = scene.lit(0.4)
+                    window, span = _LIT if lit else pane, (z, z + 1.3)
+                    scene.receding(BUILDING, window, sign * side, (floor, floor + 1.6), span, 0.85, shines=lit)
         far = near
 
 
@@ -164,7 +179,7 @@ def _paint_car(scene: Scene, x: float, z: float) -> None:
             scene.disc(CAR, tyre, (x + sign * 1.25, 0.36, z), 0.36)
             scene.disc(CAR, (170, 172, 176), (x + sign * 1.25, 0.36, z), 0.16)
         else:
-            scene.facing(CAR, light, (x + sign * 0.5, x + sign * 0.8), (0.6, 0.8), z)
+            scene.facing(CAR, light, (x + sign * 0.5, x + sign * 0.8), (0.6, 0.8), z, shines=scene.night > 0.4)
 
 
 def _paint_person(scene: Scene, x: float, z: float) -> None:
@@ -185,7 +200,14 @@ def _paint_person(scene: Scene, x: float, z: float) -> None:
 
 def _room(rng: np.random.Generator) -> tuple[Image.Image, Image.Image]:
     color = np.asarray(_WALLS[rng.integers(len(_WALLS))]) * rng.uniform(0.85, 1.1) + rng.normal(0, 8, 3)
-    scene = Scene(rng, eye=rng.uniform(1.3, 1.9), horizon=rng.uniform(0.16, 0.36), behind=(color, color), haze=False)
+    scene = Scene(
+        rng,
+        eye=rng.uniform(1.3, 1.9),
+        horizon=rng.uniform(0.16, 0.36),
+        behind=(color, color),
+        night=rng.uniform() ** 0.8,
+        dark=_EVENINGS[rng.integers(len(_EVENINGS))],
+    )
     left, right = -rng.uniform(1.9, 3.2), rng.uniform(1.9, 3.2)
     depth, height = rng.uniform(4.0, 5.6), rng.uniform(2.4, 2.9)
     scene.lying(WALL, (236, 234, 228), (left, right), height, (0.5, depth))
@@ -270,5 +292,6 @@ def _paint_lamp(scene: Scene, x: float, z: float) -> None:
     if not hangs:
         scene.disc(LAMP, metal, (x, 0.03, z), 0.17, squash=0.3)
     scene.facing(LAMP, metal, (x - 0.05, x + 0.05), (y, 3.5) if hangs else (0, y), z)
-    scene.polygon(LAMP, shade, [(x - bottom, y, z), (x + bottom, y, z), (x + top, y + high, z), (x - top, y + high, z)])
+    outline = [(x - bottom, y, z), (x + bottom, y, z), (x + top, y + high, z), (x - top, y + high, z)]
+    scene.polygon(LAMP, shade, outline, shines=scene.lit(0.7))
     scene.disc(LAMP, shade, (x, y, z), bottom, squash=0.2, tone=1.15)
