@@ -97,7 +97,8 @@ def build(which: str, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]
     consistency = (
         ConsistencySettings(sample=options.sample, stride=options.consistency_stride) if ours else ConsistencySettings()
     )
-    task = Task(tuple(number % 2 == 1 for number in range(options.classes)), perturbations=mix, consistency=consistency)
+    things = tuple(number % 2 == 1 for number in range(options.classes))
+    task = Task(things, perturbations=mix, consistency=consistency, crop=(options.crop, options.crop))
     extras = {"checkpoint": options.checkpoint, "compile": options.compile} if ours else {}
     encoder = EncoderSettings(
         name=options.encoder, stride=options.stride, context=options.context, width=options.width, **extras

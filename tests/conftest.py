@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from promises import pytest_runtest_logreport, pytest_terminal_summary  # noqa: F401
@@ -24,6 +25,24 @@ from multidomain_cct.training.recipe import Recipe, recipe_from
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # As a background job of a shell: the processes that tests start would inherit it, and never see Ctrl-C.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cuda", choices=("cuda", "cpu"), help="where tests marked gpu run")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--device") == "cuda" and not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="there is no CUDA card here; --device cpu rehearses it"))
+
+
+@pytest.fixture
+def device(pytestconfig: pytest.Config) -> torch.device:
+    """Where tests marked gpu run."""
+    return torch.device(pytestconfig.getoption("--device"))
+
 
 TINY_DOMAINS = {"fields": ("grass", "sky", "barn"), "shapes": ("square", "ground")}
 
@@ -187,3 +206,5 @@ def fresh_accelerator() -> Iterator[None]:
     """Accelerate keeps the settings of a process's first run; tests start several runs in one process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
+    # Before the fixtures of a session train, too.
+    AcceleratorState._reset_state(reset_partial_state=True)

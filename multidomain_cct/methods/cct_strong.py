@@ -205,7 +205,7 @@ class CCTStrong(Supervised):
         if not power or not task.class_pixels:
             return probabilities
         # A class without labels is not pushed to nothing: it keeps a small share.
-        labelled = class_shares(task).to(probabilities.device).clamp(min=1e-4)
+        labelled = class_shares(task).to(probabilities.device, non_blocking=True).clamp(min=1e-4)
         ratio = (labelled / self._statistics(domain).probability.clamp(min=1e-6)) ** power
         aligned = probabilities * ratio.clamp(0.1, 10).view(-1, 1, 1)
         return aligned / aligned.sum(dim=1, keepdim=True)

@@ -44,7 +44,9 @@ class ClassStatistics(nn.Module):
         ids = ids.where(valid, count).flatten()
 
         def per_class(values: Tensor) -> Tensor:
-            return torch.zeros(count + 1, device=ids.device).index_add_(0, ids, values.flatten())[:count]
+            return torch.zeros(count + 1, dtype=values.dtype, device=ids.device).index_add_(0, ids, values.flatten())[
+                :count
+            ]
 
         ones = torch.ones_like(confidence)
         sums = [

@@ -176,8 +176,8 @@ def pixel_loss(task: Task, device: torch.device) -> Callable[[Tensor, Tensor], T
         return pixel_cross_entropy
     return partial(
         pixel_cross_entropy,
-        weights=None if weights is None else weights.to(device),
-        shift=shift * class_shares(task).clamp(min=1e-4).log().to(device) if shift else None,
+        weights=None if weights is None else weights.to(device, non_blocking=True),
+        shift=shift * class_shares(task).clamp(min=1e-4).log().to(device, non_blocking=True) if shift else None,
     )
 
 

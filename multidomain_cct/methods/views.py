@@ -97,7 +97,7 @@ def draw_rare_class(masks: Tensor, count: int, shares: Tensor, probability: floa
     donors = torch.randint(len(masks), (count,), device=device)
     masks = masks[donors]  # (U, H, W)
     shown = torch.stack([(masks == label).flatten(1).any(dim=1) for label in range(len(shares))], dim=1)  # (U, C)
-    odds = shown / shares.to(device).clamp(min=1e-4)
+    odds = shown / shares.to(device, non_blocking=True).clamp(min=1e-4)
     # An image without any class has nothing to give: whatever is drawn shows no pixel.
     classes = torch.multinomial(odds + 1e-9, 1).squeeze(1)
     chosen = torch.rand(count, device=device) < probability

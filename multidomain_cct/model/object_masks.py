@@ -47,7 +47,7 @@ def objects_of(middles: Tensor, valid: Tensor, things: Sequence[bool], stride: i
     `middles` are (B, C, h, w) logits of the pixel in the middle of each position; a position whose middle is not valid
     in (B, H, W) `valid` holds no object.
     """
-    table = torch.tensor(list(things), device=middles.device)
+    table = torch.tensor(things).to(middles.device, non_blocking=True)
     masks = table[middles.argmax(dim=1)] & valid[:, stride // 2 :: stride, stride // 2 :: stride]
     return masks.unsqueeze(1)
 
