@@ -3,6 +3,7 @@
 # make reliability  tests the promises of docs/reliability.md at their full figures, and tabulates what each reached
 # make mutants      puts small faults into a copy of the code, one at a time, and counts those that tests notice (104 in about 20 minutes)
 # make browser      fetches onnxruntime-web by npm, with which a test runs docs/export.md's JavaScript in chromium
+# make gpu          proves and measures what a CUDA card changes, in nine minutes without a network; docs/gpu.md (WHEELS=DIR installs from there)
 # make bench        runs the benchmarks (14 minutes on 2 quiet cores); docs/speed.md explains their figures
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ LAUNCH := $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_pr
 # Test files that run at once.
 JOBS ?= 2
 
-.PHONY: demo test lint reliability mutants bench browser docs clean
+.PHONY: demo test lint reliability mutants gpu bench browser docs clean
 
 .venv/demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -48,6 +49,10 @@ mutants: .venv/dev
 
 browser:
 	npm install --silent --no-save --no-package-lock onnxruntime-web
+
+# With the Python that has torch for the card, not the environment of this project: nothing is downloaded.
+gpu:
+	$(PYTHON) benchmarks/gpu.py --minutes 9 --out results/gpu $(if $(WHEELS),--wheels $(WHEELS))
 
 THREADS ?= 2
 PAPER := --encoder resnet50 --context psp --width 512 --stride 8 --decoder pixelshuffle --decoders 30 --classes 21 --batch 2 --threads $(THREADS)

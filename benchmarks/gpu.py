@@ -7,7 +7,8 @@ python benchmarks/gpu.py [--minutes 9] [--out results/gpu] [--only truth|speed|l
 - learning: recipes/experiments/gpu_furniture.yaml with what is left of the time. The same command goes on with it.
 
 Each stage is a process with a time limit of its own. It writes OUT/STAGE.json and prints a line as soon as it ends;
-what it printed is in OUT/STAGE.log. --wheels installs the packages in a folder into OUT/packages, for these processes only.
+what it printed is in OUT/STAGE.log. --wheels installs the packages of a folder into OUT/packages, for these processes
+only.
 --rehearse runs all of it in miniature on a CPU. The exit code is 1 when a stage found a fault.
 """
 

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parents[1]
+GPU_STAGES = ("truth", "speed", "learning")
 
 
 def run(name: str, *arguments: object, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
@@ -228,3 +229,34 @@ def test_encoders_ends_with_1_and_shows_the_traceback_of_anything_else_than_one_
 def test_encoders_refuses_a_name_that_timm_does_not_know(capsys: pytest.CaptureFixture[str]) -> None:
     message = refusal(capsys, "encoders.py", "--only", "resnet_18")
     assert message == "encoders.py: error: --only is 'resnet_18', which is no family and no model of timm."
+
+
+def test_everything_for_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
+    finished = run("gpu.py", "--rehearse", "--minutes", 4, "--out", tmp_path)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    truth, speed, learning = (json.loads((tmp_path / f"{name}.json").read_text()) for name in GPU_STAGES)
+    assert [stage["code"] for stage in (truth, speed, learning)] == [0, 0, 0]
+    assert " passed" in truth["last_lines"][-1]
+    assert "skipped" not in truth["last_lines"][-1]
+    measured = [row for row in speed["rows"] if "step_s" in row]
+    assert {row["which"] for row in measured} == {"ours", "encoder", "plain", "strong"}
+    assert {row["precision"] for row in measured} == {"bf16", "fp16", "tf32", "fp32"}
+    counted = [row for row in measured if "dearest" in row]
+    assert all(row["operations"] > 0 and len(row["dearest"]) == 10 for row in counted) and counted
+    assert set(learning["latest"]) == {
+        f"{row}-seed0" for row in ("cct_strong", "supervised", "plain_cct", "all_labels")
+    }
+    assert all(0 <= facts["val/mean_miou"] <= 1 for facts in learning["latest"].values())
+
+
+def test_a_stage_that_has_no_time_left_is_cut_off_and_keeps_what_it_has(tmp_path: Path) -> None:
+    finished = run("gpu.py", "--rehearse", "--minutes", 0.3, "--only", "speed", "--out", tmp_path)
+    found = json.loads((tmp_path / "speed.json").read_text())
+    assert found["cut_off"]
+    assert "speed: cut off after" in finished.stdout
+
+
+def test_a_folder_without_wheels_is_named(tmp_path: Path) -> None:
+    finished = run("gpu.py", "--rehearse", "--wheels", tmp_path, "--out", tmp_path / "out")
+    assert finished.returncode == 1
+    assert "holds no .whl files. Make it: benchmarks/pack_for_gpu.sh" in finished.stderr
