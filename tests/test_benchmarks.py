@@ -20,10 +20,12 @@ ROOT = Path(__file__).parents[1]
 GPU_STAGES = ("truth", "speed", "learning")
 
 
-def run(name: str, *arguments: object, path: tuple[Path, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    name: str, *arguments: object, path: tuple[Path, ...] = (), timeout: float = 240
+) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, env=environment, cwd=ROOT)
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
 
 
 def printed(name: str, *arguments: object) -> dict[str, Any]:
@@ -232,7 +234,7 @@ def test_encoders_refuses_a_name_that_timm_does_not_know(capsys: pytest.CaptureF
 
 
 def test_everything_for_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
-    finished = run("gpu.py", "--rehearse", "--minutes", 4, "--out", tmp_path)
+    finished = run("gpu.py", "--rehearse", "--minutes", 15, "--out", tmp_path, timeout=900)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     truth, speed, learning = (json.loads((tmp_path / f"{name}.json").read_text()) for name in GPU_STAGES)
     assert [stage["code"] for stage in (truth, speed, learning)] == [0, 0, 0]
