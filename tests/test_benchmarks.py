@@ -252,7 +252,7 @@ def test_everything_for_a_gpu_is_rehearsed_on_a_cpu(tmp_path: Path) -> None:
 
 
 def test_a_stage_that_has_no_time_left_is_cut_off_and_keeps_what_it_has(tmp_path: Path) -> None:
-    finished = run("gpu.py", "--rehearse", "--minutes", 0.3, "--only", "speed", "--out", tmp_path)
+    finished = run("gpu.py", "--rehearse", "--minutes", 0.26, "--only", "speed", "--out", tmp_path)
     found = json.loads((tmp_path / "speed.json").read_text())
     assert found["cut_off"]
     assert "speed: cut off after" in finished.stdout
