@@ -91,6 +91,7 @@ def _class_health(run: Run, log: RunLog, step: int) -> dict[str, float]:
                 log.notice(
                     f"step {step}: {name}: {label.name} is vanishing from the pseudo-labels: "
                     f"{100 * health.predicted:.2f} % of the unlabelled pixels, {100 * health.labelled:.2f} % of the "
-                    "labelled ones. Label more images of it, or raise cct_strong.alignment."
+                    "labelled ones. Label more images of it; cct_strong.gate=pixel or a higher cct_strong.alignment "
+                    "may help."
                 )
     return values
